@@ -1,0 +1,80 @@
+"""Small real parts shared by the tests: a random Llama with a real tokenizer, and tokens for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+TEXT = [
+    "The river rises in the mountains of the north and runs through three countries before it meets the sea.",
+    "Coffee, cotton and copper made the port rich; when prices fell, the people moved to the capital.",
+    "A treaty of 1922 drew the border along the ridge, and a second one, ten years later, moved it to the lake.",
+    "Winters are dry and mild, summers hot and wet, and most of the rain falls in two short seasons.",
+    "The parliament has two chambers; the upper one is elected by the provinces for a term of six years.",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE of 400 tokens with BOS, EOS and padding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<s>", "</s>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def random_llama(**changes):
+    """A fresh random Llama of 4 blocks; the same one for the same arguments."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 400,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "initializer_range": 0.15,  # large enough that every sublayer matters
+    } | changes
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> Path:
+    """Directory of a random 4-block Llama in Hugging Face layout. Read it, do not write to it."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    random_llama().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    """(6, 24) token ids for the tiny model."""
+    import torch
+
+    return torch.randint(3, 400, (6, 24), generator=torch.Generator().manual_seed(1))
