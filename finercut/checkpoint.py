@@ -1,0 +1,226 @@
+"""Whole and pruned models on disk: loading, masking, removing for good, describing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from finercut import modeling_finercut
+from finercut.families import Layout, base_architecture, layout_of
+from finercut.reports import Shares
+from finercut.sublayers import KINDS, Sublayer
+
+MODELING_FILE = Path(modeling_finercut.__file__)
+# Written by save_pretrained; everything else beside the weights is copied.
+_REWRITTEN = {"config.json", "generation_config.json", "README.md", MODELING_FILE.name}
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load_whole(directory: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The whole model, for evaluation.
+
+    Args:
+        dtype: `auto` keeps what the weights are stored as.
+
+    Raises:
+        FileNotFoundError: no model there.
+        ValueError: its family is not known, or its weights do not fit its config.
+    """
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {directory}: run `finercut fetch` first")
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    layout_of(config)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    wrong = info["missing_keys"] or info["mismatched_keys"]
+    if wrong:
+        raise ValueError(f"the weights in {directory} do not fit its config: {sorted(map(str, wrong))[:3]}")
+    return model.eval().to(device)
+
+
+def load_pruned(directory: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A pruned model, for evaluation.
+
+    Raises:
+        FileNotFoundError: no model there.
+        ValueError: not one of ours, or its weights do not fit its config.
+    """
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"no pruned model in {directory}: run `finercut prune` first")
+    model_type = json.loads((directory / "config.json").read_text())["model_type"]
+    if not model_type.startswith("finercut_"):
+        raise ValueError(f"{directory} holds a {model_type} model, not a pruned one")
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True).eval().to(device)
+
+
+def removed_sublayers(config: PreTrainedConfig) -> list[Sublayer]:
+    """What a pruned model's config says is gone, by depth."""
+    return [Sublayer(*removed) for removed in modeling_finercut.removed_sublayers(config)]
+
+
+@contextmanager
+def masked(model: PreTrainedModel, removed: Iterable[Sublayer]) -> Iterator[PreTrainedModel]:
+    """Run the whole `model` with the outputs of some sublayers replaced by zeros, as the authors do.
+
+    Nothing is taken out and the KV cache is filled as ever, so this is what a pruned model is checked against.
+    """
+    layout = layout_of(model.config)
+    blocks = model.get_submodule(layout.blocks)
+    hooks = []
+    for sublayer in removed:
+        last = layout.branch(sublayer.kind).members[-1]
+        hooks.append(getattr(blocks[sublayer.block], last).register_forward_hook(_zero))
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _zero(module: nn.Module, arguments: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the whole model's sublayers weigh."""
+
+    parameters: dict[Sublayer, int]
+    n_parameters: int
+    kv_bytes_per_token: dict[Sublayer, int]
+
+    def shares(self, removed: Iterable[Sublayer]) -> Shares:
+        removed = list(removed)
+        return Shares(
+            sublayers=len(removed) / len(self.parameters),
+            parameters=sum(self.parameters[s] for s in removed) / self.n_parameters,
+            kv_cache=sum(self.kv_bytes_per_token[s] for s in removed) / sum(self.kv_bytes_per_token.values()),
+        )
+
+
+def sizes(config: PreTrainedConfig) -> Sizes:
+    """Sizes of the whole model that `config` describes; no weights are read. Tied embeddings count once."""
+    layout = layout_of(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    element_bytes = torch.empty(0, dtype=config.dtype or torch.float32).element_size()
+    parameters, kv_bytes = {}, {}
+    for index, block in enumerate(model.get_submodule(layout.blocks)):
+        for kind in KINDS:
+            members = (getattr(block, name) for name in layout.branch(kind).members)
+            sublayer = Sublayer(index, kind)
+            parameters[sublayer] = sum(p.numel() for m in members for p in m.parameters())
+            kv_bytes[sublayer] = 2 * n_kv_heads * head_dim * element_bytes if kind == "attention" else 0
+    return Sizes(parameters, sum(p.numel() for p in model.parameters()), kv_bytes)
+
+
+def write_pruned(
+    whole_directory: Path, removed: Sequence[Sublayer], directory: Path, origin: dict[str, Any], card: str
+) -> None:
+    """Write the checkpoint of the whole model less `removed`; `directory` must not exist.
+
+    It loads with finercut imported, or with `trust_remote_code=True` through the one file it carries; transformers
+    alone refuses it. Block numbers are those of the whole model.
+
+    Args:
+        removed: in the order of removal.
+        origin: JSON values for config.json's `finercut` section: source, revision, hashes, divergence.
+        card: README.md, the model card.
+
+    Raises:
+        FileExistsError: something is at `directory`.
+        ValueError: nothing or every attention would go, or the model's family is not known.
+    """
+    whole = load_whole(whole_directory)
+    layout = layout_of(whole.config)
+    config = pruned_config(whole.config, layout, removed, origin)
+    model_class = getattr(modeling_finercut, config.architectures[0])
+    with torch.device("meta"):
+        pruned = model_class(config)
+    names = pruned.state_dict().keys()
+    # The whole model's own tensors: nothing is copied in memory.
+    pruned.load_state_dict({n: t for n, t in whole.state_dict().items() if n in names}, assign=True)
+    pruned.generation_config = whole.generation_config
+    directory.mkdir(parents=True)
+    pruned.save_pretrained(directory)
+    for file in whole_directory.iterdir():
+        if file.is_file() and file.name not in _REWRITTEN and ".safetensors" not in file.name:
+            shutil.copyfile(file, directory / file.name)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def pruned_config(
+    config: PreTrainedConfig, layout: Layout, removed: Sequence[Sublayer], origin: dict[str, Any]
+) -> PreTrainedConfig:
+    """The config of the pruned model: the base's, the skipped sublayers, and where the model comes from."""
+    if not removed:
+        raise ValueError("nothing to remove")
+    skip: dict[str, dict[str, list[str]]] = {}
+    for sublayer in sorted(removed):
+        skip.setdefault(str(sublayer.block), {"skip": []})["skip"].append(sublayer.kind)
+    architecture = modeling_finercut.PREFIX + base_architecture(config.model_type)
+    config_class = getattr(modeling_finercut, architecture).config_class
+    settings = config.to_dict()
+    for name in ("model_type", "transformers_version"):
+        settings.pop(name, None)
+    settings["architectures"] = [architecture]
+    settings["auto_map"] = {
+        "AutoConfig": f"{MODELING_FILE.stem}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{MODELING_FILE.stem}.{architecture}",
+    }
+    settings["finercut"] = {"layout": layout.to_dict(), **origin, "removals": [str(s) for s in removed]}
+    return config_class(**settings, per_layer_config=skip)
+
+
+def describe(directory: Path) -> str:
+    """A pruned checkpoint in a few lines, from its config alone.
+
+    Raises:
+        FileNotFoundError: no config.json there.
+        ValueError: not a pruned checkpoint.
+    """
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"no checkpoint in {directory}: it has no config.json")
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    removed = removed_sublayers(config)
+    if not removed:
+        raise ValueError(f"{directory} holds a whole {config.model_type} model of {config.num_hidden_layers} blocks")
+    origin = config.finercut
+    rows = {f"{kind} removed": [s.block for s in removed if s.kind == kind] for kind in KINDS}
+    lines = [
+        f"{config.architectures[0]}, {config.num_hidden_layers} blocks, {len(removed)} of "
+        f"{2 * config.num_hidden_layers} sublayers removed",
+        *(f"  {name}: {', '.join(map(str, blocks)) or 'none'}" for name, blocks in rows.items()),
+        *(f"  {name}: {value}" for name, value in origin.items() if name not in ("layout", "removals")),
+        f"  order of removal: {' '.join(origin['removals'])}",
+    ]
+    return "\n".join(lines)

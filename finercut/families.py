@@ -1,0 +1,82 @@
+"""Where each family of decoder keeps its sublayers. Adding a family is one entry here.
+
+A sublayer is a core module, whose output is added to the residual stream, and what runs just before and after it for
+its sake alone (norms). Members are named as attributes of the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One sublayer of a block: `before` -> `core` -> `after`, in the order they run."""
+
+    core: str
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return (*self.before, self.core, *self.after)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the blocks are in the model, and the sublayers in a block. Travels in a pruned checkpoint's config."""
+
+    blocks: str
+    attention: Branch
+    mlp: Branch
+
+    def branch(self, kind: str) -> Branch:
+        return self.attention if kind == "attention" else self.mlp
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+PRE_NORM = Layout(
+    blocks="model.layers",
+    attention=Branch("self_attn", before=("input_layernorm",)),
+    mlp=Branch("mlp", before=("post_attention_layernorm",)),
+)
+
+# By the whole model's `model_type`.
+FAMILIES: dict[str, Layout] = {
+    "llama": PRE_NORM,
+    "mistral": PRE_NORM,
+}
+
+
+def layout_of(config: Any) -> Layout:
+    """The layout of the whole model that `config` describes.
+
+    Raises:
+        ValueError: a family that is not declared here.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"cannot prune a {config.model_type} model; known families: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[config.model_type]
+
+
+def base_architecture(model_type: str) -> str:
+    """Name of transformers' causal language model class of a family."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+
+
+def register() -> None:
+    """Make transformers' `AutoConfig` and `AutoModelForCausalLM` know the pruned families. May be called again."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    from finercut import modeling_finercut
+
+    for model_type in FAMILIES:
+        model_class = getattr(modeling_finercut, modeling_finercut.PREFIX + base_architecture(model_type))
+        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
