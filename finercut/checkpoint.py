@@ -146,7 +146,7 @@ def sizes(config: PreTrainedConfig) -> Sizes:
 def write_pruned(
     whole_directory: Path, removed: Sequence[Sublayer], directory: Path, origin: dict[str, Any], card: str
 ) -> None:
-    """Write the checkpoint of the whole model less `removed`; `directory` must not exist.
+    """Write the checkpoint of the whole model less `removed` into an empty directory.
 
     It loads with finercut imported, or with `trust_remote_code=True` through the one file it carries; transformers
     alone refuses it. Block numbers are those of the whole model.
@@ -157,7 +157,6 @@ def write_pruned(
         card: README.md, the model card.
 
     Raises:
-        FileExistsError: something is at `directory`.
         ValueError: nothing or every attention would go, or the model's family is not known.
     """
     whole = load_whole(whole_directory)
@@ -170,7 +169,6 @@ def write_pruned(
     # The whole model's own tensors: nothing is copied in memory.
     pruned.load_state_dict({n: t for n, t in whole.state_dict().items() if n in names}, assign=True)
     pruned.generation_config = whole.generation_config
-    directory.mkdir(parents=True)
     pruned.save_pretrained(directory)
     for file in whole_directory.iterdir():
         if file.is_file() and file.name not in _REWRITTEN and ".safetensors" not in file.name:

@@ -7,6 +7,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from finercut.staging import staged_file
+
 
 class Report(BaseModel):
     """Written with sorted structure and no timestamps, so that an unchanged result is an unchanged file."""
@@ -15,10 +17,8 @@ class Report(BaseModel):
 
     def write(self, path: Path) -> None:
         """Replaces `path` at once: a reader sees the old file or the new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with staged_file(path) as partial:
+            partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -86,13 +86,15 @@ class SearchReport(Report):
     curves_part: bool
     """Held-out divergence is more than 1.5 times the calibration's: the search fits its calibration set."""
     evaluations: int
-    """Candidates given a complete or abandoned evaluation, over all steps."""
+    """Candidates evaluated, to the end or until abandoned, over all steps."""
     sublayer_passes: int
     """(sublayer, calibration window) forwards done."""
     brute_force_sublayer_passes: int
     """What full forwards of every candidate would have taken."""
+    resumed_after: int
+    """Removals that an earlier, interrupted search had made."""
     seconds: float
-    """Sum over steps, interruptions left out."""
+    """Wall time of this execution's removals."""
 
 
 class PruneReport(Report):

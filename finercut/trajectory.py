@@ -10,11 +10,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finercut.params import Budget
+from finercut.staging import staged_file
 from finercut.sublayers import Sublayer, candidates, parse, protected
 
 
 class Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
+    )
 
     def to_json(self) -> str:
         return self.model_dump_json() + "\n"
@@ -146,13 +149,8 @@ def write(path: Path, trajectory: Trajectory) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _first(error: ValidationError) -> str:

@@ -78,3 +78,20 @@ def tokens():
     import torch
 
     return torch.randint(3, 400, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def _mlflow_directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture
+def mlflow_store(_mlflow_directory, monkeypatch) -> str:
+    """An SQLite store that MLFLOW_TRACKING_URI points at; the current directory is where its files go.
+
+    One for all tests, because the first use of a store takes seconds: let each have an experiment of its own.
+    """
+    monkeypatch.chdir(_mlflow_directory)
+    uri = f"sqlite:///{_mlflow_directory}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri

@@ -1,0 +1,135 @@
+"""From a trajectory and a budget to a pruned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+import finercut
+from finercut.checkpoint import Sizes, sizes, write_pruned
+from finercut.params import Budget
+from finercut.reports import PruneReport
+from finercut.staging import staged
+from finercut.sublayers import Sublayer
+from finercut.trajectory import Removal, Trajectory, removals_within
+from finercut.weights import weights_bytes, weights_sha256
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [finercut, pruned]
+---
+
+# {source}, less {n_removed} of {n_sublayers} sublayers
+
+Pruned without training by FinerCut (arXiv 2405.18218): one by one, the sublayer whose removal changed the output
+distribution least was taken out. The removed weights are gone from this checkpoint.
+
+| | share of the whole model |
+|---|---|
+| sublayers | {shares.sublayers:.1%} |
+| parameters | {shares.parameters:.1%} |
+| KV cache | {shares.kv_cache:.1%} |
+
+Speed-up depends on engine, hardware and load; it is measured in the registered version's `throughput.json`.
+
+- Whole model: {source}, revision `{revision}`, weights sha256 `{whole_sha256}`
+- Attention removed in blocks: {attention}
+- MLP removed in blocks: {mlp}
+- {divergence} divergence from the whole model: {last.divergence:.4f} on the calibration tokens
+  (sha256 `{calibration_sha256}`), {last.held_out_divergence:.4f} on held-out tokens
+
+## Load
+
+With [transformers](https://github.com/huggingface/transformers) and `pip install finercut`:
+
+```python
+import finercut
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Without finercut, `from_pretrained("PATH", trust_remote_code=True)` uses the one Python file in this directory.
+
+## Serve
+
+```sh
+pip install "finercut[cuda]"     # or finercut[cpu]; vLLM finds the plugin by itself
+vllm serve PATH
+```
+"""
+
+
+def prune(whole_directory: Path, trajectory: Trajectory, budget: Budget, directory: Path) -> PruneReport:
+    """Write the pruned checkpoint that a budget buys. Searches nothing.
+
+    Args:
+        directory: replaced if it exists, once the new checkpoint is complete.
+
+    Raises:
+        FileNotFoundError: no whole model.
+        ValueError: the trajectory belongs to another model, or does not reach the budget.
+    """
+    if not (whole_directory / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {whole_directory}: run `finercut fetch` first")
+    provenance = trajectory.provenance
+    whole_sha256 = weights_sha256(whole_directory)
+    if whole_sha256 != provenance.model_sha256:
+        raise ValueError(
+            f"the trajectory was searched on weights {provenance.model_sha256[:12]}, "
+            f"{whole_directory} has {whole_sha256[:12]}: run `finercut search` again"
+        )
+    config = AutoConfig.from_pretrained(whole_directory, local_files_only=True)
+    measured = sizes(config)
+    n_removals = removals_within(trajectory, budget, measured.parameters, measured.n_parameters)
+    taken = trajectory.first(n_removals)
+    removed, last = taken.sublayers(), taken.removals[-1]
+    origin = {
+        "source": provenance.model_source,
+        "revision": provenance.model_revision,
+        "whole_sha256": whole_sha256,
+        "calibration_sha256": provenance.calibration_sha256,
+        "divergence": {provenance.divergence: last.divergence, "held_out": last.held_out_divergence},
+        "version": finercut.__version__,
+    }
+    with staged(directory) as partial:
+        write_pruned(whole_directory, removed, partial, origin, _card(taken, removed, measured, last))
+    kv_bytes = measured.kv_bytes_per_token
+    return PruneReport(
+        removed=[str(s) for s in removed],
+        n_removed_sublayers=len(removed),
+        n_sublayers=len(measured.parameters),
+        shares=measured.shares(removed),
+        divergence=last.divergence,
+        held_out_divergence=last.held_out_divergence,
+        whole_parameters=measured.n_parameters,
+        pruned_parameters=measured.n_parameters - sum(measured.parameters[s] for s in removed),
+        whole_bytes=weights_bytes(whole_directory),
+        pruned_bytes=weights_bytes(directory),
+        whole_kv_bytes_per_token=sum(kv_bytes.values()),
+        pruned_kv_bytes_per_token=sum(kv_bytes.values()) - sum(kv_bytes[s] for s in removed),
+        sha256=weights_sha256(directory),
+    )
+
+
+def _card(taken: Trajectory, removed: list[Sublayer], measured: Sizes, last: Removal) -> str:
+    provenance = taken.provenance
+    blocks = {
+        kind: ", ".join(str(s.block) for s in sorted(removed) if s.kind == kind) or "none" for kind in ("attention", "mlp")
+    }
+    return _CARD.format(
+        source=provenance.model_source,
+        revision=provenance.model_revision,
+        whole_sha256=provenance.model_sha256,
+        calibration_sha256=provenance.calibration_sha256,
+        divergence=provenance.divergence,
+        n_removed=len(removed),
+        n_sublayers=len(measured.parameters),
+        shares=measured.shares(removed),
+        last=last,
+        **blocks,
+    )

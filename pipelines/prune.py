@@ -1,0 +1,38 @@
+"""Stage `prune`: the trajectory cut at the budget in, the pruned checkpoint and the removal map out."""
+
+from __future__ import annotations
+
+import logging
+
+from finercut import paths
+from finercut.params import Params
+from finercut.pictures import removal_map
+from finercut.pruning import prune
+from finercut.reports import PruneReport
+from finercut.trajectory import read_trajectory
+
+logger = logging.getLogger("finercut")
+
+
+def run(params: Params) -> PruneReport:
+    """
+    Raises:
+        FileNotFoundError: the model or the trajectory is missing.
+        ValueError: they do not belong together, or the trajectory does not reach the budget.
+    """
+    found = read_trajectory(paths.TRAJECTORY)
+    report = prune(paths.MODEL, found, params.prune.budget, paths.PRUNED)
+    n_removals = next(n for n in range(len(found.removals) + 1) if len(found.sublayers(n)) == len(report.removed))
+    title = f"{found.provenance.model_source}: {report.n_removed_sublayers} of {report.n_sublayers} sublayers removed"
+    removal_map(found.first(n_removals), paths.REMOVALS_PICTURE, title)
+    shares = report.shares
+    logger.info(
+        "prune: removed %.1f %% of sublayers, %.1f %% of parameters, %.1f %% of KV cache; %.0f -> %.0f MiB",
+        100 * shares.sublayers,
+        100 * shares.parameters,
+        100 * shares.kv_cache,
+        report.whole_bytes / 2**20,
+        report.pruned_bytes / 2**20,
+    )
+    report.write(paths.report("prune"))
+    return report

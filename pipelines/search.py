@@ -1,0 +1,151 @@
+"""Stage `search`: the model and the calibration set in, the trajectory and its curves out."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import finercut
+from finercut import paths, tracking, trajectory
+from finercut.calibration import load_tokens
+from finercut.checkpoint import device_of, load_whole
+from finercut.greedy import search
+from finercut.params import Params
+from finercut.params import Search as SearchParams
+from finercut.pictures import divergence_curves
+from finercut.reports import FetchReport, SearchReport
+from finercut.staging import staged_file
+from finercut.sublayers import candidates
+from finercut.trajectory import Provenance, Trajectory
+
+logger = logging.getLogger("finercut")
+
+# Held-out divergence this many times the calibration's: the removals fit the calibration set, not the model's use.
+PART_RATIO = 1.5
+
+
+def run(params: Params) -> SearchReport:
+    """Search, continuing where an interrupted search of the same provenance stopped.
+
+    Raises:
+        FileNotFoundError: the model or the calibration set is missing.
+        ValueError: more is to be removed than there is.
+    """
+    settings = params.search
+    fetched = FetchReport.read(paths.report("fetch"))
+    tokens = load_tokens(paths.CALIBRATION)
+    n_candidates = len(candidates(fetched.n_blocks, settings.candidates))
+    n_removals = settings.removals if settings.removals >= 1 else int(settings.removals * n_candidates)
+    if not 0 < n_removals <= n_candidates:
+        raise ValueError(f"search.removals = {settings.removals}: cannot remove {n_removals} of {n_candidates} candidates")
+    device = device_of(settings.device)
+    provenance = Provenance(
+        model_source=fetched.source,
+        model_revision=fetched.revision,
+        model_sha256=fetched.sha256,
+        n_blocks=fetched.n_blocks,
+        calibration_sha256=tokens.calibration_sha256,
+        held_out_sha256=tokens.held_out_sha256,
+        divergence=settings.divergence,
+        candidates=settings.candidates,
+        protect=sorted(settings.protect),
+        exclude=settings.exclude,
+        dtype=settings.dtype,
+        device=device.type,
+        torch_version=torch.__version__,
+        transformers_version=transformers.__version__,
+        finercut_version=finercut.__version__,
+    )
+    in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
+    found = trajectory.resume(in_progress, provenance)
+    resumed_after = len(found.removals)
+    if resumed_after:
+        logger.info("search: %d of %d removals found from an earlier search", min(resumed_after, n_removals), n_removals)
+    started = time.monotonic()
+    if resumed_after < n_removals:
+        model = load_whole(paths.MODEL, getattr(torch, settings.dtype), device)
+        with tqdm(
+            desc="search", unit="window", total=(n_removals - resumed_after) * len(tokens.calibration), disable=None
+        ) as bar:
+            for removal in search(
+                model,
+                tokens.calibration,
+                tokens.held_out,
+                n_removals,
+                divergence=settings.divergence,
+                kinds=settings.candidates,
+                protect=settings.protect,
+                exclude=settings.exclude,
+                earlier=found.removals,
+                progress=bar.update,
+            ):
+                trajectory.append(in_progress, removal)
+                _tell(removal, n_removals, time.monotonic() - started, resumed_after)
+    finished = trajectory.read_trajectory(in_progress).first(n_removals)
+    trajectory.write(paths.TRAJECTORY, finished)
+    _write_curve(finished)
+    divergence_curves(finished, paths.CURVE_PICTURE)
+    report = _report(finished, settings, n_candidates, min(resumed_after, n_removals), time.monotonic() - started)
+    if report.curves_part:
+        logger.warning(
+            "search: divergence on held-out tokens is %.2f times the calibration's: the removals fit the calibration "
+            "set; make it larger or broader",
+            report.final_held_out_divergence / report.final_divergence,
+        )
+    report.write(paths.report("search"))
+    return report
+
+
+def _tell(removal: trajectory.Removal, n_removals: int, seconds: float, resumed_after: int) -> None:
+    saved = 1 - removal.sublayer_passes / removal.brute_force_sublayer_passes
+    eta_s = seconds / (removal.step - resumed_after) * (n_removals - removal.step)
+    logger.info(
+        "search: %d/%d removed %s, divergence %.4f, held-out %.4f, %.0f %% of brute force saved, about %.0f s left",
+        removal.step,
+        n_removals,
+        removal.sublayer,
+        removal.divergence,
+        removal.held_out_divergence,
+        100 * saved,
+        eta_s,
+    )
+    tracking.log_metrics(
+        {
+            "search.divergence": removal.divergence,
+            "search.held_out_divergence": removal.held_out_divergence,
+            "search.work_saved": saved,
+        },
+        step=removal.step,
+    )
+
+
+def _write_curve(finished: Trajectory) -> None:
+    with staged_file(paths.CURVE) as partial, partial.open("w", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["step", "sublayer", "divergence", "held_out_divergence"])
+        table.writerows([r.step, r.sublayer, r.divergence, r.held_out_divergence] for r in finished.removals)
+
+
+def _report(
+    finished: Trajectory, settings: SearchParams, n_candidates: int, resumed_after: int, seconds: float
+) -> SearchReport:
+    last = finished.removals[-1]
+    return SearchReport(
+        divergence=settings.divergence,
+        n_candidates=n_candidates,
+        n_removals=len(finished.removals),
+        removals=[r.sublayer for r in finished.removals],
+        final_divergence=last.divergence,
+        final_held_out_divergence=last.held_out_divergence,
+        curves_part=last.held_out_divergence > PART_RATIO * last.divergence,
+        evaluations=sum(r.evaluations for r in finished.removals),
+        sublayer_passes=sum(r.sublayer_passes for r in finished.removals),
+        brute_force_sublayer_passes=sum(r.brute_force_sublayer_passes for r in finished.removals),
+        resumed_after=resumed_after,
+        seconds=seconds,
+    )
