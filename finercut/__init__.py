@@ -35,16 +35,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'finercut' has no attribute {name!r}")
 
 
-_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-_AUTO_MODEL = "transformers.models.auto.modeling_auto"
+_REGISTER = {
+    "transformers.models.auto.configuration_auto": "register_configs",
+    "transformers.models.auto.modeling_auto": "register_models",
+}
 
 
 def _register(imported: str) -> None:
-    if imported == _AUTO_MODEL:
-        importlib.import_module("finercut.families").register()
-    else:
-        # Comes after the other one, unless that is being imported right now and will see to it itself.
-        importlib.import_module(_AUTO_MODEL)
+    getattr(importlib.import_module("finercut.families"), _REGISTER[imported])()
 
 
 class _RegisterAfter(MetaPathFinder, Loader):
@@ -71,7 +69,7 @@ class _RegisterAfter(MetaPathFinder, Loader):
         _register(self.name)
 
 
-for _name in (_AUTO_CONFIG, _AUTO_MODEL):
+for _name in _REGISTER:
     if _name in sys.modules:
         _register(_name)
     else:

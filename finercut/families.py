@@ -6,6 +6,7 @@ its sake alone (norms). Members are named as attributes of the block.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,14 +70,30 @@ def base_architecture(model_type: str) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
 
 
-def register() -> None:
-    """Make transformers' `AutoConfig` and `AutoModelForCausalLM` know the pruned families. May be called again."""
-    from transformers.models.auto.configuration_auto import AutoConfig
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+def register_configs() -> None:
+    """Make transformers' `AutoConfig` know the pruned families. May be called again.
+
+    Names only, as transformers keeps its own: the classes cannot be made while transformers is still being imported.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     from finercut import modeling_finercut
 
     for model_type in FAMILIES:
-        model_class = getattr(modeling_finercut, modeling_finercut.PREFIX + base_architecture(model_type))
-        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
+        CONFIG_MAPPING_NAMES[f"finercut_{model_type}"] = modeling_finercut.PREFIX + CONFIG_MAPPING_NAMES[model_type]
+        # Where transformers looks for the classes of a model type.
+        sys.modules[f"transformers.models.finercut_{model_type}"] = modeling_finercut
+
+
+def register_models() -> None:
+    """Make transformers' `AutoModelForCausalLM` know the pruned families, by name too. May be called again."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from finercut.modeling_finercut import PREFIX
+
+    for model_type in FAMILIES:
+        pruned = f"finercut_{model_type}"
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[pruned] = PREFIX + base_architecture(model_type)
+        # Made from the configs' names when that module was imported, which may have been before ours were among them.
+        MODEL_FOR_CAUSAL_LM_MAPPING._reverse_config_mapping[CONFIG_MAPPING_NAMES[pruned]] = pruned

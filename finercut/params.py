@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Divergence = Literal["js", "kl", "angular", "norm", "js_official"]
+Stage = Literal["fetch", "calibrate", "search", "prune", "evaluate", "throughput"]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -182,7 +183,7 @@ class Throughput(Section):
 
 
 class Register(Section):
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^/:@'\"]+$")]
     """Of the registered model in MLflow."""
     min_retention: PositiveFloat
     """Mean over tasks of pruned over whole accuracy."""
@@ -195,10 +196,10 @@ class Register(Section):
 class Flow(Section):
     experiment: str
     """MLflow experiment."""
-    retries: dict[str, Annotated[int, Field(ge=0)]]
+    retries: dict[Stage, Annotated[int, Field(ge=0)]]
     """By stage; others are not retried."""
     retry_delay_s: Annotated[float, Field(ge=0)]
-    timeout_s: dict[str, PositiveFloat]
+    timeout_s: dict[Stage, PositiveFloat]
     """By stage; others have no limit."""
 
 

