@@ -84,8 +84,8 @@ def search(
             held_out_divergence=unseen.divergence(),
             values={str(c): value for c, value in outcome.values.items()},
             abandoned={str(c): value for c, value in outcome.abandoned.items()},
-            evaluations=outcome.work.evaluations,
-            sublayer_passes=outcome.work.sublayer_passes,
+            evaluations=len(choice),
+            sublayer_passes=outcome.sublayer_passes,
             brute_force_sublayer_passes=len(calibration) * sum(n_sublayers - len(c.sublayers) for c in choice),
         )
 

@@ -8,10 +8,11 @@ branches that are under way go through a sublayer as one batch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,39 @@ from finercut.sublayers import KINDS, Candidate, Sublayer
 MICRO_BATCH_TOKENS = 2048
 # Logits whose divergence is computed at once: 4 MiB in float32, which the caches of a core hold.
 DIVERGENCE_LOGITS = 2**20
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """Runs independent pieces of work at once: a thread a core on a CPU, none beside the caller's on a GPU.
+
+    Torch's own threads meet after every operation, thousands of times a second, and wait for the slowest each time;
+    on a machine that does other things too, that costs far more than the other things do. These meet after a piece.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self._inside = threading.local()
+        self._pool = ThreadPoolExecutor(n_threads, initializer=self._enter) if n_threads > 1 else None
+        self.n_threads = n_threads
+
+    def _enter(self) -> None:
+        self._inside.worker = True
+        torch.set_num_threads(1)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """Results in the order of the items. Called from within a piece of work, does one after the other."""
+        items = list(items)
+        if self._pool is None or len(items) < 2 or getattr(self._inside, "worker", False):
+            return [function(item) for item in items]
+
+        def piece(item: Item) -> Result:
+            with torch.inference_mode():
+                return function(item)
+
+        return list(self._pool.map(piece, items))
 
 
 @dataclass(frozen=True)
@@ -50,8 +84,7 @@ class Blocks:
         """
         self.model = model
         self.layout = layout
-        self.container = model.get_submodule(layout.blocks)
-        self.blocks = list(self.container)
+        self.blocks = list(model.get_submodule(layout.blocks))
         self._views: dict[tuple[int, frozenset[str]], nn.Module] = {}
         self._arguments = self._capture(tokens)
         kinds = [(kind,) for kind in KINDS] if self._sequential(tokens) else [KINDS]
@@ -61,8 +94,7 @@ class Blocks:
         """The block with some kinds bypassed; shares its weights."""
         key = (block, without)
         if key not in self._views:
-            view = copy.copy(self.blocks[block])
-            view._modules = dict(view._modules)
+            view = _shallow(self.blocks[block])
             for kind in sorted(without):
                 bypass(view, kind, self.layout.to_dict())
             self._views[key] = view
@@ -80,24 +112,25 @@ class Blocks:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) ids -> (batch, tokens, hidden): what the first block is given."""
-        with self._replaced(_Catch()) as catch:
-            self.model(tokens, use_cache=False)
+        catch = _Catch()
+        self._around(catch)(tokens, use_cache=False)
         return catch.states
 
     def logits(self, states: Tensor) -> Tensor:
         """(batch, tokens, hidden) after the last block -> (batch, tokens, vocab), all by the model's own code."""
-        with self._replaced(_Inject(states)):
-            ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-            return self.model(ids, use_cache=False).logits
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        return self._around(_Inject(states))(ids, use_cache=False).logits
 
-    @contextmanager
-    def _replaced(self, only: nn.Module) -> Iterator[Any]:
-        blocks = self.container._modules
-        self.container._modules = {"0": only}
-        try:
-            yield only
-        finally:
-            self.container._modules = blocks
+    def _around(self, only: nn.Module) -> nn.Module:
+        """The model with `only` in place of all of its blocks; shares its weights."""
+        model = _shallow(self.model)
+        *parents, last = self.layout.blocks.split(".")
+        holder = model
+        for name in parents:
+            holder._modules[name] = _shallow(holder._modules[name])
+            holder = holder._modules[name]
+        holder._modules[last] = nn.ModuleList([only])
+        return model
 
     def _capture(self, tokens: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
         """What the model passes each block besides the states: masks, position embeddings."""
@@ -123,6 +156,13 @@ class Blocks:
         return torch.equal(one_by_one, self.blocks[0](states, *args, **kwargs))
 
 
+def _shallow(module: nn.Module) -> nn.Module:
+    """Another module with the same parameters and children, whose children can be replaced."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    return copied
+
+
 class _Catch(nn.Module):
     """Stands for all blocks and keeps what they are given."""
 
@@ -142,25 +182,16 @@ class _Inject(nn.Module):
         return self.states
 
 
-@dataclass
-class Work:
-    """How much was done."""
-
-    sublayer_passes: int = 0
-    """(sublayer, window) forwards."""
-    evaluations: int = 0
-    """(candidate) evaluations begun."""
-
-
 class Window:
     """One calibration window: the whole model's output on it, and the trunk of the model as it stands."""
 
-    def __init__(self, blocks: Blocks, tokens: Tensor, divergence: Divergence) -> None:
+    def __init__(self, blocks: Blocks, tokens: Tensor, divergence: Divergence, workers: Workers) -> None:
         """
         Args:
             tokens: ids, (tokens,)
         """
         self.blocks = blocks
+        self.workers = workers
         self.divergence = divergence
         self.n_tokens = tokens.shape[0]
         states = blocks.embed(tokens[None])
@@ -182,33 +213,31 @@ class Window:
             states = self.blocks.run(self.blocks.units[depth], states, removed)
             self.trunk[depth + 1] = states
 
-    def total(self, states: Tensor, limit: float = float("inf"), already: float = 0.0) -> float:
-        """Sum over the window's tokens of the divergence of a model that ends in `states`, plus `already`.
+    def total(self, states: Tensor, limit: float = float("inf")) -> float:
+        """Sum over the window's tokens of the divergence of a model that ends in `states`, (tokens, hidden).
 
         Stops early once the sum is over `limit`; what it returns then is over the limit too. A non-finite output is
         infinitely far.
         """
-        logits = self.blocks.logits(states)[0]
-        total = already
+        logits = self.blocks.logits(states[None])[0]
+        total = 0.0
         for reference, part in zip(self.reference, logits.split(self.chunk), strict=True):
             total += self.divergence.per_token(reference, part.float()).sum(dtype=torch.float64).item()
             if not total <= limit:
                 break
         return total if total == total else float("inf")
 
-    def branches(
-        self, candidates: Sequence[tuple[int, Candidate]], removed: frozenset[Sublayer], work: Work
-    ) -> Tensor:
+    def branches(self, candidates: Sequence[tuple[int, Candidate]], removed: frozenset[Sublayer]) -> tuple[Tensor, int]:
         """Where the model ends without each candidate.
 
         Args:
             candidates: with the unit each starts at, by depth.
 
         Returns:
-            (candidates, tokens, hidden)
+            (candidates, tokens, hidden), and the number of (sublayer, window) forwards it took
         """
         states = self.trunk[0].new_empty(len(candidates), *self.trunk[0].shape[1:])
-        n_live = 0
+        n_live = n_passes = 0
         for depth in range(candidates[0][0], len(self.blocks.units)):
             unit = self.blocks.units[depth]
             n_before = n_live
@@ -219,20 +248,24 @@ class Window:
             n_plain = n_before
             while n_plain > 0 and not set(unit.sublayers).isdisjoint(candidates[n_plain - 1][1].sublayers):
                 n_plain -= 1
-            self._advance(unit, states[:n_plain], removed, work)
+            n_passes += self._advance(unit, states[:n_plain], removed)
             for branch in range(n_plain, n_live):
                 gone = removed.union(candidates[branch][1].sublayers)
-                self._advance(unit, states[branch : branch + 1], gone, work)
-        return states
+                n_passes += self._advance(unit, states[branch : branch + 1], gone)
+        return states, n_passes
 
-    def _advance(self, unit: Unit, states: Tensor, removed: frozenset[Sublayer], work: Work) -> None:
-        """Run `states` through a unit, in place."""
+    def _advance(self, unit: Unit, states: Tensor, removed: frozenset[Sublayer]) -> int:
+        """Run `states` through a unit, in place; returns the number of forwards."""
         n_run = len(unit.kinds) - len(removed.intersection(unit.sublayers))
         if len(states) == 0 or (n_run == 0 and len(unit.kinds) == 1):
-            return
-        work.sublayer_passes += n_run * states.shape[0]
-        for batch in states.split(max(1, MICRO_BATCH_TOKENS // self.n_tokens)):
+            return 0
+
+        def run(batch: Tensor) -> None:
             batch.copy_(self.blocks.run(unit, batch, removed))
+
+        fair_share = -(-len(states) // self.workers.n_threads)
+        self.workers.map(run, states.split(min(fair_share, max(1, MICRO_BATCH_TOKENS // self.n_tokens))))
+        return n_run * len(states)
 
 
 @dataclass(frozen=True)
@@ -243,14 +276,20 @@ class Outcome:
     """Those evaluated on every window."""
     abandoned: dict[Candidate, float]
     """Those given up, with the lower bound they had reached."""
-    work: Work
+    sublayer_passes: int
+    """(sublayer, window) forwards."""
 
 
 class Sweep:
     """Evaluates candidates against the whole model on the calibration tokens, on top of earlier removals."""
 
     def __init__(
-        self, model: PreTrainedModel, layout: Layout, tokens: Tensor, divergence: Divergence, removed: Iterable[Sublayer] = ()
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        tokens: Tensor,
+        divergence: Divergence,
+        removed: Iterable[Sublayer] = (),
     ) -> None:
         """
         Args:
@@ -258,9 +297,12 @@ class Sweep:
             removed: sublayers that are gone already, when a search is resumed.
         """
         tokens = tokens.to(model.device)
+        self.workers = Workers(model.device)
         with torch.inference_mode():
             self.blocks = Blocks(model, layout, tokens[:1])
-            self.windows = [Window(self.blocks, window, divergence) for window in tokens]
+            self.windows = self.workers.map(
+                lambda window: Window(self.blocks, window, divergence, self.workers), tokens
+            )
         self.n_tokens = tokens.numel()
         self.removed: frozenset[Sublayer] = frozenset()
         self._start = {s: depth for depth, unit in enumerate(self.blocks.units) for s in unit.sublayers}
@@ -277,20 +319,16 @@ class Sweep:
         new = frozenset(sublayers)
         self.removed |= new
         first = min(self._start[s] for s in new)
-        for window in self.windows:
-            window.remove(self.removed, first)
+        self.workers.map(lambda window: window.remove(self.removed, first), self.windows)
 
     @torch.inference_mode()
     def divergence(self) -> float:
         """Of the model as it stands."""
-        return sum(window.total(window.trunk[-1]) for window in self.windows) / self.n_tokens
+        return sum(self.workers.map(lambda w: w.total(w.trunk[-1][0]), self.windows)) / self.n_tokens
 
     @torch.inference_mode()
     def evaluate(
-        self,
-        candidates: Sequence[Candidate],
-        abandon: bool = True,
-        progress: Callable[[], Any] = lambda: None,
+        self, candidates: Sequence[Candidate], abandon: bool = True, progress: Callable[[], Any] = lambda: None
     ) -> Outcome:
         """Divergence of the model without each candidate.
 
@@ -301,43 +339,79 @@ class Sweep:
         Args:
             progress: called after every window.
         """
-        work = Work(evaluations=len(candidates))
-        sums = dict.fromkeys(sorted(candidates), 0.0)
-        seen = dict.fromkeys(sums, 0)
-        best = float("inf")
-
-        def advance(group: Sequence[Candidate], window: int) -> None:
-            starting = [(self._start[c.sublayers[0]], c) for c in group]
-            ends = self.windows[window].branches(starting, self.removed, work)
-            for candidate, end in zip(group, ends, strict=True):
-                limit = best if abandon else float("inf")
-                sums[candidate] = self.windows[window].total(end[None], limit, sums[candidate])
-                seen[candidate] = window + 1
-
-        def finish(candidate: Candidate) -> None:
-            nonlocal best
-            for window in range(seen[candidate], len(self.windows)):
-                if sums[candidate] > best:
-                    return
-                advance([candidate], window)
-            best = min(best, sums[candidate])
-
-        alive = list(sums)
+        race = _Race(self, sorted(candidates), abandon)
         for window in range(len(self.windows)):
-            if alive:
-                advance(alive, window)
-                alive = [c for c in alive if not (abandon and sums[c] > best)]
-                if window == len(self.windows) - 1:
-                    best = min([best, *(sums[c] for c in alive)])
-                elif abandon and alive:
-                    # The one in front now is mostly the one in front at the end: its value is the next bound.
-                    finish(min(alive, key=sums.__getitem__))
-                    alive = [c for c in alive if seen[c] == window + 1 and not sums[c] > best]
+            race.run(window)
             progress()
-        complete = {c for c in sums if seen[c] == len(self.windows) and not (abandon and sums[c] > best)}
-        means = {c: total / self.n_tokens for c, total in sums.items()}
+        return race.outcome()
+
+    def ends(self, window: int, group: Sequence[Candidate]) -> tuple[Tensor, int]:
+        """Where the model ends on a window without each candidate of `group`, as `Window.branches` does."""
+        return self.windows[window].branches([(self._start[c.sublayers[0]], c) for c in group], self.removed)
+
+
+class _Race:
+    """One step's candidates on their way through the windows."""
+
+    def __init__(self, sweep: Sweep, candidates: Sequence[Candidate], abandon: bool) -> None:
+        self.sweep = sweep
+        self.abandon = abandon
+        self.alive = list(candidates)
+        self.sums = dict.fromkeys(candidates, 0.0)
+        self.complete: set[Candidate] = set()
+        self.best = float("inf")
+        self.sublayer_passes = 0
+
+    def run(self, window: int) -> None:
+        """One window, for all that are alive."""
+        if not self.alive:
+            return
+        ends, n_passes = self.sweep.ends(window, self.alive)
+        self.sublayer_passes += n_passes
+        totals = self.sweep.workers.map(
+            lambda each: self.sweep.windows[window].total(each[1], self._left(each[0])),
+            list(zip(self.alive, ends, strict=True)),
+        )
+        for candidate, total in zip(self.alive, totals, strict=True):
+            self.sums[candidate] += total
+        self._drop()
+        if window == len(self.sweep.windows) - 1:
+            for candidate in self.alive:
+                self._finish(candidate)
+        elif self.abandon and self.alive:
+            self._run_ahead(min(self.alive, key=self.sums.__getitem__), window + 1)
+        self._drop()
+
+    def _run_ahead(self, candidate: Candidate, first: int) -> None:
+        """All windows that are left, for the one in front: mostly it is in front at the end, a bound for the others."""
+        left = self._left(candidate)
+
+        def one(window: int) -> tuple[float, int]:
+            ends, n_passes = self.sweep.ends(window, [candidate])
+            return self.sweep.windows[window].total(ends[0], left), n_passes
+
+        for total, n_passes in self.sweep.workers.map(one, range(first, len(self.sweep.windows))):
+            self.sums[candidate] += total
+            self.sublayer_passes += n_passes
+        self.alive.remove(candidate)
+        if self.sums[candidate] <= self.best:
+            self._finish(candidate)
+
+    def _left(self, candidate: Candidate) -> float:
+        return self.best - self.sums[candidate] if self.abandon else float("inf")
+
+    def _finish(self, candidate: Candidate) -> None:
+        self.complete.add(candidate)
+        self.best = min(self.best, self.sums[candidate])
+
+    def _drop(self) -> None:
+        if self.abandon:
+            self.alive = [c for c in self.alive if not self.sums[c] > self.best]
+
+    def outcome(self) -> Outcome:
+        means = {c: total / self.sweep.n_tokens for c, total in self.sums.items()}
         return Outcome(
-            values={c: m for c, m in means.items() if c in complete},
-            abandoned={c: m for c, m in means.items() if c not in complete},
-            work=work,
+            values={c: mean for c, mean in means.items() if c in self.complete},
+            abandoned={c: mean for c, mean in means.items() if c not in self.complete},
+            sublayer_passes=self.sublayer_passes,
         )
