@@ -1,0 +1,45 @@
+# `make demo` and `make test` set everything up themselves. GPU=1 installs CUDA builds instead of CPU ones.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+HARDWARE := $(if $(GPU),cuda,cpu)
+READY := .venv/.ready-$(HARDWARE)
+
+# Stages are started by name, from the environment they were installed in.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# No tool reports to its makers: the first is DVC's switch, the other one Prefect's, MLflow's and vLLM's.
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: help setup demo test format lock ui
+
+help: ## Show these targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+
+setup: $(READY) ## Create .venv with the locked versions
+
+$(READY): requirements/$(HARDWARE).txt requirements/install pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed, found $$($(PYTHON) --version); name one: make setup PYTHON=python3.11" >&2; exit 1; }
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	requirements/install $(HARDWARE)
+	@rm -f .venv/.ready-* && touch $@
+
+demo: setup ## Compress the model of params.yaml and show what came out
+	finercut run
+
+test: setup ## Check style and run every test
+	ruff check .
+	pytest
+
+format: setup ## Put the code into the house format
+	ruff check --fix .
+	ruff format .
+
+lock: setup ## Resolve the requirements anew, for CPU and CUDA
+	uv pip compile pyproject.toml --extra pipeline --extra cpu --extra dev --python-version 3.11 --upgrade \
+		--no-emit-find-links --no-emit-index-url --no-annotate -o requirements/cpu.txt
+	uv pip compile pyproject.toml --extra pipeline --extra cuda --extra dev --python-version 3.11 --upgrade \
+		--no-emit-find-links --no-emit-index-url --no-annotate -o requirements/cuda.txt
+
+ui: setup ## Browse the recorded runs at http://127.0.0.1:5000
+	mlflow ui

@@ -1,0 +1,44 @@
+"""What `mlflow.pyfunc` runs for a registered version: text in, text out. MLflow stores this file beside the checkpoint.
+
+It stands alone on purpose: it must load where only mlflow, torch and transformers are installed.
+"""
+
+from pathlib import Path
+
+import pandas
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+
+
+class ServedModel(PythonModel):
+    """Greedy continuation of each prompt."""
+
+    def load_context(self, context):
+        self.tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+        # The checkpoint's own modelling file, uploaded with it, serves where finercut is not installed.
+        model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="auto", trust_remote_code=True)
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def predict(self, context, model_input: pandas.DataFrame, params=None):
+        """
+        Args:
+            model_input: one column, the prompts
+            params: max_new_tokens
+
+        Returns:
+            the continuations, without their prompts
+        """
+        max_new_tokens = (params or {}).get("max_new_tokens", 64)
+        return [self._continue(prompt, max_new_tokens) for prompt in model_input.iloc[:, 0]]
+
+    def _continue(self, prompt, max_new_tokens):
+        inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+set_model(ServedModel())

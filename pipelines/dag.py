@@ -1,0 +1,76 @@
+"""The door to DVC: which stages `dvc.yaml` has, in order, and what `dvc.lock` vouches for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import networkx as nx
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from scmrepo.exceptions import SCMError
+
+from finercut import paths
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    reports: tuple[Path, ...]
+    """Its outputs under reports/."""
+
+
+@contextmanager
+def _repo() -> Iterator[Repo]:
+    try:
+        with Repo(str(Path.cwd())) as repo:
+            yield repo
+    except (DvcException, SCMError) as error:
+        raise RuntimeError(f"DVC: {error}; run from the root of a clone of the project") from error
+
+
+def stages() -> list[Stage]:
+    """In the order they run: every stage after those it depends on."""
+    with _repo() as repo:
+        graph = repo.index.graph
+        ordered = reversed(list(nx.lexicographical_topological_sort(graph, key=lambda stage: stage.addressing)))
+        # Copies of dvc.yaml in other folders (MLflow keeps one a run) are no stages of this pipeline.
+        return [Stage(s.addressing, _reports(s.outs)) for s in ordered if not set(s.addressing) & set(":/")]
+
+
+def _reports(outs) -> tuple[Path, ...]:
+    return tuple(sorted(Path(out.def_path) for out in outs if Path(out.def_path).is_relative_to(paths.REPORTS)))
+
+
+def stale() -> list[str]:
+    """Stages whose inputs, parameters, code or outputs are not those of `dvc.lock`."""
+    with _repo() as repo:
+        return sorted(repo.status())
+
+
+def md5(output: Path) -> str:
+    """What DVC recorded for `output`.
+
+    Raises:
+        RuntimeError: no stage has been reproduced that writes it.
+    """
+    with _repo() as repo:
+        found = [
+            out.hash_info.value for stage in repo.index.stages for out in stage.outs if out.def_path == str(output)
+        ]
+    if not found or found[0] is None:
+        raise RuntimeError(f"dvc.lock has no {output}: run `finercut run` or `dvc repro` first")
+    return found[0]
+
+
+def revision() -> dict[str, str]:
+    """Tags: the git commit, and whether the tree differs from it. `dvc.lock` does not count, every run writes it."""
+    with _repo() as repo:
+        staged, unstaged, untracked = repo.scm.status(untracked_files="all")
+        changed = {path for group in staged.values() for path in group} | {*unstaged, *untracked}
+        return {
+            "mlflow.source.git.commit": repo.scm.get_rev(),
+            "git.dirty": str(bool(changed - {"dvc.lock"})).lower(),
+        }

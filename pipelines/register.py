@@ -1,0 +1,144 @@
+"""Register the pruned model in MLflow if its reports pass the gate of `params.yaml`.
+
+Reads artifacts/pruned, every report and dvc.lock; writes reports/register.json. Not a stage of DVC, because it acts on
+the registry; the same checkpoint is never registered twice under one name.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from finercut import gate, paths, registry
+from finercut.params import Params
+from finercut.reports import (
+    CalibrateReport,
+    EvaluateReport,
+    FetchReport,
+    GateCheck,
+    ParityReport,
+    PruneReport,
+    RegisterReport,
+    SearchReport,
+    ThroughputReport,
+)
+from pipelines import dag
+
+logger = logging.getLogger("finercut")
+
+PIPELINE_FILES = (Path("params.yaml"), Path("dvc.yaml"), Path("dvc.lock"))
+
+
+class Refused(RuntimeError):
+    """The model did not pass the gate."""
+
+
+def run(params: Params, mlflow_run: registry.Run | None = None) -> RegisterReport:
+    """Register under `mlflow_run`, or under a run of its own.
+
+    Raises:
+        FileNotFoundError: a report is missing.
+        Refused: the gate was not passed; the report is written and the reasons are in the MLflow run.
+        RuntimeError: the files are not those `dvc.lock` vouches for, or MLflow does not answer.
+    """
+    checks = _judge(params)
+    stages = dag.stages()
+    if stale := dag.stale():
+        raise RuntimeError(f"not reproduced since something changed: {', '.join(stale)}; run `finercut run`")
+    if mlflow_run is not None:
+        return _register(params, checks, stages, mlflow_run)
+    mlflow_run = registry.open_run(
+        params.flow.experiment, params.model_dump(mode="json", by_alias=True), dag.revision()
+    )
+    with registry.recorded(mlflow_run):
+        for stage in stages:
+            mlflow_run.log_reports(stage.reports)
+        for path in PIPELINE_FILES:
+            mlflow_run.log_file(path, "pipeline")
+        return _register(params, checks, stages, mlflow_run)
+
+
+def _judge(params: Params) -> list[GateCheck]:
+    limits = params.register_
+    return gate.check(
+        evaluate=EvaluateReport.read(paths.report("evaluate")),
+        parity=ParityReport.read(paths.PARITY),
+        throughput=ThroughputReport.read(paths.report("throughput")),
+        min_retention=limits.min_retention,
+        min_speed_up=limits.min_speed_up,
+        max_perplexity_ratio=limits.max_perplexity_ratio,
+    )
+
+
+def _register(
+    params: Params, checks: list[GateCheck], stages: list[dag.Stage], mlflow_run: registry.Run
+) -> RegisterReport:
+    name = params.register_.name
+    failed = [c.reason for c in checks if not c.passed]
+    if failed:
+        report = _report("refused", None, checks, name, mlflow_run)
+    else:
+        md5 = dag.md5(paths.PRUNED)
+        known = registry.find_version(mlflow_run, name, md5)
+        found = known or _new_version(stages, checks, name, md5, mlflow_run)
+        report = _report("already registered" if known else "registered", found, checks, name, mlflow_run)
+    report.write(paths.report("register"))
+    mlflow_run.log_file(paths.report("register"), "reports")
+    mlflow_run.log_tags({"gate": "refused" if failed else "passed", "register": report.status})
+    if failed:
+        raise Refused(f"{name} is not registered: {'; '.join(failed)}")
+    logger.info("%s: %s", report.status, report.model_uri)
+    return report
+
+
+def _report(
+    status: str, found: registry.Registered | None, checks: list[GateCheck], name: str, mlflow_run: registry.Run
+) -> RegisterReport:
+    return RegisterReport(
+        status=status,
+        passed=all(c.passed for c in checks),
+        checks=checks,
+        name=name,
+        version=found.version if found else None,
+        model_uri=found.model_uri if found else None,
+        run_id=mlflow_run.run_id,
+        tracking_uri=registry.without_credentials(registry.tracking_uri()),
+    )
+
+
+def _new_version(
+    stages: list[dag.Stage], checks: list[GateCheck], name: str, md5: str, mlflow_run: registry.Run
+) -> registry.Registered:
+    reports = [path for stage in stages for path in stage.reports]
+    metrics: dict[str, float] = {}
+    for path in reports:
+        if path.suffix == ".json":
+            metrics |= registry.numbers(path)
+    logger.info("uploading %s as a version of %s", paths.PRUNED, name)
+    return registry.register(
+        mlflow_run, name, paths.PRUNED, [*reports, *PIPELINE_FILES], metrics, dag.revision() | _provenance(checks), md5
+    )
+
+
+def _provenance(checks: list[GateCheck]) -> dict[str, str]:
+    fetch = FetchReport.read(paths.report("fetch"))
+    prune = PruneReport.read(paths.report("prune"))
+    evaluate = EvaluateReport.read(paths.report("evaluate"))
+    throughput = ThroughputReport.read(paths.report("throughput"))
+    return {
+        "parent": fetch.source,
+        "parent.revision": fetch.revision,
+        "parent.sha256": fetch.sha256,
+        "calibration.sha256": CalibrateReport.read(paths.report("calibrate")).calibration_sha256,
+        "divergence": SearchReport.read(paths.report("search")).divergence,
+        "pruned.sha256": prune.sha256,
+        "removals": ", ".join(prune.removed),
+        "share.sublayers": f"{prune.shares.sublayers:.4f}",
+        "share.parameters": f"{prune.shares.parameters:.4f}",
+        "share.kv_cache": f"{prune.shares.kv_cache:.4f}",
+        "mean_retention": str(evaluate.mean_retention),
+        "perplexity_ratio": f"{evaluate.perplexity_ratio:.4f}",
+        "speed_up": f"{throughput.speed_up:.4f}",
+        "gate": "passed",
+        "gate.checks": "; ".join(c.reason for c in checks),
+    }

@@ -1,0 +1,82 @@
+"""What an execution came to, as Markdown that also reads well in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from finercut import paths
+from finercut.reports import EvaluateReport, FetchReport, PruneReport, RegisterReport, ThroughputReport
+
+
+def markdown() -> str:
+    """From the reports of every stage.
+
+    Raises:
+        FileNotFoundError: a stage has not run.
+    """
+    sections = (_removals(), _quality(), _speed(), _gate())
+    return "\n\n".join(sections) + "\n"
+
+
+def _removals() -> str:
+    fetch, prune = FetchReport.read(paths.report("fetch")), PruneReport.read(paths.report("prune"))
+    throughput = ThroughputReport.read(paths.report("throughput"))
+    shares = [prune.shares.sublayers, prune.shares.parameters, prune.shares.kv_cache]
+    table = _table(
+        ["sublayers", "parameters", "KV cache", "output tokens/s"],
+        [[*(f"-{_percent(share)}" for share in shares), f"x {throughput.speed_up:.2f}"]],
+    )
+    return (
+        f"# {fetch.source}: {prune.n_removed_sublayers} of {prune.n_sublayers} sublayers removed\n\n"
+        f"{', '.join(prune.removed)}\n\n{table}"
+    )
+
+
+def _quality() -> str:
+    report = EvaluateReport.read(paths.report("evaluate"))
+    rows = [
+        [name, task.metric, f"{task.whole:.3f}", f"{task.pruned:.3f}", _percent(task.retention)]
+        for name, task in report.tasks.items()
+    ]
+    rows += [
+        ["mean", "", "", "", _percent(report.mean_retention)],
+        ["held-out text", "perplexity", f"{report.whole_perplexity:.2f}", f"{report.pruned_perplexity:.2f}", ""],
+    ]
+    return _table(["task", "metric", "whole", "pruned", "retention"], rows) + f"\n\n{report.note}"
+
+
+def _speed() -> str:
+    report = ThroughputReport.read(paths.report("throughput"))
+    rows = [
+        [
+            name,
+            f"{engine.output_tokens_per_s.median:.1f}",
+            f"{engine.ttft_s.median * 1000:.1f}",
+            f"{engine.tpot_s.median * 1000:.2f}",
+            str(engine.kv_cache_tokens),
+        ]
+        for name, engine in (("whole", report.whole), ("pruned", report.pruned))
+    ]
+    return _table(["model", "output tokens/s", "TTFT ms", "TPOT ms", "KV-cache tokens"], rows) + (
+        f"\n\n{report.engine}, {report.dtype}, {report.concurrency} requests of {report.input_tokens} + "
+        f"{report.output_tokens} tokens, on {report.hardware}"
+    )
+
+
+def _gate() -> str:
+    report = RegisterReport.read(paths.report("register"))
+    checks = "\n".join(f"- {'passed' if c.passed else 'FAILED'}: {c.reason}" for c in report.checks)
+    outcome = f"Gate: {report.status} {report.model_uri or report.name}"
+    return f"{outcome}\n\n{checks}\n\nMLflow run {report.run_id} at {report.tracking_uri}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = (" | ".join(map(str.ljust, line, widths)) for line in lines)
+    return "\n".join(f"| {line} |" for line in padded)

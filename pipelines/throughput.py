@@ -1,0 +1,130 @@
+"""Stage `throughput`: the whole and the pruned model in vLLM, the same numbers as transformers, then under load."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from finercut import paths, serving
+from finercut.calibration import load_tokens
+from finercut.checkpoint import device_of, load_pruned, load_whole
+from finercut.params import Params
+from finercut.params import Throughput as ThroughputParams
+from finercut.reports import EngineFigures, ParityReport, Spread, ThroughputReport
+from finercut.weights import safetensors_shapes
+
+logger = logging.getLogger("finercut")
+
+# Held-out windows whose log-probabilities are compared.
+N_WINDOWS = 2
+
+
+def run(params: Params) -> ThroughputReport:
+    """
+    Raises:
+        FileNotFoundError: a model, the calibration set or the parity report is missing.
+        ValueError: the load does not fit the model.
+        RuntimeError: the pruned checkpoint has not passed its parity check, vLLM is missing or failed, or it does not
+            compute what transformers does. Nothing is timed then.
+    """
+    settings = params.throughput
+    engine = serving.installed()
+    parity = ParityReport.read(paths.PARITY)
+    if not parity.passed:
+        raise RuntimeError(f"{paths.PARITY} says the pruned model is not the masked whole one: nothing to time")
+    tokens = load_tokens(paths.CALIBRATION)
+    models: list[tuple[Path, Callable[..., PreTrainedModel]]] = [(paths.MODEL, load_whole), (paths.PRUNED, load_pruned)]
+    for directory, _ in models:
+        _check_length(directory, settings.max_model_len)
+    n_tokens = settings.max_model_len - serving.N_GENERATED
+    windows = tokens.held_out[:N_WINDOWS, :n_tokens].tolist()
+    differences = [_difference(directory, load, windows, settings) for directory, load in models]
+    timings = [serving.timing(directory, settings) for directory, _ in models]
+    whole, pruned = (
+        _figures(directory, timing, difference, settings.dtype)
+        for (directory, _), timing, difference in zip(models, timings, differences, strict=True)
+    )
+    report = ThroughputReport(
+        whole=whole,
+        pruned=pruned,
+        speed_up=pruned.output_tokens_per_s.median / whole.output_tokens_per_s.median,
+        kv_cache_ratio=pruned.kv_cache_tokens / whole.kv_cache_tokens,
+        input_tokens=settings.input_tokens,
+        output_tokens=settings.output_tokens,
+        concurrency=settings.concurrency,
+        n_warmups=settings.n_warmups,
+        n_rounds=settings.n_rounds,
+        engine=engine,
+        torch_version=torch.__version__,
+        hardware=timings[0].hardware,
+        dtype=settings.dtype,
+        enforce_eager=settings.enforce_eager,
+    )
+    logger.info(
+        "throughput: %.1f -> %.1f output tokens/s, %.2f times as fast, %.2f times the KV cache",
+        whole.output_tokens_per_s.median,
+        pruned.output_tokens_per_s.median,
+        report.speed_up,
+        report.kv_cache_ratio,
+    )
+    report.write(paths.report("throughput"))
+    return report
+
+
+def _check_length(directory: Path, max_model_len: int) -> None:
+    file = directory / "config.json"
+    if not file.is_file():
+        stage = "fetch" if directory == paths.MODEL else "prune"
+        raise FileNotFoundError(f"no model in {directory}: run `finercut {stage}` first")
+    context = json.loads(file.read_text())["max_position_embeddings"]
+    if max_model_len > context:
+        raise ValueError(f"throughput.max_model_len = {max_model_len}: the model in {directory} takes {context} tokens")
+    if max_model_len <= serving.N_GENERATED + 1:
+        raise ValueError(f"throughput.max_model_len = {max_model_len}: at least {serving.N_GENERATED + 2} are needed")
+
+
+def _difference(
+    directory: Path,
+    load: Callable[..., PreTrainedModel],
+    windows: Sequence[Sequence[int]],
+    settings: ThroughputParams,
+) -> float:
+    started = time.monotonic()
+    served = serving.continuations(directory, windows, settings)
+    difference = serving.largest_difference(served, load(directory, torch.float32, device_of("auto")))
+    # Written so that NaN fails too.
+    if not difference <= settings.parity_tolerance:
+        raise RuntimeError(
+            f"vLLM's log-probabilities for {directory} are up to {difference:.4f} nats from transformers' "
+            f"(throughput.parity_tolerance is {settings.parity_tolerance}): nothing was timed"
+        )
+    logger.info(
+        "throughput: %s, vLLM's log-probabilities within %.6f nats of transformers', %.0f s",
+        directory.name,
+        difference,
+        time.monotonic() - started,
+    )
+    return difference
+
+
+def _figures(directory: Path, timing: serving.Timing, difference: float, dtype: str) -> EngineFigures:
+    n_elements = sum(tensor.n_elements for tensor in safetensors_shapes(directory).values())
+    return EngineFigures(
+        output_tokens_per_s=_spread([r.output_tokens_per_s for r in timing.rounds]),
+        ttft_s=_spread([r.ttft_s for r in timing.rounds]),
+        tpot_s=_spread([r.tpot_s for r in timing.rounds]),
+        kv_cache_tokens=timing.kv_cache_tokens,
+        weights_gib=n_elements * getattr(torch, dtype).itemsize / 2**30,
+        max_logprob_difference=difference,
+    )
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(median=statistics.median(values), low=min(values), high=max(values))

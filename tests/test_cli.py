@@ -1,0 +1,131 @@
+"""The command as its users meet it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from finercut.params import Params
+from pipelines.cli import main
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "mlflow", "prefect", "dvc", "vllm", "lm_eval", "numpy", "pydantic", "matplotlib")
+
+
+def finercut(*arguments, cwd, **options):
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A directory with nothing but params.yaml, and the current one."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["", *main.commands])
+def test_help_teaches_and_imports_nothing_heavy(command):
+    arguments = [*command.split(), "--help"]
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom pipelines.cli import main\n"
+        f"print(CliRunner().invoke(main, {arguments}).output)\n"
+        f"assert not [name for name in {HEAVY} if name in sys.modules]"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "Usage" in said
+    assert len(said.splitlines()) > 5
+
+
+def test_help_answers_in_half_a_second():
+    def seconds():
+        started = time.perf_counter()
+        finercut("--help", cwd=ROOT)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_an_error_is_one_line_that_names_the_stage_and_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    said = finercut("fetch", cwd=tmp_path)
+    assert said.returncode == 1
+    assert said.stderr == ("finercut fetch: no params file at params.yaml; run from the project's root, or name one\n")
+    assert "Traceback" in finercut("--traceback", "fetch", cwd=tmp_path).stderr
+
+
+def test_a_misspelt_field_is_an_error_before_anything_starts(project):
+    settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings["search"]["divergense"] = settings["search"].pop("divergence")
+    Path("params.yaml").write_text(yaml.safe_dump(settings))
+    said = CliRunner().invoke(main, ["search"])
+    assert said.exit_code == 1
+    assert said.stderr.count("\n") == 1
+    assert "search.divergense" in said.stderr
+
+
+def test_another_params_file_replaces_params_yaml_and_what_it_was_is_kept(project):
+    settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings["prune"]["budget"]["amount"] = 0.125
+    Path("other.yaml").write_text(yaml.safe_dump(settings))
+    before = Path("params.yaml").read_text()
+    said = CliRunner().invoke(main, ["run", "--params", "other.yaml"])  # then fails: this is no repository
+    assert said.exit_code == 1
+    assert "params.yaml is now a copy of other.yaml; what it was is in .finercut/params.previous.yaml" in said.stderr
+    assert Path("params.yaml").read_text() == Path("other.yaml").read_text()
+    assert Path(".finercut/params.previous.yaml").read_text() == before
+
+
+def test_a_params_file_with_an_error_replaces_nothing(project):
+    Path("other.yaml").write_text("search: {}\n")
+    before = Path("params.yaml").read_text()
+    said = CliRunner().invoke(main, ["run", "--params", "other.yaml"])
+    assert said.exit_code == 1
+    assert said.stderr.startswith("finercut run: other.yaml: ")
+    assert Path("params.yaml").read_text() == before
+
+
+def test_params_explains_every_field_and_shows_its_value(project):
+    said = CliRunner().invoke(main, ["params"]).output
+    for name, section in Params.model_fields.items():
+        assert f"{section.alias or name}:" in said
+        for field, about in section.annotation.model_fields.items():
+            assert re.search(rf"^  {field}:", said, re.MULTILINE)
+            assert (about.description or "") in said
+    assert '    kind: "package"  # package\n' in said
+    assert "    repository:  # `owner/name`.\n" in said
+    assert "  n_rounds: 3  # Timed rounds, each with new random prompts.\n" in said
+
+
+def test_version_is_that_of_the_package():
+    assert re.fullmatch(r"finercut \d+\.\d+\.\d+\n", CliRunner().invoke(main, ["--version"]).output)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("models:/tiny", "names no version; write models:/NAME@ALIAS"),
+        ("nothing.jsonl", "no trajectory at nothing.jsonl"),
+        (".", "no checkpoint in ."),
+    ],
+)
+def test_inspect_says_what_it_cannot_read(project, what, message):
+    said = CliRunner().invoke(main, ["inspect", what])
+    assert said.exit_code == 1
+    assert message in said.stderr
+
+
+def test_registering_needs_the_reports(project):
+    said = CliRunner().invoke(main, ["register"])
+    assert said.exit_code == 1
+    assert said.stderr == "finercut register: no reports/evaluate.json: run `finercut evaluate` first\n"

@@ -1,0 +1,173 @@
+import math
+
+import pytest
+import torch
+from conftest import random_llama
+from lm_eval.tasks import TaskManager
+
+from finercut import evaluation
+from finercut.evaluation import Score, compare, fit, load_tasks, score
+from finercut.params import Task
+from finercut.tasks import lm_eval_config
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_llama()
+
+
+def scores(model, tokenizer, tasks, seed=0):
+    return dict(score(model, tokenizer, tasks, seed=seed, batch_size=16))
+
+
+def loglikelihood(model, tokenizer, text, continuation):
+    ids = tokenizer(text + continuation).input_ids
+    n_prompt = len(tokenizer(text).input_ids)
+    with torch.no_grad():
+        nats = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(nats[i - 1, ids[i]].item() for i in range(n_prompt, len(ids)))
+
+
+def test_perplexity_is_the_exponential_of_the_loss_that_transformers_computes(model, tokenizer, tokens):
+    with torch.no_grad():
+        expected = math.exp(model(tokens, labels=tokens).loss.item())
+    assert fit(model, tokenizer, tokens).perplexity == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_pays_for_every_token_alike(tokenizer):
+    text = "Winters are dry and mild, and the rain falls in two seasons."
+    window = tokenizer(text, return_tensors="pt").input_ids
+    blank = random_llama()
+    torch.nn.init.zeros_(blank.model.embed_tokens.weight)  # tied to the output: all logits are zero
+    found = fit(blank, tokenizer, window)
+    first = tokenizer.decode(window[0, :1])
+    assert found.perplexity == pytest.approx(400)
+    assert found.bits_per_byte == pytest.approx(math.log2(400) * (window.shape[1] - 1) / (len(text) - len(first)))
+
+
+def test_overflowing_logits_are_an_error_that_names_the_dtype(tokenizer, tokens):
+    model = random_llama().to(torch.float16)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(60000)
+    with pytest.raises(RuntimeError, match=r"float16 are not finite: set evaluate\.dtype"):
+        fit(model, tokenizer, tokens)
+
+
+def test_a_choice_is_scored_by_its_likelihood(model, tokenizer):
+    n = 20
+    found = scores(model, tokenizer, load_tasks([Task(name="finercut_agreement", metric="acc", limit=n)]))
+    documents = lm_eval_config("finercut_agreement")["custom_dataset"]()["test"].select(range(n))
+    right = [
+        max((0, 1), key=lambda i, d=d: loglikelihood(model, tokenizer, d["text"], f" {d['choices'][i]}")) == d["answer"]
+        for d in documents
+    ]
+    reached = found["finercut_agreement"]
+    assert 0 < sum(right) < n
+    assert reached.value == pytest.approx(sum(right) / n)
+    p = sum(right) / n
+    assert reached.stderr == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))
+    assert (reached.n_samples, reached.n_available, reached.n_fewshot) == (n, 128, 0)
+    assert reached.higher_is_better
+
+
+def test_a_generation_counts_when_it_is_the_answer_and_no_more():
+    (loaded,) = load_tasks([Task(name="finercut_copying", metric="exact_match")])
+    task = loaded.leaves[0]
+    task.build_all_requests(limit=4)
+    answers = [request.doc["answer"] for request in task.instances]
+    said = [f" {answers[0]}", answers[1], f" {answers[2]} again", " no"]
+    for request, text in zip(task.instances, said, strict=True):
+        request.resps = [text]
+    task.apply_filters()
+    points = [task.process_results(r.doc, [r.filtered_resps["none"]])["exact_match"] for r in task.instances]
+    assert points == [1, 1, 0, 0]
+
+
+def test_the_same_model_scores_the_same_twice(model, tokenizer):
+    tasks = load_tasks(
+        [
+            Task(name="finercut_category", metric="acc", limit=6, num_fewshot=2),
+            Task(name="finercut_copying", metric="exact_match", limit=0.05),
+            Task(name="finercut_cloze", metric="acc", limit=4),
+        ]
+    )
+    first = scores(model, tokenizer, tasks)
+    assert scores(model, tokenizer, tasks) == first
+    assert [s.n_samples for s in first.values()] == [6, 3, 4]
+    assert [s.n_fewshot for s in first.values()] == [2, 6, 0]
+
+
+def test_a_group_is_scored_by_the_documents_of_its_tasks(model, tokenizer):
+    members = [lm_eval_config(f"finercut_{name}") for name in ("agreement", "category")]
+    group = {
+        "group": "grammar_and_words",
+        "task": members,
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    task = evaluation._load(Task(name="grammar_and_words", metric="acc"), group, TaskManager(include_defaults=False))
+    found = scores(model, tokenizer, [task])["grammar_and_words"]
+    apart = scores(model, tokenizer, load_tasks([Task(name=m["task"], metric="acc") for m in members])).values()
+    n_samples = sum(s.n_samples for s in apart)
+    assert found.n_samples == found.n_available == n_samples
+    assert found.value == pytest.approx(sum(s.value * s.n_samples for s in apart) / n_samples)
+    assert found.stderr is not None
+
+
+def test_an_unknown_task_is_answered_with_those_near_it():
+    with pytest.raises(ValueError, match=r"no task 'helaswag'; near it are .*hellaswag"):
+        load_tasks([Task(name="helaswag", metric="acc")])
+
+
+def test_a_tag_is_answered_with_the_tasks_it_stands_for():
+    with pytest.raises(
+        ValueError, match="ai2_arc stands for several tasks, name those you want: arc_challenge, arc_easy"
+    ):
+        load_tasks([Task(name="ai2_arc", metric="acc")])
+
+
+def test_a_published_task_without_a_hub_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r"documents of task piqa: .*check the network, or .*finercut_agreement"):
+        load_tasks([Task(name="piqa", metric="acc")])
+
+
+def test_a_task_named_twice_is_refused():
+    with pytest.raises(ValueError, match="names finercut_cloze more than once"):
+        load_tasks([Task(name="finercut_cloze", metric="acc")] * 2)
+
+
+def test_a_missing_metric_is_answered_with_those_there_are():
+    with pytest.raises(ValueError, match="finercut_agreement has no metric 'acc_norm'; it has acc"):
+        load_tasks([Task(name="finercut_agreement", metric="acc_norm")])
+
+
+def test_a_metric_with_several_filters_asks_for_one():
+    filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("strict", "loose")]
+    config = lm_eval_config("finercut_copying") | {"filter_list": filters}
+    manager = TaskManager(include_defaults=False)
+    task = Task(name="finercut_copying", metric="exact_match,loose")
+    assert evaluation._load(task, config, manager).metric_key == "exact_match,loose"
+    with pytest.raises(
+        ValueError, match="has several metrics 'exact_match'; it has exact_match,strict, exact_match,loose"
+    ):
+        evaluation._load(task.model_copy(update={"metric": "exact_match"}), config, manager)
+
+
+def test_examples_for_a_task_that_takes_none_are_refused():
+    config = lm_eval_config("finercut_agreement") | {"num_fewshot": 0}
+    with pytest.raises(ValueError, match="finercut_agreement takes no examples, num_fewshot is 5"):
+        evaluation._load(
+            Task(name="finercut_agreement", metric="acc", num_fewshot=5), config, TaskManager(include_defaults=False)
+        )
+
+
+@pytest.mark.parametrize(
+    ("whole", "pruned", "higher_is_better", "retention"),
+    [(0.8, 0.6, True, 0.75), (10.0, 40.0, False, 0.25), (0.0, 0.1, True, None), (0.5, 0.0, True, 0.0)],
+)
+def test_retention_is_what_is_left_of_the_whole_models_score(whole, pruned, higher_is_better, retention):
+    (task,) = load_tasks([Task(name="finercut_copying", metric="exact_match")])
+    both = [Score(value, None, 10, 60, 6, higher_is_better) for value in (whole, pruned)]
+    result = compare(task, *both)
+    assert result.retention == (None if retention is None else pytest.approx(retention))
+    assert result.generative
+    assert result.smoke

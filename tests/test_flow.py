@@ -1,0 +1,248 @@
+"""The flow on real DVC, Prefect and MLflow; its stages are toys that write reports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+
+from finercut.params import load
+from finercut.reports import RegisterReport
+from pipelines import dag, register
+from pipelines.flow import compress, run_group
+
+ROOT = Path(__file__).parents[1]
+TOY = f"{sys.executable} {ROOT / 'tests' / 'example_reports.py'}"
+STAGES = {
+    "prune": {
+        "cmd": f"{TOY} model",
+        "params": ["search"],
+        "outs": ["artifacts/pruned", "reports/curve.csv"],
+        "metrics": [f"reports/{name}.json" for name in ("fetch", "calibrate", "search", "prune")],
+    },
+    "evaluate": {
+        "cmd": f"{TOY} evaluate",
+        "deps": ["artifacts/pruned"],
+        "metrics": ["reports/parity.json", "reports/evaluate.json"],
+    },
+    "throughput": {
+        "cmd": f"{TOY} throughput",
+        "deps": ["reports/parity.json", "speed_up.txt"],
+        "metrics": ["reports/throughput.json"],
+    },
+}
+
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture
+def toy(tmp_path, mlflow_store, monkeypatch):
+    """A committed repository of three toy stages, and the current directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    shutil.copy(ROOT / ".dvcignore", ".")
+    Path(".gitignore").write_text("/artifacts/\n/reports/\n")
+    Path("speed_up.txt").write_text("1.25")
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings["register"]["name"] = settings["flow"]["experiment"] = tmp_path.name
+    settings["flow"]["retries"] = {}
+    write(settings=settings, stages=STAGES)
+    subprocess.run(
+        "git init -q && git add -A && git -c user.name=t -c user.email=t@t commit -qm toy", shell=True, check=True
+    )
+    return settings
+
+
+def write(settings=None, stages=None):
+    if settings is not None:
+        Path("params.yaml").write_text(yaml.safe_dump(settings))
+    if stages is not None:
+        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+
+
+def runs(experiment):
+    """Newest first."""
+    client = mlflow.MlflowClient()
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+
+
+def processes_with(mark):
+    return [p for p in psutil.process_iter(["cmdline"]) if any(mark in part for part in p.info["cmdline"] or ())]
+
+
+def gone(mark, within_s=20):
+    deadline = time.monotonic() + within_s
+    while processes_with(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not processes_with(mark)
+
+
+def test_an_execution_is_one_finished_run_with_every_figure_and_a_registered_version(toy):
+    report = compress()
+    assert report.status == "registered"
+    assert RegisterReport.read(Path("reports/register.json")) == report
+
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.info.run_id == report.run_id
+    assert run.info.status == "FINISHED"
+    assert {name: run.data.tags[f"stage.{name}"] for name in STAGES} == dict.fromkeys(STAGES, "ran")
+    assert run.data.tags["git.dirty"] == "false"
+    assert run.data.metrics["throughput/speed_up"] == 1.25
+    assert run.data.metrics["evaluate/tasks/finercut_copying/pruned"] == 0.6
+    assert run.data.metrics["stage/prune_s"] > 0
+    assert run.data.params["prune.budget.amount"] == "0.25"
+    client = mlflow.MlflowClient()
+    stored = {
+        a.path for folder in (None, "reports", "pipeline") for a in client.list_artifacts(run.info.run_id, folder)
+    }
+    assert {
+        "log.txt",
+        "reports/register.json",
+        "reports/curve.csv",
+        "pipeline/dvc.lock",
+        "pipeline/params.yaml",
+    } <= stored
+    version = client.get_model_version_by_alias(toy["register"]["name"], "challenger")
+    assert version.tags["removals"] == "2.attention, 3.mlp"
+    assert version.tags["mlflow.source.git.commit"] == dag.revision()["mlflow.source.git.commit"]
+    stored = {a.path for a in client.list_logged_model_artifacts(version.source.removeprefix("models:/"), "evidence")}
+    assert {"evidence/dvc.lock", "evidence/evaluate.json"} <= stored
+
+
+def test_a_second_execution_runs_nothing_logs_every_figure_again_and_registers_nothing(toy):
+    first = compress()
+    client = mlflow.MlflowClient()
+    client.delete_registered_model_alias(toy["register"]["name"], "challenger")
+    second = compress()
+    assert (second.status, second.version) == ("already registered", first.version)
+    assert client.get_registered_model(toy["register"]["name"]).aliases == {}
+
+    run = runs(toy["flow"]["experiment"])[0]
+    assert run.info.run_id == second.run_id != first.run_id
+    assert {name: run.data.tags[f"stage.{name}"] for name in STAGES} == dict.fromkeys(STAGES, "cached")
+    assert run.data.metrics["throughput/speed_up"] == 1.25
+    history = client.get_metric_history(run.info.run_id, "curve/held_out_divergence")
+    assert [(m.step, m.value) for m in history] == [(1, 0.1), (2, 0.375)]
+
+
+def test_a_model_that_fails_the_gate_is_recorded_with_the_reason_and_not_registered(toy):
+    Path("speed_up.txt").write_text("0.9")
+    with pytest.raises(register.Refused, match=r"not registered: speed_up is 0\.9; at least 1\.05 is required"):
+        compress()
+    report = RegisterReport.read(Path("reports/register.json"))
+    assert (report.status, report.version) == ("refused", None)
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.info.status == "FAILED"
+    assert run.data.tags["gate"] == "refused"
+    assert "speed_up is 0.9" in run.data.tags["failure"]
+    assert run.data.metrics["throughput/speed_up"] == 0.9
+    assert mlflow.MlflowClient().search_model_versions(f"name = '{toy['register']['name']}'") == []
+
+
+def test_a_failed_stage_is_named_with_its_last_line_and_nothing_runs_after_it(toy):
+    broken = {**STAGES["evaluate"], "cmd": "echo working; echo finercut evaluate: parity is 0.5, too much >&2; exit 1"}
+    write(stages=STAGES | {"evaluate": broken})
+    with pytest.raises(RuntimeError, match=r"^evaluate: finercut evaluate: parity is 0\.5, too much$"):
+        compress()
+    assert not Path("reports/throughput.json").exists()
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.info.status == "FAILED"
+    assert run.data.tags["failure"] == "evaluate: finercut evaluate: parity is 0.5, too much"
+    log = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="log.txt")).read_text()
+    assert "prune: toy stage model done" in log
+    assert "evaluate: working" in log
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_run(run.data.tags["prefect.flow_run_id"])
+        tasks = {t.name: t for t in client.read_task_runs() if t.flow_run_id == flow_run.id}
+    assert flow_run.state.is_failed()
+    assert "evaluate: finercut evaluate: parity is 0.5, too much" in flow_run.state.message
+    assert {name: t.state.name for name, t in tasks.items()} == {"prune": "Completed", "evaluate": "Failed"}
+
+
+def test_a_stage_is_tried_again_as_often_as_params_say(toy):
+    flaky = "test -e tried && exit 0; touch tried; exit 1"
+    toy["flow"] |= {"retries": {"fetch": 1}, "retry_delay_s": 0}
+    write(settings=toy, stages=STAGES | {"fetch": {"cmd": flaky, "deps": ["reports/throughput.json"]}})
+    assert compress().status == "registered"
+
+
+def test_a_stage_that_takes_too_long_is_stopped_with_all_its_processes(toy):
+    toy["flow"]["timeout_s"] = {"evaluate": 4}
+    # the shell waits for a child that would outlive it
+    write(settings=toy, stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": "sleep 3141.5 & sleep 3141.5"}})
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^evaluate: stopped after 4 s, the limit in flow\.timeout_s$"):
+        compress()
+    assert time.monotonic() - started < 60
+    assert gone("3141.5", within_s=0)
+
+
+def test_cancelling_stops_the_stage_and_closes_the_run_as_killed(toy, prefect_server):
+    write(stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": "sleep 2718.2 & sleep 2718.2"}})
+    environment = os.environ | {"PREFECT_API_URL": prefect_server}
+    execution = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 90
+    while not processes_with("2718.2") and execution.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    execution.send_signal(signal.SIGTERM)  # what a Prefect worker sends to cancel
+    _, said = execution.communicate(timeout=60)
+    assert execution.returncode != 0, said.decode()
+    assert gone("2718.2")
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.info.status == "KILLED"
+
+
+def test_nothing_that_is_not_of_dvc_lock_is_registered(toy):
+    compress()
+    Path("speed_up.txt").write_text("2.5")
+    with pytest.raises(RuntimeError, match=r"not reproduced since something changed: throughput; run `finercut run`"):
+        register.run(load())
+
+
+def test_registering_alone_records_the_stages_too(toy):
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
+    report = register.run(load())
+    (run,) = runs(toy["flow"]["experiment"])
+    assert (report.status, run.info.status) == ("registered", "FINISHED")
+    assert run.data.metrics["evaluate/mean_retention"] == 0.75
+
+
+def test_outside_a_repository_the_flow_says_where_to_be(tmp_path, monkeypatch, mlflow_store):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    with pytest.raises(RuntimeError, match=r"^DVC: .*run from the root of a clone of the project$"):
+        compress()
+
+
+def test_lines_arrive_while_the_process_runs():
+    arrived = []
+    run_group(
+        ["sh", "-c", "echo one; sleep 1; echo two"],
+        os.environ,
+        None,
+        lambda line: arrived.append((line, time.monotonic())),
+    )
+    assert [line for line, _ in arrived] == ["one", "two"]
+    assert arrived[1][1] - arrived[0][1] > 0.8
+
+
+def test_a_process_that_outlives_its_leader_is_ended():
+    assert run_group(["sh", "-c", "sleep 1618.03 & exit 3"], os.environ, None, print) == 3
+    assert gone("1618.03", within_s=0)

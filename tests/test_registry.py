@@ -1,0 +1,175 @@
+"""MLflow runs and registered versions, in a real SQLite store."""
+
+import json
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from finercut import registry
+from finercut.registry import Registered
+
+
+@pytest.fixture
+def run(mlflow_store):
+    return registry.open_run(
+        "tests", {"search": {"divergence": "js", "protect": ["0.block"], "exclude": None}}, {"a": "b"}
+    )
+
+
+@pytest.fixture
+def evidence(tmp_path):
+    path = tmp_path / "dvc.lock"
+    path.write_text("schema: '2.0'\n")
+    return path
+
+
+def status_of(run):
+    return run.client.get_run(run.run_id).info.status
+
+
+def test_credentials_are_not_shown():
+    shown = registry.without_credentials("postgresql://user:secret@host:5432/mlflow?password=secret")
+    assert shown == "postgresql://host:5432/mlflow"
+    assert registry.without_credentials("sqlite:////srv/mlflow.db") == "sqlite:////srv/mlflow.db"
+
+
+def test_without_a_setting_the_store_is_in_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert registry.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_an_unreachable_server_is_one_line_within_seconds_and_without_credentials(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"cannot open a run in MLflow at http://127\.0\.0\.1:9: ") as error:
+        registry.open_run("tests", {}, {})
+    assert time.monotonic() - started < 20
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_deleted_experiment_is_refused_with_the_way_to_restore_it(mlflow_store):
+    gone = registry.open_run("gone", {}, {})
+    gone.client.delete_experiment(gone.experiment_id)
+    with pytest.raises(RuntimeError, match=rf"'gone'.*deleted.*mlflow experiments restore -x {gone.experiment_id}"):
+        registry.open_run("gone", {}, {})
+
+
+def test_a_run_starts_with_its_flattened_parameters_and_tags(run):
+    data = run.client.get_run(run.run_id).data
+    assert data.params == {"search.divergence": "js", "search.protect": '["0.block"]', "search.exclude": "null"}
+    assert data.tags["a"] == "b"
+
+
+def test_artifacts_stay_where_they_are_when_read_from_another_directory(run, evidence, tmp_path, monkeypatch):
+    run.log_file(evidence, "pipeline")
+    monkeypatch.chdir(tmp_path)
+    path = mlflow.artifacts.download_artifacts(run_id=run.run_id, artifact_path="pipeline/dvc.lock")
+    assert Path(path).read_text() == evidence.read_text()
+
+
+def test_a_run_ends_finished_failed_with_log_and_reason_or_killed(mlflow_store, tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("search: out of memory\n")
+    finished, failed, killed = (registry.open_run("ends", {}, {}) for _ in range(3))
+    with registry.recorded(finished):
+        assert status_of(finished) == "RUNNING"
+    with pytest.raises(RuntimeError), registry.recorded(failed, log):
+        raise RuntimeError("search: out of memory")
+    with pytest.raises(KeyboardInterrupt), registry.recorded(killed):
+        raise KeyboardInterrupt
+    assert [status_of(r) for r in (finished, failed, killed)] == ["FINISHED", "FAILED", "KILLED"]
+    assert failed.client.get_run(failed.run_id).data.tags["failure"] == "search: out of memory"
+    stored = mlflow.artifacts.download_artifacts(run_id=failed.run_id, artifact_path="log.txt")
+    assert Path(stored).read_text() == "search: out of memory\n"
+
+
+def test_the_numbers_of_a_report_are_its_finite_leaves(tmp_path):
+    report = tmp_path / "evaluate.json"
+    report.write_text(
+        json.dumps({"passed": True, "note": "x", "none": None, "list": [1], "tasks": {"a|b": {"acc": 0.5}}})
+    )
+    assert registry.numbers(report) == {"evaluate/passed": 1.0, "evaluate/tasks/a_b/acc": 0.5}
+
+
+def test_reports_become_metrics_series_and_artifacts(run, tmp_path):
+    report, curve, picture = tmp_path / "search.json", tmp_path / "curve.csv", tmp_path / "search.png"
+    report.write_text('{"final_divergence": 0.25}')
+    curve.write_text("step,sublayer,divergence\n1,2.attention,0.125\n2,3.mlp,0.25\n")
+    picture.write_bytes(b"png")
+    run.log_reports([report, curve, picture])
+    assert run.client.get_run(run.run_id).data.metrics["search/final_divergence"] == 0.25
+    history = run.client.get_metric_history(run.run_id, "curve/divergence")
+    assert [(m.step, m.value) for m in history] == [(1, 0.125), (2, 0.25)]
+    names = {a.path for a in run.client.list_artifacts(run.run_id, "reports")}
+    assert names == {"reports/search.json", "reports/curve.csv", "reports/search.png"}
+
+
+def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(run, evidence, tiny_model):
+    registered = registry.register(
+        run, "tiny", tiny_model, [evidence], {"throughput/speed_up": 1.25}, {"parent": "toy", "gate": "passed"}, "md5-1"
+    )
+    assert registered == Registered("1", "models:/tiny/1")
+
+    found = run.client.get_model_version_by_alias("tiny", "challenger")
+    assert str(found.version) == "1"
+    assert found.run_id == run.run_id
+    assert found.tags == {"parent": "toy", "gate": "passed", "finercut.pruned_md5": "md5-1"}
+    logged = run.client.get_logged_model(found.source.removeprefix("models:/"))
+    assert [(m.key, m.value) for m in logged.metrics] == [("throughput/speed_up", 1.25)]
+
+    directory = Path(mlflow.artifacts.download_artifacts("models:/tiny@challenger"))
+    weights = directory / "checkpoint" / "model.safetensors"
+    assert weights.read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+    assert (directory / "evidence" / "dvc.lock").read_text() == evidence.read_text()
+
+    answers = mlflow.pyfunc.load_model("models:/tiny@challenger").predict(
+        ["The river rises", "Coffee"], params={"max_new_tokens": 4}
+    )
+    assert answers == [continuation(tiny_model, prompt) for prompt in ("The river rises", "Coffee")]
+
+    assert registry.find_version(run, "tiny", "md5-1") == registered
+    assert registry.find_version(run, "tiny", "md5-2") is None
+    told = registry.describe("models:/tiny@challenger")
+    assert "tiny version 1" in told
+    assert "challenger" in told
+    assert "passed" in told
+
+
+def continuation(directory, prompt):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    output = model.generate(ids, max_new_tokens=4, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_the_newest_version_is_the_challenger(run, evidence, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    versions = [registry.register(run, "twice", checkpoint, [evidence], {"a": 1.0}, {}, md5).version for md5 in "xy"]
+    assert versions == ["1", "2"]
+    assert str(run.client.get_model_version_by_alias("twice", "challenger").version) == "2"
+
+
+def test_a_version_whose_registration_was_cut_short_does_not_count(run):
+    run.client.create_registered_model("cut-short")
+    run.client.create_model_version("cut-short", source=f"runs:/{run.run_id}/x", run_id=run.run_id)
+    assert registry.find_version(run, "cut-short", "md5") is None
+
+
+@pytest.mark.parametrize("uri", ["models:/tiny", "models:/tiny@a@b", "models:m-1"])
+def test_a_uri_that_names_no_version_is_refused(uri):
+    with pytest.raises(ValueError, match=r"write models:/NAME@ALIAS or models:/NAME/VERSION"):
+        registry.describe(uri)
+
+
+def test_an_unknown_version_is_one_line(mlflow_store):
+    with pytest.raises(RuntimeError, match=r"cannot find models:/nobody@challenger in MLflow"):
+        registry.describe("models:/nobody@challenger")

@@ -1,0 +1,203 @@
+"""Real vLLM engines on the tiny model, each in a process of its own, as few as the claims allow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import random_llama
+from safetensors.torch import load_file, save_file
+
+from finercut import paths, serving
+from finercut.calibration import Tokens, write_tokens
+from finercut.checkpoint import load_whole, masked, write_pruned
+from finercut.params import Throughput, load
+from finercut.reports import ParityReport
+from finercut.serving import Continuation, largest_difference
+from finercut.sublayers import Sublayer
+from pipelines import throughput
+
+ROOT = Path(__file__).parents[1]
+REMOVED = [Sublayer(0, "attention"), Sublayer(2, "attention"), Sublayer(2, "mlp"), Sublayer(3, "mlp")]
+SETTINGS = Throughput(
+    input_tokens=8,
+    output_tokens=4,
+    concurrency=2,
+    n_warmups=1,
+    n_rounds=2,
+    dtype="float32",
+    max_model_len=128,  # a block of the KV cache on CPU
+    kv_cache_gib=0.0625,
+    enforce_eager=True,
+    parity_tolerance=0.001,
+)
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("serving") / "pruned"
+    write_pruned(tiny_model, REMOVED, directory, {}, "")
+    return directory
+
+
+def test_vllm_computes_what_the_masked_whole_model_does_when_compiled(pruned, tiny_model, tokens, monkeypatch):
+    # Compiled by dynamo alone: inductor would want a C++ compiler on the machine
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    windows = tokens[:2].tolist()
+    served = serving.continuations(pruned, windows, SETTINGS.model_copy(update={"enforce_eager": False}))
+    assert [c.tokens[:24] for c in served] == windows
+    assert [len(c.tokens) for c in served] == [24 + serving.N_GENERATED] * 2
+    assert {len(given) >= serving.N_LIKELIEST for c in served for given in c.logprobs} == {True}
+    whole = load_whole(tiny_model, torch.float32)
+    with masked(whole, REMOVED):
+        assert largest_difference(served, whole) < 1e-4
+    with masked(whole, REMOVED[:-1]):
+        assert largest_difference(served, whole) > 0.1
+
+
+def test_a_served_model_is_timed_round_by_round_and_caches_only_its_kept_attentions(pruned):
+    timing = serving.timing(pruned, SETTINGS)
+    assert len(timing.rounds) == SETTINGS.n_rounds
+    for measured in timing.rounds:
+        # A round lasts as long as its first tokens and the three after them, and a little
+        seconds = 2 * 4 / measured.output_tokens_per_s
+        assert 0.2 * seconds < measured.ttft_s + 3 * measured.tpot_s < 1.1 * seconds
+    # 2 of 4 attentions, keys and values, 2 heads of 32 float32 each
+    n_tokens = 0.0625 * 2**30 / (2 * 2 * 2 * 32 * 4)
+    assert timing.kv_cache_tokens == pytest.approx(n_tokens, rel=0.01)
+
+
+def test_a_failed_engine_says_why(pruned, tmp_path):
+    directory = tmp_path / "damaged"
+    directory.mkdir()
+    for file in pruned.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"damaged.*missing: model\.layers\.1\.self_attn\.k_proj\.weight"):
+        serving.continuations(directory, [[5, 6, 7]], SETTINGS)
+
+
+def test_no_process_outlives_the_one_that_started_it(pruned, tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(
+        "from pathlib import Path; from finercut import serving; from finercut.params import Throughput\n"
+        f"serving.timing(Path({str(pruned)!r}), Throughput.model_validate({SETTINGS.model_dump()!r}))\n"
+    )
+    ends = {
+        sign: psutil.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    }
+    groups = {}
+    for sign, process in ends.items():
+        engine = wait_for(process.children)[0]
+        # The engine's own processes, and the one that watches over shared memory
+        wait_for(lambda engine=engine: engine.children(recursive=True))
+        groups[sign] = [engine, *engine.children(recursive=True)]
+        os.kill(process.pid, sign)
+        process.wait(timeout=30)
+    for sign, group in groups.items():
+        _, alive = psutil.wait_procs(group, timeout=30)
+        running = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        assert not running, f"after {sign.name}"
+
+
+def wait_for(found):
+    deadline = time.monotonic() + 120
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+def test_the_largest_difference_is_over_all_positions_and_tokens():
+    model = random_llama()
+    tokens = [5, 6, 7, 8]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens[:-1]])).logits[0].double()
+    exact = [
+        {t: (row[t] - row.exp().sum().log()).item() for t in (n, 9)} for row, n in zip(logits, tokens[1:], strict=True)
+    ]
+    served = [Continuation(tokens, exact)]
+    assert largest_difference(served, model) < 1e-5
+    exact[1][9] -= 0.25
+    assert largest_difference(served, model) == pytest.approx(0.25, abs=1e-5)
+    exact[2][9] = float("nan")
+    assert largest_difference(served, model) != largest_difference(served, model)
+
+
+def test_the_first_error_in_the_log_is_the_cause():
+    log = (
+        "(EngineCore pid=7) WARNING 01-01 00:00:00 [base.py:1] ValueError: harmless\n"
+        "(EngineCore pid=7) ERROR 01-01 00:00:01 [core.py:2] Traceback (most recent call last):\n"
+        "(EngineCore pid=7) ERROR 01-01 00:00:01 [core.py:2] torch.OutOfMemoryError: tried to allocate 20 GiB\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert serving._cause(log) == "torch.OutOfMemoryError: tried to allocate 20 GiB"
+    assert serving._cause("one\n\ntwo\n") == "one two"
+
+
+def test_missing_vllm_names_the_extras_to_install(monkeypatch):
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"pip install 'finercut\[cuda\]', or 'finercut\[cpu\]'"):
+        serving.installed()
+
+
+@pytest.fixture
+def stage(pruned, tiny_model, tokens, tmp_path, monkeypatch):
+    """Runs the stage on the tiny models with some of its settings changed; no engine starts before a check fails."""
+    monkeypatch.chdir(tmp_path)
+    for path, target in ((paths.MODEL, tiny_model), (paths.PRUNED, pruned)):
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(target)
+    paths.CALIBRATION.mkdir()
+    write_tokens(paths.CALIBRATION, Tokens(tokens[:4], tokens[4:]), {})
+    parity(passed=True)
+    whole = load(ROOT / "params.yaml")
+
+    def run(**changes):
+        section = SETTINGS.model_copy(update=changes)
+        return throughput.run(whole.model_copy(update={"throughput": section}))
+
+    return run
+
+
+def parity(passed):
+    report = ParityReport(
+        passed=passed, tolerance=0.1, max_logit_difference=0.0, max_logit_difference_cached=0.0, n_tokens=8
+    )
+    report.write(paths.PARITY)
+
+
+def test_a_pruned_model_that_failed_its_parity_check_is_not_timed(stage):
+    parity(passed=False)
+    with pytest.raises(RuntimeError, match=r"reports/parity\.json"):
+        stage()
+    paths.PARITY.unlink()
+    with pytest.raises(FileNotFoundError, match="no reports/parity.json"):
+        stage()
+
+
+def test_a_load_longer_than_the_models_context_is_refused(stage):
+    with pytest.raises(ValueError, match="max_model_len = 257: the model in artifacts/model takes 256 tokens"):
+        stage(max_model_len=257)
+
+
+def test_a_missing_model_names_the_stage_that_makes_it(stage):
+    paths.PRUNED.unlink()
+    with pytest.raises(FileNotFoundError, match="no model in artifacts/pruned: run `finercut prune` first"):
+        stage()
+
+
+def test_a_model_that_vllm_computes_otherwise_is_not_timed(stage):
+    with pytest.raises(RuntimeError, match=r"artifacts/model are up to 0\.0000 nats.*nothing was timed"):
+        stage(parity_tolerance=1e-12)
+    assert not paths.report("throughput").exists()
