@@ -40,7 +40,9 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def load_whole(directory: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_whole(
+    directory: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """The whole model, for evaluation.
 
     Args:
@@ -63,7 +65,9 @@ def load_whole(directory: Path, dtype: torch.dtype | str = "auto", device: torch
     return model.eval().to(device)
 
 
-def load_pruned(directory: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_pruned(
+    directory: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """A pruned model, for evaluation.
 
     Raises:
@@ -200,18 +204,17 @@ def pruned_config(
 
 
 def describe(directory: Path) -> str:
-    """A pruned checkpoint in a few lines, from its config alone.
+    """A checkpoint in a few lines, from its config alone.
 
     Raises:
         FileNotFoundError: no config.json there.
-        ValueError: not a pruned checkpoint.
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no checkpoint in {directory}: it has no config.json")
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     removed = removed_sublayers(config)
     if not removed:
-        raise ValueError(f"{directory} holds a whole {config.model_type} model of {config.num_hidden_layers} blocks")
+        return f"whole {config.model_type} model, {config.num_hidden_layers} blocks, nothing removed"
     origin = config.finercut
     rows = {f"{kind} removed": [s.block for s in removed if s.kind == kind] for kind in KINDS}
     lines = [

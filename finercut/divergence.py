@@ -84,7 +84,9 @@ js = Divergence("js", "nats per token", _probabilities, _js)
 kl = Divergence("kl", "nats per token", _probabilities, _kl)
 """Kullback-Leibler divergence of the pruned from the whole model, KL(whole || pruned)."""
 
-js_official = Divergence("js_official", "nats per token and vocabulary entry", lambda z: (z.log_softmax(-1),), _js_official)
+js_official = Divergence(
+    "js_official", "nats per token and vocabulary entry", lambda z: (z.log_softmax(-1),), _js_official
+)
 """What the authors' released code computes as Jensen-Shannon: (KL(M||P) + KL(M||Q)) / 2, over the vocabulary's size.
 
 The arguments of `kl_div` are swapped there; kept to reproduce their order. Unbounded.

@@ -169,6 +169,9 @@ class Throughput(Section):
     """KV cache given to both engines, on CPU and GPU alike."""
     enforce_eager: bool
     """Without torch.compile and CUDA graphs: starts faster, runs slower."""
+    interleave: bool
+    """Both engines at once, a round each in turn, so that whatever else the machine does slows both alike; false for
+    models that do not fit beside each other."""
     parity_tolerance: PositiveFloat
     """Largest difference, in nats, between vLLM's and transformers' float32 log-probabilities."""
 

@@ -27,7 +27,9 @@ def removal_map(trajectory: Trajectory, path: Path, title: str) -> None:
             axes.add_patch(_cell(block, row, _KEPT if step is None else _REMOVED))
             if step is not None:
                 axes.text(block, row, str(step), ha="center", va="center", color="white", fontsize=8)
-    axes.set(xlim=(-0.6, n_blocks - 0.4), ylim=(1.6, -0.6), xlabel="block", title=title, yticks=[0, 1], yticklabels=KINDS)
+    axes.set(
+        xlim=(-0.6, n_blocks - 0.4), ylim=(1.6, -0.6), xlabel="block", title=title, yticks=[0, 1], yticklabels=KINDS
+    )
     axes.set_xticks(range(0, n_blocks, max(1, n_blocks // 15)))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -58,7 +60,9 @@ def divergence_curves(trajectory: Trajectory, path: Path) -> None:
 
 
 def _cell(block: int, row: int, colour: str) -> Patch:
-    return FancyBboxPatch((block - 0.38, row - 0.34), 0.76, 0.68, boxstyle="round,pad=0,rounding_size=0.12", color=colour)
+    return FancyBboxPatch(
+        (block - 0.38, row - 0.34), 0.76, 0.68, boxstyle="round,pad=0,rounding_size=0.12", color=colour
+    )
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -119,7 +119,8 @@ def prune(whole_directory: Path, trajectory: Trajectory, budget: Budget, directo
 def _card(taken: Trajectory, removed: list[Sublayer], measured: Sizes, last: Removal) -> str:
     provenance = taken.provenance
     blocks = {
-        kind: ", ".join(str(s.block) for s in sorted(removed) if s.kind == kind) or "none" for kind in ("attention", "mlp")
+        kind: ", ".join(str(s.block) for s in sorted(removed) if s.kind == kind) or "none"
+        for kind in ("attention", "mlp")
     }
     return _CARD.format(
         source=provenance.model_source,

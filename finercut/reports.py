@@ -7,13 +7,14 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from finercut import paths
 from finercut.staging import staged_file
 
 
 class Report(BaseModel):
     """Written with sorted structure and no timestamps, so that an unchanged result is an unchanged file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     def write(self, path: Path) -> None:
         """Replaces `path` at once: a reader sees the old file or the new one."""
@@ -28,7 +29,8 @@ class Report(BaseModel):
             ValueError: it was written by something else.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}: run `finercut {path.stem}` first")
+            stage = "evaluate" if path == paths.PARITY else path.stem
+            raise FileNotFoundError(f"no {path}: run `finercut {stage}` first")
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except ValidationError as error:
@@ -178,6 +180,7 @@ class EngineFigures(Report):
     kv_cache_tokens: int
     """Tokens the engine's KV cache holds."""
     weights_gib: float
+    """In the engine's dtype."""
     max_logprob_difference: float
     """Against transformers, float32, nats."""
 
@@ -186,7 +189,7 @@ class ThroughputReport(Report):
     whole: EngineFigures
     pruned: EngineFigures
     speed_up: float
-    """Ratio of median output tokens/s, pruned over whole."""
+    """Output tokens/s, pruned over whole: the median over rounds."""
     kv_cache_ratio: float
     """Tokens the same KV memory holds, pruned over whole."""
     input_tokens: int
@@ -200,6 +203,8 @@ class ThroughputReport(Report):
     hardware: str
     dtype: str
     enforce_eager: bool
+    interleave: bool
+    """Whole and pruned took rounds in turn."""
 
 
 class GateCheck(Report):

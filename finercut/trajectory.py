@@ -15,9 +15,7 @@ from finercut.sublayers import Sublayer, candidates, parse, protected
 
 
 class Line(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     def to_json(self) -> str:
         return self.model_dump_json() + "\n"
@@ -41,7 +39,8 @@ class Provenance(Line):
     """Its kind: cpu, cuda."""
     torch_version: str
     transformers_version: str
-    finercut_version: str
+    code_sha256: str
+    """Of the modules that search."""
 
     @property
     def key(self) -> str:
@@ -108,7 +107,9 @@ def read_trajectory(path: Path) -> Trajectory:
         taken = {s for r in removals for s in parse(r.sublayer).sublayers}
         new = parse(removal.sublayer).sublayers
         if removal.step != len(removals) + 1 or not taken.isdisjoint(new) or new[0].block >= provenance.n_blocks:
-            raise ValueError(f"{path}:{number}: step {removal.step} ({removal.sublayer}) does not follow the ones before")
+            raise ValueError(
+                f"{path}:{number}: step {removal.step} ({removal.sublayer}) does not follow the ones before"
+            )
         removals.append(removal)
     return Trajectory(provenance, tuple(removals))
 
@@ -158,9 +159,7 @@ def _first(error: ValidationError) -> str:
     return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
 
 
-def removals_within(
-    trajectory: Trajectory, budget: Budget, parameters: dict[Sublayer, int], n_parameters: int
-) -> int:
+def removals_within(trajectory: Trajectory, budget: Budget, parameters: dict[Sublayer, int], n_parameters: int) -> int:
     """How many of the trajectory's removals fit a budget.
 
     Args:
@@ -187,7 +186,9 @@ def removals_within(
         spent += sum(cost[s] for s in parse(removal.sublayer).sublayers)
         if spent > allowed * (1 + 1e-9):
             if n_removals == 0:
-                raise ValueError(f"the first removal, {removal.sublayer}, is already over {budget.amount} {budget.unit}")
+                raise ValueError(
+                    f"the first removal, {removal.sublayer}, is already over {budget.amount} {budget.unit}"
+                )
             return n_removals
     # One more removal might still fit: only a longer search can tell.
     gone = {removal.sublayer for removal in trajectory.removals}
@@ -197,7 +198,7 @@ def removals_within(
         for c in candidates(trajectory.provenance.n_blocks, trajectory.provenance.candidates)
         if str(c) not in gone and kept.isdisjoint(c.sublayers)
     ]
-    if any(0 < c and spent + c <= allowed * (1 + 1e-9) for c in left):
+    if any(c > 0 and spent + c <= allowed * (1 + 1e-9) for c in left):
         raise ValueError(
             f"the trajectory ends after {len(trajectory.removals)} removals, at {spent:.3g} of {allowed:.3g} "
             f"{budget.unit}: raise search.removals"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import inspect
 import logging
 import time
 
@@ -10,23 +12,22 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import finercut
-from finercut import paths, tracking, trajectory
+from finercut import divergence, families, greedy, modeling_finercut, paths, sublayers, sweep, tracking, trajectory
 from finercut.calibration import load_tokens
 from finercut.checkpoint import device_of, load_whole
-from finercut.greedy import search
 from finercut.params import Params
 from finercut.params import Search as SearchParams
 from finercut.pictures import divergence_curves
 from finercut.reports import FetchReport, SearchReport
 from finercut.staging import staged_file
-from finercut.sublayers import candidates
 from finercut.trajectory import Provenance, Trajectory
 
 logger = logging.getLogger("finercut")
 
 # Held-out divergence this many times the calibration's: the removals fit the calibration set, not the model's use.
 PART_RATIO = 1.5
+# A trajectory is continued only by the code that began it.
+SEARCHING = (divergence, families, greedy, modeling_finercut, sublayers, sweep)
 
 
 def run(params: Params) -> SearchReport:
@@ -39,10 +40,12 @@ def run(params: Params) -> SearchReport:
     settings = params.search
     fetched = FetchReport.read(paths.report("fetch"))
     tokens = load_tokens(paths.CALIBRATION)
-    n_candidates = len(candidates(fetched.n_blocks, settings.candidates))
+    n_candidates = len(sublayers.candidates(fetched.n_blocks, settings.candidates))
     n_removals = settings.removals if settings.removals >= 1 else int(settings.removals * n_candidates)
     if not 0 < n_removals <= n_candidates:
-        raise ValueError(f"search.removals = {settings.removals}: cannot remove {n_removals} of {n_candidates} candidates")
+        raise ValueError(
+            f"search.removals = {settings.removals}: cannot remove {n_removals} of {n_candidates} candidates"
+        )
     device = device_of(settings.device)
     provenance = Provenance(
         model_source=fetched.source,
@@ -59,20 +62,22 @@ def run(params: Params) -> SearchReport:
         device=device.type,
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,
-        finercut_version=finercut.__version__,
+        code_sha256=_code_sha256(),
     )
     in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
     found = trajectory.resume(in_progress, provenance)
     resumed_after = len(found.removals)
     if resumed_after:
-        logger.info("search: %d of %d removals found from an earlier search", min(resumed_after, n_removals), n_removals)
+        logger.info(
+            "search: %d of %d removals found from an earlier search", min(resumed_after, n_removals), n_removals
+        )
     started = time.monotonic()
     if resumed_after < n_removals:
         model = load_whole(paths.MODEL, getattr(torch, settings.dtype), device)
         with tqdm(
             desc="search", unit="window", total=(n_removals - resumed_after) * len(tokens.calibration), disable=None
         ) as bar:
-            for removal in search(
+            for removal in greedy.search(
                 model,
                 tokens.calibration,
                 tokens.held_out,
@@ -99,6 +104,11 @@ def run(params: Params) -> SearchReport:
         )
     report.write(paths.report("search"))
     return report
+
+
+def _code_sha256() -> str:
+    sources = (inspect.getsource(module) for module in SEARCHING)
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
 def _tell(removal: trajectory.Removal, n_removals: int, seconds: float, resumed_after: int) -> None:

@@ -7,6 +7,8 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,12 +20,15 @@ from finercut.checkpoint import device_of, load_pruned, load_whole
 from finercut.params import Params
 from finercut.params import Throughput as ThroughputParams
 from finercut.reports import EngineFigures, ParityReport, Spread, ThroughputReport
+from finercut.serving import Round
 from finercut.weights import safetensors_shapes
 
 logger = logging.getLogger("finercut")
 
 # Held-out windows whose log-probabilities are compared.
 N_WINDOWS = 2
+# A vLLM worker goes on looking for work, on a whole core, for a second after its last.
+SETTLE_S = 1.5
 
 
 def run(params: Params) -> ThroughputReport:
@@ -46,15 +51,16 @@ def run(params: Params) -> ThroughputReport:
     n_tokens = settings.max_model_len - serving.N_GENERATED
     windows = tokens.held_out[:N_WINDOWS, :n_tokens].tolist()
     differences = [_difference(directory, load, windows, settings) for directory, load in models]
-    timings = [serving.timing(directory, settings) for directory, _ in models]
+    timings = _timings([directory for directory, _ in models], settings)
     whole, pruned = (
         _figures(directory, timing, difference, settings.dtype)
         for (directory, _), timing, difference in zip(models, timings, differences, strict=True)
     )
+    ratios = [p.output_tokens_per_s / w.output_tokens_per_s for w, p in zip(*(t.rounds for t in timings), strict=True)]
     report = ThroughputReport(
         whole=whole,
         pruned=pruned,
-        speed_up=pruned.output_tokens_per_s.median / whole.output_tokens_per_s.median,
+        speed_up=statistics.median(ratios),
         kv_cache_ratio=pruned.kv_cache_tokens / whole.kv_cache_tokens,
         input_tokens=settings.input_tokens,
         output_tokens=settings.output_tokens,
@@ -66,6 +72,7 @@ def run(params: Params) -> ThroughputReport:
         hardware=timings[0].hardware,
         dtype=settings.dtype,
         enforce_eager=settings.enforce_eager,
+        interleave=settings.interleave,
     )
     logger.info(
         "throughput: %.1f -> %.1f output tokens/s, %.2f times as fast, %.2f times the KV cache",
@@ -97,7 +104,9 @@ def _difference(
     settings: ThroughputParams,
 ) -> float:
     started = time.monotonic()
-    served = serving.continuations(directory, windows, settings)
+    exact = settings.model_copy(update={"dtype": "float32", "concurrency": len(windows)})
+    with serving.engine(directory, exact, one_process=True) as engine:
+        served = engine.continuations(windows)
     difference = serving.largest_difference(served, load(directory, torch.float32, device_of("auto")))
     # Written so that NaN fails too.
     if not difference <= settings.parity_tolerance:
@@ -114,7 +123,49 @@ def _difference(
     return difference
 
 
-def _figures(directory: Path, timing: serving.Timing, difference: float, dtype: str) -> EngineFigures:
+@dataclass(frozen=True)
+class Timing:
+    """What one engine did under load."""
+
+    rounds: list[Round]
+    kv_cache_tokens: int
+    hardware: str
+
+
+def _timings(directories: Sequence[Path], settings: ThroughputParams) -> list[Timing]:
+    if not settings.interleave:
+        return [timing for directory in directories for timing in _time_in_turn([directory], settings)]
+    return _time_in_turn(directories, settings)
+
+
+def _time_in_turn(directories: Sequence[Path], settings: ThroughputParams) -> list[Timing]:
+    with ExitStack() as stack:
+        engines = [stack.enter_context(serving.engine(directory, settings)) for directory in directories]
+        rounds: list[list[Round]] = [[] for _ in engines]
+        for seed in range(settings.n_warmups + settings.n_rounds):
+            for engine, measured in zip(engines, rounds, strict=True):
+                if len(engines) > 1:
+                    time.sleep(SETTLE_S)
+                one = engine.round(seed)
+                if seed >= settings.n_warmups:
+                    measured.append(one)
+                    _tell(engine.directory, one, len(measured), settings.n_rounds)
+        return [Timing(r, e.kv_cache_tokens, e.hardware) for e, r in zip(engines, rounds, strict=True)]
+
+
+def _tell(directory: Path, measured: Round, n: int, n_rounds: int) -> None:
+    logger.info(
+        "throughput: %s, round %d/%d: %.1f output tokens/s, TTFT %.3f s, TPOT %.4f s",
+        directory.name,
+        n,
+        n_rounds,
+        measured.output_tokens_per_s,
+        measured.ttft_s,
+        measured.tpot_s,
+    )
+
+
+def _figures(directory: Path, timing: Timing, difference: float, dtype: str) -> EngineFigures:
     n_elements = sum(tensor.n_elements for tensor in safetensors_shapes(directory).values())
     return EngineFigures(
         output_tokens_per_s=_spread([r.output_tokens_per_s for r in timing.rounds]),

@@ -151,6 +151,7 @@ def throughput(**changes) -> ThroughputReport:
         "hardware": "toy",
         "dtype": "float32",
         "enforce_eager": True,
+        "interleave": True,
     }
     return ThroughputReport(**settings | changes)
 

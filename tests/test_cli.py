@@ -104,7 +104,8 @@ def test_params_explains_every_field_and_shows_its_value(project):
             assert (about.description or "") in said
     assert '    kind: "package"  # package\n' in said
     assert "    repository:  # `owner/name`.\n" in said
-    assert "  n_rounds: 3  # Timed rounds, each with new random prompts.\n" in said
+    n_tokens = yaml.safe_load(Path("params.yaml").read_text())["calibrate"]["n_tokens"]
+    assert f"  n_tokens: {n_tokens}  # Tokens in a window.\n" in said
 
 
 def test_version_is_that_of_the_package():

@@ -31,7 +31,9 @@ def test_js_of_disjoint_distributions_is_ln_2():
 def test_js_by_hand():
     # P = (1/2, 1/2), Q = (1/4, 3/4), M = (3/8, 5/8)
     p, q = torch.tensor([[1.0, 1.0]]).log(), torch.tensor([[1.0, 3.0]]).log()
-    by_hand = (0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5)) / 2 + (0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5)) / 2
+    by_hand = (0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5)) / 2 + (
+        0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5)
+    ) / 2
     assert js(p, q).item() == pytest.approx(by_hand, rel=1e-5)
 
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from conftest import random_llama
 from lm_eval.tasks import TaskManager
 
@@ -97,20 +98,36 @@ def test_the_same_model_scores_the_same_twice(model, tokenizer):
     assert [s.n_fewshot for s in first.values()] == [2, 6, 0]
 
 
-def test_a_group_is_scored_by_the_documents_of_its_tasks(model, tokenizer):
-    members = [lm_eval_config(f"finercut_{name}") for name in ("agreement", "category")]
-    group = {
-        "group": "grammar_and_words",
-        "task": members,
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-    }
-    task = evaluation._load(Task(name="grammar_and_words", metric="acc"), group, TaskManager(include_defaults=False))
-    found = scores(model, tokenizer, [task])["grammar_and_words"]
-    apart = scores(model, tokenizer, load_tasks([Task(name=m["task"], metric="acc") for m in members])).values()
-    n_samples = sum(s.n_samples for s in apart)
-    assert found.n_samples == found.n_available == n_samples
-    assert found.value == pytest.approx(sum(s.value * s.n_samples for s in apart) / n_samples)
-    assert found.stderr is not None
+def test_a_group_is_scored_by_the_documents_of_its_tasks(tmp_path, model, tokenizer):
+    parts = {"verbs": "agreement", "things": "category"}
+    for name, smoke in parts.items():
+        documents = lm_eval_config(f"finercut_{smoke}")["custom_dataset"]()["test"].select(range(20 + 10 * len(name)))
+        documents.to_json(tmp_path / f"{name}.jsonl")
+        config = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": str(tmp_path / f"{name}.jsonl")},
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "text",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    group = {"group": "both", "task": [*parts], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
+    manager = TaskManager(include_path=tmp_path, include_defaults=False)
+    tasks = [evaluation._load(Task(name=name, metric="acc"), name, manager) for name in ("both", *parts)]
+    found = scores(model, tokenizer, tasks)
+    both, verbs, things = (found[name] for name in ("both", "verbs", "things"))
+    assert (both.n_samples, both.n_available) == (70 + 80, 70 + 80)
+    assert verbs.value != things.value
+    assert both.value == pytest.approx((verbs.value * 70 + things.value * 80) / 150)
+    assert both.stderr is not None
 
 
 def test_an_unknown_task_is_answered_with_those_near_it():

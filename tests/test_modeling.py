@@ -137,6 +137,10 @@ def test_describe_tells_what_is_gone(pruned_directory, removed):
     assert "source: tiny" in text
 
 
+def test_describe_knows_a_whole_model(tiny_model):
+    assert describe(tiny_model) == "whole llama model, 4 blocks, nothing removed"
+
+
 def test_saving_and_loading_again_changes_nothing(pair, pruned_directory, tokens, tmp_path):
     _, pruned = pair
     pruned.save_pretrained(tmp_path)

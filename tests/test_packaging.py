@@ -30,7 +30,9 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
-    sources = {str(p.relative_to(ROOT)) for package in ("finercut", "pipelines") for p in (ROOT / package).rglob("*.py")}
+    sources = {
+        str(p.relative_to(ROOT)) for package in ("finercut", "pipelines") for p in (ROOT / package).rglob("*.py")
+    }
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == sources
 
 

@@ -36,6 +36,7 @@ SETTINGS = Throughput(
     max_model_len=128,  # a block of the KV cache on CPU
     kv_cache_gib=0.0625,
     enforce_eager=True,
+    interleave=True,
     parity_tolerance=0.001,
 )
 
@@ -51,7 +52,9 @@ def test_vllm_computes_what_the_masked_whole_model_does_when_compiled(pruned, ti
     # Compiled by dynamo alone: inductor would want a C++ compiler on the machine
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
     windows = tokens[:2].tolist()
-    served = serving.continuations(pruned, windows, SETTINGS.model_copy(update={"enforce_eager": False}))
+    compiled = SETTINGS.model_copy(update={"enforce_eager": False})
+    with serving.engine(pruned, compiled, one_process=True) as engine:
+        served = engine.continuations(windows)
     assert [c.tokens[:24] for c in served] == windows
     assert [len(c.tokens) for c in served] == [24 + serving.N_GENERATED] * 2
     assert {len(given) >= serving.N_LIKELIEST for c in served for given in c.logprobs} == {True}
@@ -62,16 +65,17 @@ def test_vllm_computes_what_the_masked_whole_model_does_when_compiled(pruned, ti
         assert largest_difference(served, whole) > 0.1
 
 
-def test_a_served_model_is_timed_round_by_round_and_caches_only_its_kept_attentions(pruned):
-    timing = serving.timing(pruned, SETTINGS)
-    assert len(timing.rounds) == SETTINGS.n_rounds
-    for measured in timing.rounds:
+def test_a_served_model_is_timed_and_caches_only_its_kept_attentions(pruned):
+    with serving.engine(pruned, SETTINGS) as engine:
+        rounds = [engine.round(seed) for seed in range(2)]
+        # 2 of 4 attentions, keys and values, 2 heads of 32 float32 each
+        n_tokens = 0.0625 * 2**30 / (2 * 2 * 2 * 32 * 4)
+        assert engine.kv_cache_tokens == pytest.approx(n_tokens, rel=0.01)
+        assert "cores" in engine.hardware
+    for measured in rounds:
         # A round lasts as long as its first tokens and the three after them, and a little
         seconds = 2 * 4 / measured.output_tokens_per_s
         assert 0.2 * seconds < measured.ttft_s + 3 * measured.tpot_s < 1.1 * seconds
-    # 2 of 4 attentions, keys and values, 2 heads of 32 float32 each
-    n_tokens = 0.0625 * 2**30 / (2 * 2 * 2 * 32 * 4)
-    assert timing.kv_cache_tokens == pytest.approx(n_tokens, rel=0.01)
 
 
 def test_a_failed_engine_says_why(pruned, tmp_path):
@@ -82,15 +86,17 @@ def test_a_failed_engine_says_why(pruned, tmp_path):
     weights = load_file(directory / "model.safetensors")
     del weights["model.layers.1.self_attn.k_proj.weight"]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"damaged.*missing: model\.layers\.1\.self_attn\.k_proj\.weight"):
-        serving.continuations(directory, [[5, 6, 7]], SETTINGS)
+    cause = r"damaged.*missing: model\.layers\.1\.self_attn\.k_proj\.weight"
+    with serving.engine(directory, SETTINGS, one_process=True) as engine, pytest.raises(RuntimeError, match=cause):
+        engine.continuations([[5, 6, 7]])
 
 
 def test_no_process_outlives_the_one_that_started_it(pruned, tmp_path):
     script = tmp_path / "start.py"
     script.write_text(
         "from pathlib import Path; from finercut import serving; from finercut.params import Throughput\n"
-        f"serving.timing(Path({str(pruned)!r}), Throughput.model_validate({SETTINGS.model_dump()!r}))\n"
+        f"with serving.engine(Path({str(pruned)!r}), Throughput.model_validate({SETTINGS.model_dump()!r})) as engine:\n"
+        "    engine.round(0)\n"
     )
     ends = {
         sign: psutil.Popen([sys.executable, script], stderr=subprocess.DEVNULL)

@@ -25,7 +25,7 @@ def provenance(**changes) -> Provenance:
             "device": "cpu",
             "torch_version": "t",
             "transformers_version": "t",
-            "finercut_version": "0",
+            "code_sha256": "3" * 64,
         }
         | changes
     )
