@@ -1,4 +1,4 @@
-"""Calibration and held-out tokens: where their text comes from, how windows are cut, and their file."""
+"""Calibration and held-out tokens: where their text comes from, and how windows are cut."""
 
 from __future__ import annotations
 
@@ -15,18 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from finercut.params import FilesText, HubText, PackageText
 from finercut.sources import TOKENIZER_FILES
+from finercut.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_TOKENS_FILE = "tokens.safetensors"
-_METADATA = "finercut"  # one key: safetensors writes several in no fixed order
 
 # Rows of a table are joined as the authors join wikitext's; paragraphs and whole texts stay apart.
 _BETWEEN_ROWS, _BETWEEN_TEXTS = " ", "\n\n"
@@ -45,27 +40,6 @@ class Texts:
     """For people."""
     revision: str
     """Commit, version, or sha256 of the files."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What the search sees, and what it never sees: token ids, (samples, tokens), int64."""
-
-    calibration: Tensor
-    held_out: Tensor
-
-    @property
-    def calibration_sha256(self) -> str:
-        return _sha256(self.calibration)
-
-    @property
-    def held_out_sha256(self) -> str:
-        return _sha256(self.held_out)
-
-
-def _sha256(windows: Tensor) -> str:
-    shape = " ".join(map(str, windows.shape))
-    return hashlib.sha256(f"{shape}\n".encode() + windows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def read_texts(source: PackageText | HubText | FilesText) -> Texts:
@@ -264,36 +238,3 @@ def tokenizer_sha256(directory: Path) -> str:
         if (directory / name).is_file():
             digest.update(f"{name}\n".encode() + hashlib.sha256((directory / name).read_bytes()).digest())
     return digest.hexdigest()
-
-
-def write_tokens(directory: Path, tokens: Tokens, provenance: dict[str, str]) -> None:
-    """Write the token file; the same tokens and provenance give the same bytes."""
-    hashes = {"calibration_sha256": tokens.calibration_sha256, "held_out_sha256": tokens.held_out_sha256}
-    save_file(
-        {"calibration": tokens.calibration, "held_out": tokens.held_out},
-        directory / _TOKENS_FILE,
-        {_METADATA: json.dumps(provenance | hashes)},
-    )
-
-
-def load_tokens(directory: Path) -> Tokens:
-    """
-    Raises:
-        FileNotFoundError: no token file there.
-        ValueError: it was written by something else, or changed since.
-    """
-    file = directory / _TOKENS_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}: run `finercut calibrate` first")
-    try:
-        with safe_open(file, framework="pt") as stored:
-            recorded = json.loads(stored.metadata()[_METADATA])
-            tokens = Tokens(stored.get_tensor("calibration"), stored.get_tensor("held_out"))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a token file: run `finercut calibrate` again") from error
-    if (recorded["calibration_sha256"], recorded["held_out_sha256"]) != (
-        tokens.calibration_sha256,
-        tokens.held_out_sha256,
-    ):
-        raise ValueError(f"{file} is damaged, its tokens are not those recorded: run `finercut calibrate` again")
-    return tokens

@@ -14,12 +14,12 @@ from typing import Any
 
 import lm_eval
 import torch
-from lm_eval.api.group import Group
 from lm_eval.api.task import Task as LmEvalTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from finercut.params import Task
 from finercut.reports import TaskResult
@@ -33,7 +33,7 @@ class LoadedTask:
     """A task that lm-eval has read, with its documents."""
 
     settings: Task
-    content: LmEvalTask | Group
+    loaded: TaskDict
     metric_key: str
     """As lm-eval's results name it: `acc,none`."""
 
@@ -48,7 +48,7 @@ class LoadedTask:
     @property
     def leaves(self) -> list[LmEvalTask]:
         """Itself, or the tasks of a group such as mmlu."""
-        return self.content.get_all_tasks() if isinstance(self.content, Group) else [self.content]
+        return list(self.loaded["tasks"].values())
 
 
 @dataclass(frozen=True)
@@ -112,24 +112,24 @@ def _load(settings: Task, spec: str | dict[str, Any], manager: TaskManager) -> L
         ) from error
     except ImportError as error:
         raise RuntimeError(f"task {settings.name} needs a package that is missing: {error}") from error
-    content = loaded["groups"].get(settings.name) or loaded["tasks"][settings.name]
-    task = LoadedTask(settings, content, _metric_key(settings, content))
-    if settings.num_fewshot and any(leaf.get_config("num_fewshot") == 0 for leaf in task.leaves):
-        raise ValueError(f"evaluate.tasks: {settings.name} takes no examples, num_fewshot is {settings.num_fewshot}")
+    task = LoadedTask(settings, loaded, _metric_key(settings, loaded))
+    for leaf in task.leaves:
+        if settings.num_fewshot and leaf.get_config("num_fewshot") == 0:
+            raise ValueError(f"evaluate.tasks: {task.name} takes no examples, num_fewshot is {settings.num_fewshot}")
+        own = leaf.get_config("num_fewshot") or 0
+        leaf.set_config("num_fewshot", own if settings.num_fewshot is None else settings.num_fewshot)
     return task
 
 
-def _metric_key(settings: Task, content: LmEvalTask | Group) -> str:
+def _metric_key(settings: Task, loaded: TaskDict) -> str:
     """
     Raises:
         ValueError: the task has no such metric, or several.
     """
-    if isinstance(content, Group):
-        of_tasks = {key for task in content.get_all_tasks() for key in _metric_keys(task)}
-        aggregated = {metric.metric for metric in content.aggregate_metric_list or []}
-        available = sorted(key for key in of_tasks if key.partition(",")[0] in aggregated)
-    else:
-        available = _metric_keys(content)
+    available = list(dict.fromkeys(key for task in loaded["tasks"].values() for key in _metric_keys(task)))
+    if group := loaded["groups"].get(settings.name):
+        aggregated = {metric.metric for metric in group.aggregate_metric_list or []}
+        available = [key for key in available if key.partition(",")[0] in aggregated]
     matching = [key for key in available if settings.metric in (key, key.partition(",")[0])]
     if len(matching) != 1:
         shown = ", ".join(key.removesuffix(",none") for key in available) or "none of its own: name its tasks"
@@ -160,18 +160,11 @@ def score(
         served = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
     for task in tasks:
         with _quiet():
-            results = lm_eval.simple_evaluate(
-                served,
-                tasks=[task.content],
-                num_fewshot=task.settings.num_fewshot,
-                limit=task.settings.limit,
-                task_manager=TaskManager(include_defaults=False),
-                log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
+            set_seed(seed)
+            for leaf in task.leaves:
+                leaf.set_fewshot_seed(seed)
+            # Not simple_evaluate, which spends seconds a call on a list of every package installed.
+            results = lm_eval.evaluate(served, task.loaded, limit=task.settings.limit, log_samples=False)
         yield task.name, _score(task, results)
 
 

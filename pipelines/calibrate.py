@@ -7,10 +7,11 @@ import logging
 from transformers import AutoConfig, AutoTokenizer
 
 from finercut import paths
-from finercut.calibration import cut_windows, read_texts, tokenizer_sha256, window_start, write_tokens
+from finercut.calibration import cut_windows, read_texts, tokenizer_sha256, window_start
 from finercut.params import Params
 from finercut.reports import CalibrateReport
 from finercut.staging import staged
+from finercut.tokens import write_tokens
 
 logger = logging.getLogger("finercut")
 

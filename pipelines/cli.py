@@ -119,6 +119,9 @@ def main(ctx: click.Context, traceback: bool) -> None:
     All commands work in the current directory, the root of the project: settings come from params.yaml, results go to
     artifacts/ and reports/. `dvc repro` runs the same stages without Prefect, MLflow and registration.
     """
+    if not sys.stderr.isatty():
+        # Not every library's bars ask before they draw into a log.
+        os.environ.update({"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     logging.getLogger("finercut").setLevel(logging.INFO)
     if not sys.stderr.isatty():
         # transformers, datasets and the hub draw theirs into log files too

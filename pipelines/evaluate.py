@@ -11,12 +11,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from finercut import paths
-from finercut.calibration import load_tokens
 from finercut.checkpoint import device_of, load_pruned, load_whole
 from finercut.evaluation import Fit, LoadedTask, Score, compare, fit, load_tasks, score
 from finercut.params import Evaluate, Params
 from finercut.parity import check_parity
 from finercut.reports import EvaluateReport, ParityReport
+from finercut.tokens import load_tokens
 
 logger = logging.getLogger("finercut")
 

@@ -13,13 +13,13 @@ import transformers
 from tqdm import tqdm
 
 from finercut import divergence, families, greedy, modeling_finercut, paths, sublayers, sweep, tracking, trajectory
-from finercut.calibration import load_tokens
 from finercut.checkpoint import device_of, load_whole
 from finercut.params import Params
 from finercut.params import Search as SearchParams
 from finercut.pictures import divergence_curves
 from finercut.reports import FetchReport, SearchReport
 from finercut.staging import staged_file
+from finercut.tokens import load_tokens
 from finercut.trajectory import Provenance, Trajectory
 
 logger = logging.getLogger("finercut")

@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from finercut import paths, serving
-from finercut.calibration import load_tokens
 from finercut.checkpoint import device_of, load_pruned, load_whole
 from finercut.params import Params
 from finercut.params import Throughput as ThroughputParams
 from finercut.reports import EngineFigures, ParityReport, Spread, ThroughputReport
 from finercut.serving import Round
+from finercut.tokens import load_tokens
 from finercut.weights import safetensors_shapes
 
 logger = logging.getLogger("finercut")

@@ -19,8 +19,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from finercut import paths
-from finercut.calibration import Texts, Tokens, cut_windows, load_tokens, read_texts, tokenizer_sha256, write_tokens
+from finercut.calibration import Texts, cut_windows, read_texts, tokenizer_sha256
 from finercut.params import FilesText, PackageText, Params, load
+from finercut.tokens import Tokens, load_tokens, write_tokens
 from pipelines import calibrate
 
 

@@ -16,10 +16,10 @@ from conftest import random_llama
 from safetensors.torch import load_file
 
 from finercut import params, paths
-from finercut.calibration import Tokens, write_tokens
 from finercut.checkpoint import load_pruned, load_whole, masked
 from finercut.reports import FetchReport
 from finercut.sublayers import parse
+from finercut.tokens import Tokens, write_tokens
 from finercut.trajectory import read_trajectory
 from finercut.weights import weights_bytes, weights_sha256
 from pipelines import prune, search

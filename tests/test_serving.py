@@ -16,12 +16,12 @@ from conftest import random_llama
 from safetensors.torch import load_file, save_file
 
 from finercut import paths, serving
-from finercut.calibration import Tokens, write_tokens
 from finercut.checkpoint import load_whole, masked, write_pruned
 from finercut.params import Throughput, load
 from finercut.reports import ParityReport
 from finercut.serving import Continuation, largest_difference
 from finercut.sublayers import Sublayer
+from finercut.tokens import Tokens, write_tokens
 from pipelines import throughput
 
 ROOT = Path(__file__).parents[1]
