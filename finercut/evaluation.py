@@ -75,7 +75,7 @@ def load_tasks(tasks: Sequence[Task]) -> list[LoadedTask]:
     """Read every task and its documents, which takes no model.
 
     Raises:
-        ValueError: a task is unknown or named twice, lacks the metric, or takes no examples.
+        ValueError: a task is unknown, named twice, lacks the metric, takes no examples, or runs what the model writes.
         RuntimeError: its documents, or a package it needs, cannot be had.
     """
     names = [task.name for task in tasks]
@@ -114,6 +114,8 @@ def _load(settings: Task, spec: str | dict[str, Any], manager: TaskManager) -> L
         raise RuntimeError(f"task {settings.name} needs a package that is missing: {error}") from error
     task = LoadedTask(settings, loaded, _metric_key(settings, loaded))
     for leaf in task.leaves:
+        if getattr(leaf, "UNSAFE_CODE", False):
+            raise ValueError(f"evaluate.tasks: {task.name} runs code that the model writes, which is not done here")
         if settings.num_fewshot and leaf.get_config("num_fewshot") == 0:
             raise ValueError(f"evaluate.tasks: {task.name} takes no examples, num_fewshot is {settings.num_fewshot}")
         own = leaf.get_config("num_fewshot") or 0

@@ -135,7 +135,7 @@ class Task(Section):
     name: str
     """An lm-eval task, or one of the finercut_ smoke tasks."""
     metric: str
-    """The headline metric: acc, acc_norm, exact_match, ..."""
+    """The headline metric: acc, acc_norm, ...; with its filter where there are several: exact_match,strict-match."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples in the prompt; null keeps the task's own."""
     limit: PositiveInt | Share | None = None

@@ -137,7 +137,7 @@ class TaskResult(Report):
     pruned: float
     pruned_stderr: float | None
     retention: float | None
-    """pruned / whole; null where the whole model scores 0."""
+    """pruned / whole, or whole / pruned where lower is better; null where that divides by 0."""
     n_samples: int
     """Documents evaluated."""
     n_available: int

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from lm_eval.tasks import TaskManager
 
 from finercut import evaluation
 from finercut.evaluation import Score, compare, fit, load_tasks, score
-from finercut.params import Task
+from finercut.params import Task, load
 from finercut.tasks import lm_eval_config
 
 
@@ -188,3 +189,23 @@ def test_retention_is_what_is_left_of_the_whole_models_score(whole, pruned, high
     assert result.retention == (None if retention is None else pytest.approx(retention))
     assert result.generative
     assert result.smoke
+
+
+def test_a_task_that_runs_what_the_model_writes_is_refused():
+    config = lm_eval_config("finercut_copying") | {"unsafe_code": True}
+    with pytest.raises(ValueError, match="finercut_copying runs code that the model writes"):
+        evaluation._load(
+            Task(name="finercut_copying", metric="exact_match"), config, TaskManager(include_defaults=False)
+        )
+
+
+def test_the_papers_nine_benchmarks_and_their_metrics_are_known_to_lm_eval():
+    tasks = load(Path(__file__).parents[1] / "params/paper-llama3-8b.yaml").evaluate.tasks
+    manager = TaskManager()
+    published = [task for task in tasks if not task.name.startswith("finercut_")]
+    assert len(published) == 9
+    for task in published:
+        evaluation._check_known(task.name, manager)
+        config = manager.task_index[task.name].cfg
+        metrics = config.get("metric_list") or config["aggregate_metric_list"]
+        assert task.metric in {metric["metric"] for metric in metrics}

@@ -104,16 +104,24 @@ def test_no_process_outlives_the_one_that_started_it(pruned, tmp_path):
     }
     groups = {}
     for sign, process in ends.items():
-        engine = wait_for(process.children)[0]
-        # The engine's own processes, and the one that watches over shared memory
-        wait_for(lambda engine=engine: engine.children(recursive=True))
-        groups[sign] = [engine, *engine.children(recursive=True)]
+        (engine,) = wait_for(process.children)
+        groups[sign] = [engine, *wait_for(lambda engine=engine: vllm_children(engine))]
         os.kill(process.pid, sign)
         process.wait(timeout=30)
     for sign, group in groups.items():
         _, alive = psutil.wait_procs(group, timeout=30)
         running = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
         assert not running, f"after {sign.name}"
+
+
+def vllm_children(engine):
+    """vLLM's own processes, as soon as they are spawned."""
+    return [
+        process
+        for process in psutil.process_iter(["ppid", "cmdline"])
+        if process.info["ppid"] == engine.pid
+        and any(mark in " ".join(process.info["cmdline"] or ()) for mark in ("spawn_main", "VLLM"))
+    ]
 
 
 def wait_for(found):
