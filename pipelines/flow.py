@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,12 @@ from prefect.context import FlowRunContext
 
 from finercut import registry
 from finercut.params import Params, load
+from finercut.processes import GRACE_S, end_group
 from finercut.reports import RegisterReport
 from pipelines import dag, register, summary
 
 # DVC's advice after every stage, which is for people who run it by hand.
 DVC_HINTS = ("To track the changes", "git add dvc.lock", "To enable auto staging", "dvc config core", "Use `dvc push`")
-GRACE_S = 10  # between asking a stage to end and ending it
 
 
 @flow(name="finercut")
@@ -145,29 +144,8 @@ def run_group(
         reader.start()
         return process.wait(timeout_s)
     finally:
-        stop_group(process)
+        end_group(process)
         reader.join(GRACE_S)
-
-
-def stop_group(process: subprocess.Popen) -> None:
-    """End every process of the group `process` leads, politely first."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sent)
-        except ProcessLookupError:
-            return
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and _group_lives(process):
-            time.sleep(0.05)
-
-
-def _group_lives(process: subprocess.Popen) -> bool:
-    process.poll()  # a leader that has ended stays in its group until it is waited for
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
