@@ -25,8 +25,8 @@ from finercut.sublayers import KINDS, Candidate, Sublayer
 
 # Tokens that go through a sublayer at once. Larger ones spill out of the caches of CPUs and win nothing.
 MICRO_BATCH_TOKENS = 2048
-# Logits whose divergence is computed at once: 4 MiB in float32, which the caches of a core hold.
-DIVERGENCE_LOGITS = 2**20
+# Logits whose divergence is computed at once: 1 MiB in float32, which the caches of a core hold.
+DIVERGENCE_LOGITS = 2**18
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
