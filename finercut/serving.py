@@ -165,6 +165,11 @@ def engine(directory: Path, settings: Throughput, one_process: bool = False) -> 
         )
         try:
             yield Engine(directory, process, log)
+            # An engine that ends by itself gives its shared memory back.
+            with suppress(BrokenPipeError, subprocess.TimeoutExpired):
+                process.stdin.write("null\n")
+                process.stdin.flush()
+                process.wait(GRACE_S)
         finally:
             end_group(process)
             process.stdout.close()
@@ -200,14 +205,13 @@ def _main() -> None:
     # Libraries print to the standard output: keep it to the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    requests: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    requests: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     settings = Throughput.model_validate_json(sys.argv[2])
     llm = _start_vllm(sys.argv[1], settings)
     cache = llm.llm_engine.vllm_config.cache_config
     print(json.dumps({"kv_cache_tokens": cache.kv_cache_size_tokens, "hardware": _hardware()}), file=answers)
-    while True:
-        request = requests.get()
+    while (request := requests.get()) is not None:
         if "seed" in request:
             answer = asdict(_serve_load(llm, settings, request["seed"]))
         else:
@@ -215,7 +219,7 @@ def _main() -> None:
         print(json.dumps(answer), file=answers)
 
 
-def _listen(requests: SimpleQueue[dict[str, Any]]) -> None:
+def _listen(requests: SimpleQueue[dict[str, Any] | None]) -> None:
     # Unbuffered: a buffer's lock, held here, would abort a process that ends for an error of its own.
     for line in open(0, "rb", buffering=0):  # noqa: SIM115
         requests.put(json.loads(line))
