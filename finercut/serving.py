@@ -29,7 +29,7 @@ from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any
 
 from finercut.params import Throughput
-from finercut.processes import end_group
+from finercut.processes import GRACE_S, end_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
