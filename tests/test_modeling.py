@@ -239,7 +239,9 @@ def test_importing_finercut_imports_neither_torch_nor_transformers():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-@pytest.mark.parametrize("first", ["import finercut", "from transformers import AutoModelForCausalLM"])
+@pytest.mark.parametrize(
+    "first", ["import finercut", "from transformers import LlamaForCausalLM", "from vllm import LLM"]
+)
 def test_the_auto_classes_know_pruned_models_whichever_is_imported_first(some_pruned, first):
     code = (
         f"{first}\nimport finercut\nfrom transformers import AutoConfig, AutoModelForCausalLM\n"

@@ -3,7 +3,7 @@ import torch
 from conftest import random_llama
 
 from finercut.checkpoint import write_pruned
-from finercut.parity import check_parity
+from finercut.parity import N_CACHED_TOKENS, _logits, check_parity
 from finercut.sublayers import parse
 
 TOLERANCE = 1e-4
@@ -57,6 +57,12 @@ def test_removing_another_sublayer_than_the_config_says_fails_by_the_difference_
     assert report.max_logit_difference == pytest.approx(differences.max().item(), abs=TOLERANCE)
     # A cache changes nothing, so the first 48 tokens one by one differ as they do in one forward.
     assert report.max_logit_difference_cached == pytest.approx(differences[:, :48].max().item(), abs=TOLERANCE)
+
+
+def test_a_model_that_reads_its_cache_gives_the_logits_of_one_forward(held_out):
+    uncached, cached = _logits(random_llama(), held_out)
+    assert cached.shape == (6, N_CACHED_TOKENS, 400)
+    torch.testing.assert_close(cached, uncached[:, :N_CACHED_TOKENS], atol=TOLERANCE, rtol=0)
 
 
 def test_a_tolerance_below_the_difference_fails(tmp_path, tiny_model, tokenizer, held_out):
