@@ -76,6 +76,8 @@ def test_a_generation_counts_when_it_is_the_answer_and_no_more():
     (loaded,) = load_tasks([Task(name="finercut_copying", metric="exact_match")])
     task = loaded.leaves[0]
     task.build_all_requests(limit=4)
+    # Examples are lines, so a model that goes on writes another line: what follows the first is no answer.
+    assert all(request.args[1]["until"] == ["\n"] for request in task.instances)
     answers = [request.doc["answer"] for request in task.instances]
     said = [f" {answers[0]}", answers[1], f" {answers[2]} again", " no"]
     for request, text in zip(task.instances, said, strict=True):
