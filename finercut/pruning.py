@@ -100,6 +100,7 @@ def prune(whole_directory: Path, trajectory: Trajectory, budget: Budget, directo
         write_pruned(whole_directory, removed, partial, origin, _card(taken, removed, measured, last))
     kv_bytes = measured.kv_bytes_per_token
     return PruneReport(
+        n_removals=n_removals,
         removed=[str(s) for s in removed],
         n_removed_sublayers=len(removed),
         n_sublayers=len(measured.parameters),

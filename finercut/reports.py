@@ -100,6 +100,8 @@ class SearchReport(Report):
 
 
 class PruneReport(Report):
+    n_removals: int
+    """Of the trajectory; each may take more than one sublayer."""
     removed: list[str]
     n_removed_sublayers: int
     n_sublayers: int

@@ -1,185 +1,30 @@
-"""The model run sublayer by sublayer, with candidates as branches of the residual stream.
+"""Candidates evaluated as branches of one pass through the depth.
 
-A candidate at depth d leaves the stream before d untouched. So the model as it stands is run once, its stream kept at
-every depth (the trunk), and a candidate is a branch that starts from the trunk where its sublayer is and skips it. All
-branches that are under way go through a sublayer as one batch.
+A candidate at depth d leaves the residual stream before d untouched. So the model as it stands is run once, its stream
+kept at every depth (the trunk), and a candidate is a branch that starts from the trunk where its sublayer is and skips
+it. All branches that are under way go through a sublayer as one batch.
 """
 
 from __future__ import annotations
 
-import copy
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from finercut.blocks import Blocks, Unit
 from finercut.divergence import Divergence, Reference
 from finercut.families import Layout
-from finercut.modeling_finercut import bypass
-from finercut.sublayers import KINDS, Candidate, Sublayer
+from finercut.sublayers import Candidate, Sublayer
+from finercut.workers import Workers
 
 # Tokens that go through a sublayer at once. Larger ones spill out of the caches of CPUs and win nothing.
 MICRO_BATCH_TOKENS = 2048
 # Logits whose divergence is computed at once: 1 MiB in float32, which the caches of a core hold.
 DIVERGENCE_LOGITS = 2**18
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class Workers:
-    """Runs independent pieces of work at once: a thread a core on a CPU, none beside the caller's on a GPU.
-
-    Torch's own threads meet after every operation, thousands of times a second, and wait for the slowest each time;
-    on a machine that does other things too, that costs far more than the other things do. These meet after a piece.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-        self._inside = threading.local()
-        self._pool = ThreadPoolExecutor(n_threads, initializer=self._enter) if n_threads > 1 else None
-        self.n_threads = n_threads
-
-    def _enter(self) -> None:
-        self._inside.worker = True
-        torch.set_num_threads(1)
-
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Results in the order of the items. Called from within a piece of work, does one after the other."""
-        items = list(items)
-        if self._pool is None or len(items) < 2 or getattr(self._inside, "worker", False):
-            return [function(item) for item in items]
-
-        def piece(item: Item) -> Result:
-            with torch.inference_mode():
-                return function(item)
-
-        return list(self._pool.map(piece, items))
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is run as one: a sublayer, or a whole block where its sublayers read the same stream."""
-
-    block: int
-    kinds: tuple[str, ...]
-
-    @property
-    def sublayers(self) -> tuple[Sublayer, ...]:
-        return tuple(Sublayer(self.block, kind) for kind in self.kinds)
-
-
-class Blocks:
-    """The blocks of a model, any of whose sublayers can be left out of a forward."""
-
-    def __init__(self, model: PreTrainedModel, layout: Layout, tokens: Tensor) -> None:
-        """
-        Args:
-            tokens: ids, (1, tokens), of the length that will be run.
-        """
-        self.model = model
-        self.layout = layout
-        self.blocks = list(model.get_submodule(layout.blocks))
-        self._views: dict[tuple[int, frozenset[str]], nn.Module] = {}
-        self._arguments = self._capture(tokens)
-        kinds = [(kind,) for kind in KINDS] if self._sequential(tokens) else [KINDS]
-        self.units = [Unit(i, k) for i in range(len(self.blocks)) for k in kinds]
-
-    def view(self, block: int, without: frozenset[str]) -> nn.Module:
-        """The block with some kinds bypassed; shares its weights."""
-        key = (block, without)
-        if key not in self._views:
-            view = _shallow(self.blocks[block])
-            for kind in sorted(without):
-                bypass(view, kind, self.layout.to_dict())
-            self._views[key] = view
-        return self._views[key]
-
-    def run(self, unit: Unit, states: Tensor, removed: Iterable[Sublayer]) -> Tensor:
-        """One unit on (batch, tokens, hidden) states; `removed` may name sublayers of other units too."""
-        gone = frozenset(s.kind for s in removed if s.block == unit.block)
-        if len(unit.kinds) == 1:
-            if gone.issuperset(unit.kinds):
-                return states
-            gone = frozenset(KINDS) - set(unit.kinds)
-        args, kwargs = self._arguments[unit.block]
-        return self.view(unit.block, gone)(states, *args, **kwargs)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(batch, tokens) ids -> (batch, tokens, hidden): what the first block is given."""
-        catch = _Catch()
-        self._around(catch)(tokens, use_cache=False)
-        return catch.states
-
-    def logits(self, states: Tensor) -> Tensor:
-        """(batch, tokens, hidden) after the last block -> (batch, tokens, vocab), all by the model's own code."""
-        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        return self._around(_Inject(states))(ids, use_cache=False).logits
-
-    def _around(self, only: nn.Module) -> nn.Module:
-        """The model with `only` in place of all of its blocks; shares its weights."""
-        model = _shallow(self.model)
-        *parents, last = self.layout.blocks.split(".")
-        holder = model
-        for name in parents:
-            holder._modules[name] = _shallow(holder._modules[name])
-            holder = holder._modules[name]
-        holder._modules[last] = nn.ModuleList([only])
-        return model
-
-    def _capture(self, tokens: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
-        """What the model passes each block besides the states: masks, position embeddings."""
-        captured: list[tuple[tuple, dict[str, Any]]] = []
-
-        def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            captured.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-
-        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self.blocks]
-        try:
-            self.model(tokens, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return captured
-
-    def _sequential(self, tokens: Tensor) -> bool:
-        """Whether a block is its attention followed by its MLP; otherwise the two read the same stream."""
-        states = self.embed(tokens)
-        args, kwargs = self._arguments[0]
-        attention, mlp = (self.view(0, frozenset({kind})) for kind in reversed(KINDS))
-        one_by_one = mlp(attention(states, *args, **kwargs), *args, **kwargs)
-        return torch.equal(one_by_one, self.blocks[0](states, *args, **kwargs))
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """Another module with the same parameters and children, whose children can be replaced."""
-    copied = copy.copy(module)
-    copied._modules = dict(module._modules)
-    return copied
-
-
-class _Catch(nn.Module):
-    """Stands for all blocks and keeps what they are given."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.states = hidden_states
-        return hidden_states
-
-
-class _Inject(nn.Module):
-    """Stands for all blocks and hands over what they would give."""
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.states
 
 
 class Window:

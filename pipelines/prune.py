@@ -22,9 +22,8 @@ def run(params: Params) -> PruneReport:
     """
     found = read_trajectory(paths.TRAJECTORY)
     report = prune(paths.MODEL, found, params.prune.budget, paths.PRUNED)
-    n_removals = next(n for n in range(len(found.removals) + 1) if len(found.sublayers(n)) == len(report.removed))
     title = f"{found.provenance.model_source}: {report.n_removed_sublayers} of {report.n_sublayers} sublayers removed"
-    removal_map(found.first(n_removals), paths.REMOVALS_PICTURE, title)
+    removal_map(found.first(report.n_removals), paths.REMOVALS_PICTURE, title)
     shares = report.shares
     logger.info(
         "prune: removed %.1f %% of sublayers, %.1f %% of parameters, %.1f %% of KV cache; %.0f -> %.0f MiB",

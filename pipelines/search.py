@@ -12,7 +12,19 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from finercut import divergence, families, greedy, modeling_finercut, paths, sublayers, sweep, tracking, trajectory
+from finercut import (
+    blocks,
+    divergence,
+    families,
+    greedy,
+    modeling_finercut,
+    paths,
+    sublayers,
+    sweep,
+    tracking,
+    trajectory,
+    workers,
+)
 from finercut.checkpoint import device_of, load_whole
 from finercut.params import Params
 from finercut.params import Search as SearchParams
@@ -27,7 +39,7 @@ logger = logging.getLogger("finercut")
 # Held-out divergence this many times the calibration's: the removals fit the calibration set, not the model's use.
 PART_RATIO = 1.5
 # A trajectory is continued only by the code that began it.
-SEARCHING = (divergence, families, greedy, modeling_finercut, sublayers, sweep)
+SEARCHING = (blocks, divergence, families, greedy, modeling_finercut, sublayers, sweep, workers)
 
 
 def run(params: Params) -> SearchReport:

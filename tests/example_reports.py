@@ -71,6 +71,7 @@ def search() -> SearchReport:
 
 def prune() -> PruneReport:
     return PruneReport(
+        n_removals=2,
         removed=["2.attention", "3.mlp"],
         n_removed_sublayers=2,
         n_sublayers=8,
