@@ -19,6 +19,7 @@ from finercut import (
     greedy,
     modeling_finercut,
     paths,
+    race,
     sublayers,
     sweep,
     tracking,
@@ -39,7 +40,7 @@ logger = logging.getLogger("finercut")
 # Held-out divergence this many times the calibration's: the removals fit the calibration set, not the model's use.
 PART_RATIO = 1.5
 # A trajectory is continued only by the code that began it.
-SEARCHING = (blocks, divergence, families, greedy, modeling_finercut, sublayers, sweep, workers)
+SEARCHING = (blocks, divergence, families, greedy, modeling_finercut, race, sublayers, sweep, workers)
 
 
 def run(params: Params) -> SearchReport:
@@ -86,9 +87,7 @@ def run(params: Params) -> SearchReport:
     started = time.monotonic()
     if resumed_after < n_removals:
         model = load_whole(paths.MODEL, getattr(torch, settings.dtype), device)
-        with tqdm(
-            desc="search", unit="window", total=(n_removals - resumed_after) * len(tokens.calibration), disable=None
-        ) as bar:
+        with tqdm(desc="search", unit="part", disable=None) as bar:
             for removal in greedy.search(
                 model,
                 tokens.calibration,
