@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finercut.blocks import Blocks
+from finercut.distributed import ALONE, Ranks, SharedSweep
 from finercut.divergence import DIVERGENCES
 from finercut.families import layout_of
 from finercut.race import Race
 from finercut.sublayers import Candidate, FrontExclusion, Sublayer, candidates, open_candidates, parse, protected
-from finercut.sweep import Sweep
 from finercut.trajectory import Removal
 from finercut.workers import Workers
 
@@ -31,6 +31,7 @@ def search(
     exclude: float | None = None,
     earlier: Iterable[Removal] = (),
     abandon: bool = True,
+    ranks: Ranks = ALONE,
     progress: Callable[[], Any] = lambda: None,
 ) -> Iterator[Removal]:
     """Greedy search, yielding each removal as soon as it is decided.
@@ -49,11 +50,12 @@ def search(
         exclude: the authors' rule for the front blocks, see `FrontExclusion`; None for none.
         earlier: removals of the same search made before; it continues after them.
         abandon: give candidates up once they cannot be the least. The removals are the same either way.
+        ranks: the processes that share the windows; each is given all of both sets, and yields the same removals.
         progress: called after every part of the calibration set.
 
     Raises:
-        ValueError: more is to be removed than there is, no candidate's output is finite, or the two sets' windows are
-            of different lengths.
+        ValueError: more is to be removed than there is, no candidate's output is finite, the two sets' windows are of
+            different lengths, or there are more processes than calibration windows.
     """
     layout = layout_of(model.config)
     n_blocks = len(model.get_submodule(layout.blocks))
@@ -69,6 +71,8 @@ def search(
             f"calibration windows have {calibration.shape[1]} tokens, held-out windows {held_out.shape[1]}; "
             "give both the same length"
         )
+    if len(calibration) < ranks.size:
+        raise ValueError(f"{len(calibration)} calibration windows cannot be shared by {ranks.size} processes")
 
     earlier = list(earlier)
     gone = [parse(removal.sublayer) for removal in earlier]
@@ -77,7 +81,7 @@ def search(
     deciding, unseen = range(len(calibration)), range(len(calibration), len(tokens))
     with torch.inference_mode():
         blocks = Blocks(model, layout, tokens[:1])
-    sweep = Sweep(blocks, tokens, DIVERGENCES[divergence], Workers(model.device), lost)
+    sweep = SharedSweep(ranks, blocks, tokens, DIVERGENCES[divergence], Workers(model.device), lost)
 
     for step in range(len(gone) + 1, n_removals + 1):
         choice = [c for c in open_candidates(pool, gone, kept, exclusion) if _leaves_an_attention(c, gone, n_blocks)]
