@@ -32,8 +32,9 @@ class Layout:
     blocks: str
     attention: Branch
     mlp: Branch
-    parallel: bool = False
-    """Attention and MLP of a block read the same stream; otherwise the MLP reads what the attention has added to."""
+    sequential: bool = True
+    """A block is its attention followed by its MLP. Otherwise, where both read the same stream or a norm lies on the
+    stream itself, a block is run as one."""
 
     def branch(self, kind: str) -> Branch:
         return self.attention if kind == "attention" else self.mlp
@@ -64,17 +65,18 @@ def _gpt_neox(config: Any) -> Layout:
         blocks="gpt_neox.layers",
         attention=Branch("attention", before=("input_layernorm",)),
         mlp=Branch("mlp", before=("post_attention_layernorm",)),
-        parallel=config.use_parallel_residual,
+        sequential=not config.use_parallel_residual,
     )
 
 
 def _opt(config: Any) -> Layout:
-    # Its MLP is not one module. Where the norms come after the addition (350M), they are part of the stream and stay.
+    # Its MLP is not one module. Where the norms come after the addition (350M), they lie on the stream and stay.
     first = config.do_layer_norm_before
     return Layout(
         blocks="model.decoder.layers",
         attention=Branch("self_attn", before=("self_attn_layer_norm",) if first else ()),
         mlp=Branch("fc2", before=("final_layer_norm", "fc1") if first else ("fc1",)),
+        sequential=first,
     )
 
 
