@@ -11,20 +11,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import AutoModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import utils
 
 from finercut import modeling_finercut
-from finercut.modeling_finercut import PREFIX, bypass, kept_attentions, removed_sublayers
+from finercut.modeling_finercut import PREFIX, removed_sublayers
 
 # Where vLLM's blocks call a member otherwise than transformers' do, by the block's class.
 RENAMED = {"MixtralDecoderLayer": {"mlp": "block_sparse_moe"}}
@@ -109,18 +109,6 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
     ]
 
 
-def layout_of(config: Any) -> dict[str, Any]:
-    """Where a pruned model's sublayers were, from its config.
-
-    Raises:
-        ValueError: the config does not say it.
-    """
-    layout = (config.finercut or {}).get("layout")
-    if layout is None:
-        raise ValueError(f"{type(config).__name__} skips sublayers but has no finercut.layout to find them by")
-    return layout
-
-
 @contextmanager
 def removing(vllm_config: VllmConfig) -> Iterator[None]:
     """Whatever model vLLM builds inside lacks the sublayers that its config lists as skipped.
@@ -133,7 +121,9 @@ def removing(vllm_config: VllmConfig) -> Iterator[None]:
     if not removed:
         yield
         return
-    layout = layout_of(config)
+    layout = (config.finercut or {}).get("layout")
+    if layout is None:
+        raise ValueError(f"{type(config).__name__} skips sublayers but has no finercut.layout to find them by")
     built: list[str] = []
 
     def make_layers(num_hidden_layers: int, layer_fn: Callable[..., nn.Module], prefix: str) -> Any:
@@ -225,30 +215,14 @@ class PrunedModel(CheckedWeights):
 
 
 class PrunedTransformersModel(CheckedWeights):
-    """What a pruned model adds to one that vLLM runs by transformers' code.
+    """What a pruned model adds to one that vLLM runs by transformers' code: that code is the pruned model's own."""
 
-    Three steps of vLLM's constructor are taken otherwise. It makes transformers' model without memory, puts its own
-    layers in place of transformers', and then an attention with a KV cache in each of them.
-    """
-
-    @cached_property
-    def _from_config_kwargs(self) -> dict[str, Any]:
-        # Transformers makes a model without a head for configs of its own only.
-        settings = self.config.to_dict()
-        for name in ("model_type", "per_layer_config", "finercut"):
-            settings.pop(name, None)
-        base = CONFIG_MAPPING[self.config.model_type.removeprefix(f"{PREFIX.lower()}_")](**settings)
-        base._attn_implementation = self.config._attn_implementation
-        return super()._from_config_kwargs | {"config": base}
-
-    def recursive_replace(self) -> None:
-        layout = layout_of(self.config)
-        blocks = self.model.get_submodule(layout["blocks"].removeprefix(f"{self.model.base_model_prefix}."))
-        for index, kind in removed_sublayers(self.config):
-            bypass(blocks[index], kind, layout)
-        for position, index in enumerate(kept_attentions(self.config)):
-            getattr(blocks[index], layout["attention"]["core"]).layer_idx = position
-        super().recursive_replace()
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        # vLLM has transformers make it, without its head and without memory, before its own layers take their places.
+        base = MODEL_MAPPING_NAMES[config.model_type.removeprefix(f"{PREFIX.lower()}_")]
+        AutoModel.register(type(config), getattr(modeling_finercut, PREFIX + base), exist_ok=True)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _create_attention_instances(self, prefix: str = "") -> None:
         whole = self.text_config
