@@ -111,11 +111,16 @@ def start(n_processes: int, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=lambda failed: _consequence(failed[1].exitcode))
         how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed ({failure.exitcode})"
         raise RuntimeError(
             f"process {rank} of {n_processes} {how}; what was found is kept: run it again to continue"
         ) from error
+
+
+def _consequence(exitcode: int) -> tuple[bool, int]:
+    """Sorts the process that was the reason first: the others lost it, or the launcher ended them."""
+    return exitcode == -signal.SIGTERM, exitcode
 
 
 class SharedSweep(Sweep):
