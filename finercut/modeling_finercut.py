@@ -101,7 +101,8 @@ def remove_sublayers(model: nn.Module) -> None:
     kept = kept_attentions(config)
     if not kept:
         raise ValueError("every attention is removed; a model without one cannot tell positions apart")
-    blocks = model.get_submodule(layout["blocks"])
+    # The same blocks for a model with and without its head.
+    blocks = model.base_model.get_submodule(layout["blocks"].removeprefix(f"{model.base_model_prefix}."))
     for index, kind in removed:
         bypass(blocks[index], kind, layout)
     for position, index in enumerate(kept):
