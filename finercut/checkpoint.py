@@ -24,14 +24,19 @@ MODELING_FILE = Path(modeling_finercut.__file__)
 _REWRITTEN = {"config.json", "README.md", MODELING_FILE.name}
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str, local_rank: int = 0) -> torch.device:
     """`auto` is the GPU where there is one.
+
+    Args:
+        local_rank: which of this machine's GPUs `auto` and `cuda` stand for.
 
     Raises:
         ValueError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
