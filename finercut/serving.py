@@ -200,8 +200,8 @@ def _cause(log: str) -> str:
     for number, line in enumerate(lines):
         if error := re.search(r"\b(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b: .+", line):
             # Pydantic says in the next line what was wrong.
-            given = lines[number + 1 : number + 2] if "validation error" in error[0] else [error[0]]
-            return _shortened(" ".join(given).removeprefix("Value error, "))
+            reason = lines[number + 1] if "validation error" in error[0] and lines[number + 1 :] else error[0]
+            return _shortened(reason.removeprefix("Value error, "))
         if line.endswith("AssertionError"):
             # It says nothing itself; the line that failed does.
             failed = (re.search(r"\bassert .+", earlier) for earlier in reversed(lines[:number]))

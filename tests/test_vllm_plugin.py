@@ -401,6 +401,15 @@ def test_the_model_is_vllms_own_with_all_it_can_do(built):
     assert utils.make_layers.__module__ == utils.__name__
 
 
+def test_pipeline_parallel_is_refused_where_vllm_runs_transformers_code(distributed, tmp_path):
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = engine_config(write(model_for_vllm("olmo2"), REMOVED, tmp_path / "pruned"))
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(ValueError, match="pipeline_parallel_size = 2.*Olmo2.*use tensor_parallel_size"):
+        initialize_model(config)
+
+
 def test_registering_again_changes_nothing():
     from vllm import ModelRegistry
 
