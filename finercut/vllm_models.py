@@ -215,10 +215,21 @@ class PrunedModel(CheckedWeights):
 
 
 class PrunedTransformersModel(CheckedWeights):
-    """What a pruned model adds to one that vLLM runs by transformers' code: that code is the pruned model's own."""
+    """What a pruned model adds to one that vLLM runs by transformers' code: that code is the pruned model's own.
+
+    Raises:
+        ValueError: pipeline parallel is asked for.
+    """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
+        n_ranks = vllm_config.parallel_config.pipeline_parallel_size
+        if n_ranks > 1:
+            # A rank would look for attentions by their blocks' numbers, and finds them numbered anew.
+            raise ValueError(
+                f"pipeline_parallel_size = {n_ranks}: vLLM runs {config.architectures[0]} by transformers' code, and "
+                "cannot divide it so without some attentions; use tensor_parallel_size"
+            )
         # vLLM has transformers make it, without its head and without memory, before its own layers take their places.
         base = MODEL_MAPPING_NAMES[config.model_type.removeprefix(f"{PREFIX.lower()}_")]
         AutoModel.register(type(config), getattr(modeling_finercut, PREFIX + base), exist_ok=True)

@@ -1,7 +1,7 @@
 """vLLM's engines one after another in one process, which imports vLLM once; test_vllm_plugin.py runs it as a script.
 
-Each line of its input is {"directory": of a model, "prompts": token ids, "again": token ids}; each line of its output
-what an engine of that model made of them, or {"error": why there is none}.
+Its argument is {"prompts": token ids, "again": token ids}; each line of its input a model's directory; each line of its
+output what an engine of that model made of the prompts, or {"error": why there is none}.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()
         try:
-            answer = serve(**json.loads(line))
+            answer = serve(line.rstrip("\n"), **json.loads(sys.argv[1]))
         except (ValueError, RuntimeError, AssertionError) as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers)

