@@ -33,6 +33,8 @@ UNPRIVILEGED = "nobody"
 class Postgres:
     address: str
     password: str
+    programs: Path
+    """The directory of `psql` and its likes."""
 
     def uri(self, database: str, driver: str = "postgresql") -> str:
         return f"{driver}://postgres:{self.password}@{self.address}/{database}"
@@ -73,9 +75,9 @@ class S3:
 def postgres(databases: tuple[str, ...]) -> Iterator[Postgres]:
     # Not under pytest's folders, which only their owner may enter: PostgreSQL refuses to run as root.
     folder = Path(tempfile.mkdtemp(prefix="finercut-postgres-"))
-    server = Postgres(f"127.0.0.1:{free_port()}", secrets.token_hex(16))
     try:
         programs, identity = _postgres_programs(folder)
+        server = Postgres(f"127.0.0.1:{free_port()}", secrets.token_hex(16), programs)
         password_file = folder / "password"
         password_file.write_text(server.password)
         data = folder / "data"

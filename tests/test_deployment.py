@@ -126,7 +126,7 @@ def test_the_form_offers_the_params_files_and_refuses_anything_else(deployed):
     with get_client(sync_client=True) as client:
         schema = client.read_deployment_by_name("finercut/nightly").parameter_openapi_schema
     assert schema["properties"]["params_file"]["anyOf"][0]["enum"] == ["params.yaml", "params/other.yaml"]
-    for wrong in ({"params_file": "params/secret.yaml"}, {"push": "often"}, {"overrides": 3}, {"budget": 1}):
+    for wrong in ({"params_file": "params/secret.yaml"}, {"push": "often"}, {"overrides": 3}):
         with pytest.raises(PrefectHTTPStatusError, match=next(iter(wrong))):
             start("nightly", **wrong)
 
