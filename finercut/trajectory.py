@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finercut.params import Budget
-from finercut.staging import staged_file
+from finercut.staging import staged_file, writing
 from finercut.sublayers import Sublayer, candidates, parse, protected
 
 
@@ -142,7 +142,7 @@ def resume(path: Path, provenance: Provenance) -> Trajectory:
 
 def append(path: Path, removal: Removal) -> None:
     """Add one line; when this returns, it is on the disk."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(removal.to_json())
         file.flush()
         os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -88,6 +89,8 @@ class Commands(click.Group):
             if ctx.params.get("traceback") or isinstance(error, click.exceptions.Exit | click.exceptions.Abort):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                message += "; free some space, then run it again"
             if isinstance(error, ModuleNotFoundError):
                 message += "; install the extras: pip install 'finercut[pipeline,cpu]', or [pipeline,cuda] for a GPU"
             click.echo(f"finercut {ctx.invoked_subcommand}: {message}", err=True)
@@ -133,10 +136,12 @@ def main(ctx: click.Context, traceback: bool) -> None:
 def _add_stage(name: str, explanation: str) -> None:
     @main.command(name, help=explanation, short_help=explanation.partition("\n")[0])
     def stage() -> None:
-        from finercut import params
+        from finercut import params, paths
+        from finercut.staging import exclusive
 
         settings = params.load(PARAMS)
-        importlib.import_module(f"pipelines.{name}").run(settings)
+        with exclusive(paths.WORK):
+            importlib.import_module(f"pipelines.{name}").run(settings)
 
 
 @main.command()
