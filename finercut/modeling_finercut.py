@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 PREFIX = "FinerCut"
 KINDS = ("attention", "mlp")
@@ -85,7 +86,8 @@ def remove_sublayers(model: nn.Module) -> None:
     kept = kept_attentions(config)
     if not kept:
         raise ValueError("every attention is removed; a model without one cannot tell positions apart")
-    blocks = model.get_submodule(layout["blocks"])
+    # The same blocks for a model with and without its head.
+    blocks = model.base_model.get_submodule(layout["blocks"].removeprefix(f"{model.base_model_prefix}."))
     for index, kind in removed:
         bypass(blocks[index], kind, layout)
     for position, index in enumerate(kept):
@@ -161,6 +163,12 @@ def _model_class(name: str) -> type:
         "__doc__": f"`{base.__name__}` less the sublayers its config lists as skipped.",
         "config_class": _class(PREFIX + base.config_class.__name__),
     }
+    # Where a family's files and modules name weights differently, transformers looks the renaming up by class or type.
+    renaming = get_checkpoint_conversion_mapping(base.__name__)
+    if renaming is None:
+        renaming = get_checkpoint_conversion_mapping(base.config_class.model_type)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
     return type(name, (PrunedModel, base), body)
 
 

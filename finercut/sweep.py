@@ -2,261 +2,232 @@
 
 A candidate at depth d leaves the residual stream before d untouched. So the model as it stands is run once, its stream
 kept at every depth (the trunk), and a candidate is a branch that starts from the trunk where its sublayer is and skips
-it. All branches that are under way go through a sublayer as one batch.
+it. All branches of all windows that are under way go through a sublayer before any goes through the next.
+
+What comes out for a candidate on a window depends on the other candidates beside it in a micro-batch (in the last bits)
+but never on other windows: they may be computed elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from finercut.blocks import Blocks, Unit
 from finercut.divergence import Divergence, Reference
-from finercut.families import Layout
+from finercut.race import Part, Segments, Totals
 from finercut.sublayers import Candidate, Sublayer
 from finercut.workers import Workers
 
-# Tokens that go through a sublayer at once. Larger ones spill out of the caches of CPUs and win nothing.
-MICRO_BATCH_TOKENS = 2048
-# Logits whose divergence is computed at once: 1 MiB in float32, which the caches of a core hold.
-DIVERGENCE_LOGITS = 2**18
-
-
-class Window:
-    """One calibration window: the whole model's output on it, and the trunk of the model as it stands."""
-
-    def __init__(self, blocks: Blocks, tokens: Tensor, divergence: Divergence, workers: Workers) -> None:
-        """
-        Args:
-            tokens: ids, (tokens,)
-        """
-        self.blocks = blocks
-        self.workers = workers
-        self.divergence = divergence
-        self.n_tokens = tokens.shape[0]
-        states = blocks.embed(tokens[None])
-        self.trunk = [states]
-        """The stream before every unit, and after the last: (1, tokens, hidden) each."""
-        for unit in blocks.units:
-            states = blocks.run(unit, states, ())
-            self.trunk.append(states)
-        logits = blocks.logits(states)[0].float()
-        if not logits.isfinite().all():
-            raise ValueError("the whole model's logits are not finite on the calibration tokens; try float32")
-        self.chunk = max(1, DIVERGENCE_LOGITS // logits.shape[-1])
-        self.reference: list[Reference] = [divergence.reference(part) for part in logits.split(self.chunk)]
-
-    def remove(self, removed: frozenset[Sublayer], first_unit: int) -> None:
-        """Bring the trunk up to date once the sublayers up to `removed` are gone, the newest from `first_unit` on."""
-        states = self.trunk[first_unit]
-        for depth in range(first_unit, len(self.blocks.units)):
-            states = self.blocks.run(self.blocks.units[depth], states, removed)
-            self.trunk[depth + 1] = states
-
-    def total(self, states: Tensor, limit: float = float("inf")) -> float:
-        """Sum over the window's tokens of the divergence of a model that ends in `states`, (tokens, hidden).
-
-        Stops early once the sum is over `limit`; what it returns then is over the limit too. A non-finite output is
-        infinitely far.
-        """
-        logits = self.blocks.logits(states[None])[0]
-        total = 0.0
-        for reference, part in zip(self.reference, logits.split(self.chunk), strict=True):
-            total += self.divergence.per_token(reference, part.float()).sum(dtype=torch.float64).item()
-            if not total <= limit:
-                break
-        return total if total == total else float("inf")
-
-    def branches(self, candidates: Sequence[tuple[int, Candidate]], removed: frozenset[Sublayer]) -> tuple[Tensor, int]:
-        """Where the model ends without each candidate.
-
-        Args:
-            candidates: with the unit each starts at, by depth.
-
-        Returns:
-            (candidates, tokens, hidden), and the number of (sublayer, window) forwards it took
-        """
-        states = self.trunk[0].new_empty(len(candidates), *self.trunk[0].shape[1:])
-        n_live = n_passes = 0
-        for depth in range(candidates[0][0], len(self.blocks.units)):
-            unit = self.blocks.units[depth]
-            n_before = n_live
-            while n_live < len(candidates) and candidates[n_live][0] == depth:
-                states[n_live] = self.trunk[depth][0]
-                n_live += 1
-            # A whole block is a candidate of two units: at the second one, it is a branch that skips again.
-            n_plain = n_before
-            while n_plain > 0 and not set(unit.sublayers).isdisjoint(candidates[n_plain - 1][1].sublayers):
-                n_plain -= 1
-            n_passes += self._advance(unit, states[:n_plain], removed)
-            for branch in range(n_plain, n_live):
-                gone = removed.union(candidates[branch][1].sublayers)
-                n_passes += self._advance(unit, states[branch : branch + 1], gone)
-        return states, n_passes
-
-    def _advance(self, unit: Unit, states: Tensor, removed: frozenset[Sublayer]) -> int:
-        """Run `states` through a unit, in place; returns the number of forwards."""
-        n_run = len(unit.kinds) - len(removed.intersection(unit.sublayers))
-        if len(states) == 0 or (n_run == 0 and len(unit.kinds) == 1):
-            return 0
-
-        def run(batch: Tensor) -> None:
-            batch.copy_(self.blocks.run(unit, batch, removed))
-
-        fair_share = -(-len(states) // self.workers.n_threads)
-        self.workers.map(run, states.split(min(fair_share, max(1, MICRO_BATCH_TOKENS // self.n_tokens))))
-        return n_run * len(states)
+# Tokens whose divergences are one number for the race.
+SEGMENT_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What evaluating the candidates of one step came to, in mean divergence per token."""
+class MicroBatch:
+    """How much is computed at once."""
 
-    values: dict[Candidate, float]
-    """Those evaluated on every window."""
-    abandoned: dict[Candidate, float]
-    """Those given up, with the lower bound they had reached."""
-    sublayer_passes: int
-    """(sublayer, window) forwards."""
+    tokens: int
+    """Through a sublayer."""
+    logits: int
+    """By the head. Where they are fewer than a window's, a candidate can be given up within it."""
+    divergence_logits: int
+    """In float32, with as many for each intermediate result."""
+
+
+# What the caches of a core hold: more spill out of them and win nothing. 1 MiB of float32 logits.
+CPU_MICRO_BATCH = MicroBatch(tokens=1024, logits=2**21, divergence_logits=2**18)
+# Tokens beyond which a GPU gains nothing.
+GPU_TOKENS = 2**15
+
+
+def micro_batch(config: PreTrainedConfig, device: torch.device, n_windows: int, n_tokens: int) -> MicroBatch:
+    """What fits: on a GPU, from the memory that will be left beside the trunk, the branches and the references."""
+    if device.type != "cuda":
+        return CPU_MICRO_BATCH
+    text = config.get_text_config()
+    free, _ = torch.cuda.mem_get_info(device)
+    element_bytes = torch.empty(0, dtype=config.dtype).element_size()
+    # The trunk has a state for every sublayer and window, so have the branches.
+    states = 4 * text.num_hidden_layers * text.hidden_size * element_bytes
+    left = max(0, free - n_windows * n_tokens * (states + 4 * text.vocab_size))
+    per_token = (8 * text.hidden_size + 4 * text.intermediate_size) * element_bytes
+    logits = max(left // 3 // (4 * 6), SEGMENT_TOKENS * text.vocab_size)
+    return MicroBatch(tokens=min(GPU_TOKENS, left // 3 // per_token), logits=logits, divergence_logits=logits)
 
 
 class Sweep:
-    """Evaluates candidates against the whole model on the calibration tokens, on top of earlier removals."""
+    """The windows of a search: the whole model's output on them, and the trunk of the model as it stands."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        layout: Layout,
+        blocks: Blocks,
         tokens: Tensor,
         divergence: Divergence,
+        workers: Workers,
+        micro_batch: MicroBatch,
         removed: Iterable[Sublayer] = (),
     ) -> None:
         """
         Args:
-            tokens: calibration token ids, (samples, tokens)
+            tokens: ids, (windows, tokens), on the model's device.
             removed: sublayers that are gone already, when a search is resumed.
+
+        Raises:
+            ValueError: the whole model's logits are not finite.
         """
-        tokens = tokens.to(model.device)
-        self.workers = Workers(model.device)
-        with torch.inference_mode():
-            self.blocks = Blocks(model, layout, tokens[:1])
-            self.windows = self.workers.map(
-                lambda window: Window(self.blocks, window, divergence, self.workers), tokens
-            )
-        self.n_tokens = tokens.numel()
+        self.blocks = blocks
+        self.workers = workers
+        self.divergence = divergence
+        self.micro_batch = micro_batch
+        self.n_windows, self.n_tokens = tokens.shape
+        self.n_segments = -(-self.n_tokens // SEGMENT_TOKENS)
+        self.vocabulary = blocks.model.config.get_text_config().vocab_size
         self.removed: frozenset[Sublayer] = frozenset()
-        self._start = {s: depth for depth, unit in enumerate(self.blocks.units) for s in unit.sublayers}
+        self._start = {s: depth for depth, unit in enumerate(blocks.units) for s in unit.sublayers}
+        with torch.inference_mode():
+            embedded = torch.cat(workers.map(lambda window: blocks.embed(window[None]), tokens))
+            self.trunk = [embedded] * (len(blocks.units) + 1)
+            """The stream before every unit, and after the last: (windows, tokens, hidden) each."""
+            self._run_trunk(0)
+            self.references: list[Reference] = workers.map(self._reference, self.trunk[-1])
         if removed:
             self.remove(removed)
-
-    @property
-    def n_sublayers(self) -> int:
-        return len(self._start) - len(self.removed)
 
     @torch.inference_mode()
     def remove(self, sublayers: Iterable[Sublayer]) -> None:
         """Make a removal for good: later candidates are judged on top of it."""
         new = frozenset(sublayers)
         self.removed |= new
-        first = min(self._start[s] for s in new)
-        self.workers.map(lambda window: window.remove(self.removed, first), self.windows)
+        self._run_trunk(min(self._start[s] for s in new))
+
+    def passes(self, candidate: Candidate) -> int:
+        """Sublayers a branch without `candidate` goes through on one window."""
+        gone = self.removed.union(candidate.sublayers)
+        return sum(s not in gone for unit in self.blocks.units[self._depth(candidate) :] for s in unit.sublayers)
 
     @torch.inference_mode()
-    def divergence(self) -> float:
-        """Of the model as it stands."""
-        return sum(self.workers.map(lambda w: w.total(w.trunk[-1][0]), self.windows)) / self.n_tokens
+    def divergences(self, windows: Sequence[int]) -> list[float]:
+        """Of the model as it stands, summed over the tokens of each window."""
+        ends = self.trunk[-1]
+        rows = self.workers.map(lambda w: self._segments(w, ends[w][None], [math.inf])[0], windows)
+        return list(map(math.fsum, rows))
 
     @torch.inference_mode()
-    def evaluate(
-        self, candidates: Sequence[Candidate], abandon: bool = True, progress: Callable[[], Any] = lambda: None
-    ) -> Outcome:
-        """Divergence of the model without each candidate.
+    def totals(self, part: Part) -> Totals:
+        """Divergence of the model without each candidate, on each of its windows. Uses each sublayer's weights once.
 
-        With `abandon`, a candidate is given up as soon as what it has come to is more than another's whole value.
-        That is exact: divergences are sums of terms that are never negative. The least value, and every value at or
-        below it, is always found.
+        A sum that goes over its limit is not finished. A non-finite output is infinitely far.
+        """
+        ends = self._ends({window: list(row) for window, row in part.items()})
+        together = max(1, self.micro_batch.logits // (self.n_tokens * self.vocabulary))
+        jobs = [
+            (window, states, list(row.values())[i * together : (i + 1) * together])
+            for window, row in part.items()
+            for i, states in enumerate(ends[window].split(together))
+        ]
+        found = self.workers.map(lambda job: self._segments(*job), jobs)
+        segments = itertools.chain.from_iterable(found)
+        return {window: {candidate: next(segments) for candidate in row} for window, row in part.items()}
+
+    def _run_trunk(self, first: int) -> None:
+        for depth in range(first, len(self.blocks.units)):
+            states = self.trunk[depth].clone()
+            self._advance(self.blocks.units[depth], ((window, self.removed) for window in states.split(1)))
+            self.trunk[depth + 1] = states
+
+    def _ends(self, branches: dict[int, list[Candidate]]) -> dict[int, Tensor]:
+        """Where the model without each candidate ends.
 
         Args:
-            progress: called after every window.
+            branches: candidates of each window, by depth.
+
+        Returns:
+            for each window, (candidates, tokens, hidden)
         """
-        race = _Race(self, sorted(candidates), abandon)
-        for window in range(len(self.windows)):
-            race.run(window)
-            progress()
-        return race.outcome()
+        shape = self.trunk[0].shape[1:]
+        states = {window: self.trunk[0].new_empty(len(row), *shape) for window, row in branches.items()}
+        starts = {window: [self._depth(c) for c in row] for window, row in branches.items()}
+        together = max(1, self.micro_batch.tokens // self.n_tokens)
+        for depth in range(min(row[0] for row in starts.values()), len(self.blocks.units)):
+            unit = self.blocks.units[depth]
+            batches: list[tuple[Tensor, frozenset[Sublayer]]] = []
+            for window, row in branches.items():
+                first_new, n_live = bisect_left(starts[window], depth), bisect_right(starts[window], depth)
+                states[window][first_new:n_live] = self.trunk[depth][window]
+                # A whole block is a candidate of two units: at the second one, it is a branch that skips again.
+                n_plain = first_new
+                while n_plain > 0 and not set(unit.sublayers).isdisjoint(row[n_plain - 1].sublayers):
+                    n_plain -= 1
+                batches += [(batch, self.removed) for batch in states[window][:n_plain].split(together)]
+                batches += [
+                    (states[window][i : i + 1], self.removed.union(row[i].sublayers)) for i in range(n_plain, n_live)
+                ]
+            self._advance(unit, batches)
+        return states
 
-    def ends(self, window: int, group: Sequence[Candidate]) -> tuple[Tensor, int]:
-        """Where the model ends on a window without each candidate of `group`, as `Window.branches` does."""
-        return self.windows[window].branches([(self._start[c.sublayers[0]], c) for c in group], self.removed)
+    def _advance(self, unit: Unit, batches: Iterable[tuple[Tensor, frozenset[Sublayer]]]) -> None:
+        """Run (branches, tokens, hidden) states through a unit less what is removed, in place."""
 
+        def run(batch: tuple[Tensor, frozenset[Sublayer]]) -> None:
+            states, removed = batch
+            states.copy_(self.blocks.run(unit, states, removed))
 
-class _Race:
-    """One step's candidates on their way through the windows."""
+        # A unit of which nothing is left changes nothing.
+        self.workers.map(run, [b for b in batches if len(b[0]) and not b[1].issuperset(unit.sublayers)])
 
-    def __init__(self, sweep: Sweep, candidates: Sequence[Candidate], abandon: bool) -> None:
-        self.sweep = sweep
-        self.abandon = abandon
-        self.alive = list(candidates)
-        self.sums = dict.fromkeys(candidates, 0.0)
-        self.complete: set[Candidate] = set()
-        self.best = float("inf")
-        self.sublayer_passes = 0
+    def _depth(self, candidate: Candidate) -> int:
+        return self._start[candidate.sublayers[0]]
 
-    def run(self, window: int) -> None:
-        """One window, for all that are alive."""
-        if not self.alive:
-            return
-        ends, n_passes = self.sweep.ends(window, self.alive)
-        self.sublayer_passes += n_passes
-        totals = self.sweep.workers.map(
-            lambda each: self.sweep.windows[window].total(each[1], self._left(each[0])),
-            list(zip(self.alive, ends, strict=True)),
-        )
-        for candidate, total in zip(self.alive, totals, strict=True):
-            self.sums[candidate] += total
-        self._drop()
-        if window == len(self.sweep.windows) - 1:
-            for candidate in self.alive:
-                self._finish(candidate)
-        elif self.abandon and self.alive:
-            self._run_ahead(min(self.alive, key=self.sums.__getitem__), window + 1)
-        self._drop()
+    def _reference(self, states: Tensor) -> Reference:
+        """Of the whole model, which ends in (tokens, hidden) `states` on a window."""
+        pieces: list[Reference] = []
+        for part in states.split(self._head_tokens(1)):
+            logits = self.blocks.logits(part[None])[0].float()
+            if not logits.isfinite().all():
+                raise ValueError("the whole model's logits are not finite on the calibration tokens; try float32")
+            pieces.append(self.divergence.reference(logits))
+        return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
-    def _run_ahead(self, candidate: Candidate, first: int) -> None:
-        """All windows that are left, for the one in front: mostly it is in front at the end, a bound for the others."""
-        left = self._left(candidate)
+    def _head_tokens(self, n_models: int) -> int:
+        """Tokens of each of `n_models` that the head is run on at once: whole segments."""
+        return max(1, self.micro_batch.logits // (self.vocabulary * n_models * SEGMENT_TOKENS)) * SEGMENT_TOKENS
 
-        def one(window: int) -> tuple[float, int]:
-            ends, n_passes = self.sweep.ends(window, [candidate])
-            return self.sweep.windows[window].total(ends[0], left), n_passes
+    def _segments(self, window: int, states: Tensor, limits: Sequence[float]) -> list[Segments]:
+        """Divergence of models that end in `states`, (models, tokens, hidden), on a window, summed over its segments.
 
-        for total, n_passes in self.sweep.workers.map(one, range(first, len(self.sweep.windows))):
-            self.sums[candidate] += total
-            self.sublayer_passes += n_passes
-        self.alive.remove(candidate)
-        if self.sums[candidate] <= self.best:
-            self._finish(candidate)
+        The head is run on some tokens at a time, for the models whose sum is not over their limit yet.
+        """
+        segments: list[Segments] = [()] * len(states)
+        under_way = list(range(len(states)))
+        n_tokens = self._head_tokens(len(states))
+        for start in range(0, self.n_tokens, n_tokens):
+            part = slice(start, start + n_tokens)
+            sums = self._segment_sums(window, part, states[under_way, part])
+            for model, new in zip(under_way, sums, strict=True):
+                segments[model] += tuple(x if x == x else math.inf for x in new)
+            under_way = [model for model in under_way if not math.fsum(segments[model]) > limits[model]]
+            if not under_way:
+                break
+        return segments
 
-    def _left(self, candidate: Candidate) -> float:
-        return self.best - self.sums[candidate] if self.abandon else float("inf")
-
-    def _finish(self, candidate: Candidate) -> None:
-        self.complete.add(candidate)
-        self.best = min(self.best, self.sums[candidate])
-
-    def _drop(self) -> None:
-        if self.abandon:
-            self.alive = [c for c in self.alive if not self.sums[c] > self.best]
-
-    def outcome(self) -> Outcome:
-        means = {c: total / self.sweep.n_tokens for c, total in self.sums.items()}
-        return Outcome(
-            values={c: mean for c, mean in means.items() if c in self.complete},
-            abandoned={c: mean for c, mean in means.items() if c not in self.complete},
-            sublayer_passes=self.sublayer_passes,
-        )
+    def _segment_sums(self, window: int, tokens: slice, states: Tensor) -> list[list[float]]:
+        reference = tuple(kept[tokens] for kept in self.references[window])
+        n_tokens = max(1, self.micro_batch.divergence_logits // (self.vocabulary * len(states)))
+        values = [
+            self.divergence.per_token(whole, pruned.float())
+            for *whole, pruned in zip(
+                *(kept.split(n_tokens) for kept in reference),
+                self.blocks.logits(states).split(n_tokens, dim=1),
+                strict=True,
+            )
+        ]
+        segments = torch.cat(values, dim=-1).double().split(SEGMENT_TOKENS, dim=-1)
+        return torch.stack([segment.sum(-1) for segment in segments], dim=-1).tolist()

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -140,7 +141,8 @@ def _add_stage(name: str, explanation: str) -> None:
         from finercut.staging import exclusive
 
         settings = params.load(PARAMS)
-        with exclusive(paths.WORK):
+        # The processes that torchrun starts share their search.
+        with exclusive(paths.WORK) if "TORCHELASTIC_RUN_ID" not in os.environ else nullcontext():
             importlib.import_module(f"pipelines.{name}").run(settings)
 
 

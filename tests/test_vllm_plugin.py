@@ -1,100 +1,262 @@
-"""vLLM's model classes with sublayers removed, built and loaded here without an engine; test_serving.py has engines."""
+"""vLLM's model classes with sublayers removed: every family built here, and served by engines in one other process."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import family_engines
 import pytest
 import torch
 from conftest import random_llama
-from safetensors.torch import load_file, save_file
+from family_models import CASES, N_BLOCKS, random_model
+from safetensors.torch import load_file
 from torch import nn
 
-from finercut.checkpoint import write_pruned
-from finercut.sublayers import Sublayer
+from finercut.checkpoint import masked, write_pruned
+from finercut.families import layout_of
+from finercut.serving import N_GENERATED, Continuation, largest_difference
+from finercut.sublayers import Sublayer, parse
 
-# The first sublayer of the model, a whole block in the middle, the last one of the model.
-REMOVED = [Sublayer(0, "attention"), Sublayer(2, "attention"), Sublayer(2, "mlp"), Sublayer(3, "mlp")]
+TOLERANCE = 1e-4
+"""Of log-probabilities, nats."""
 
 
-def random_mistral():
-    from transformers import MistralConfig, MistralForCausalLM
+def sublayers(*names: str) -> list[Sublayer]:
+    return [s for name in names for s in parse(name).sublayers]
 
-    settings = random_llama().config.to_dict()
-    return MistralForCausalLM(
-        MistralConfig(
-            **{name: settings[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}, head_dim=32
-        )
+
+# The first sublayer of the model, a whole block, the last one of the model.
+REMOVED = sublayers("0.attention", "1.block", "3.mlp")
+ONE_ATTENTION_LEFT = sublayers("0.block", "1.attention", "3.attention")
+# Windowed attentions are in blocks 0 and 2 where a family alternates.
+NO_WINDOW_LEFT = sublayers("0.attention", "2.attention", "1.mlp")
+ONLY_WINDOWS_LEFT = sublayers("1.attention", "3.attention", "2.mlp")
+ALTERNATING = ("gemma2", "gemma3_text")
+RUNS = [
+    *((case, removed) for case in CASES for removed in (REMOVED, ONE_ATTENTION_LEFT)),
+    *((case, removed) for case in ALTERNATING for removed in (NO_WINDOW_LEFT, ONLY_WINDOWS_LEFT)),
+    *((case, []) for case in ("llama", "gemma2")),
+]
+
+# Heads of 32, the least that vLLM's attention takes on a CPU.
+HEADS = {"hidden_size": 128, "head_dim": 32}
+UNGROUPED = {"num_key_value_heads": 4}
+NO_WINDOWS = {"use_sliding_window": False, "layer_types": ["full_attention"] * N_BLOCKS}
+# What vLLM does not do, with whole models either.
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen2": NO_WINDOWS,
+    # It has no bias for the output of Qwen 3's attention.
+    "qwen3": {**NO_WINDOWS, "attention_bias": False},
+    "qwen3_moe": {"attention_bias": False},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False},
+}
+
+
+def model_for_vllm(case: str) -> Any:
+    model_type, changes = CASES[case]
+    ungrouped = UNGROUPED if model_type in ("gpt_neox", "gpt2", "opt") else {}
+    return random_model(model_type, **changes | HEADS | ungrouped | CHANGES.get(case, {}))
+
+
+def names(removed: list[Sublayer]) -> str:
+    return " ".join(map(str, removed)) or "whole"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine made of a model less `removed`."""
+
+    removed: list[Sublayer]
+    model: Any
+    """The whole model."""
+    continuations: list[Continuation]
+    n_cached: list[int]
+    """Tokens of each prompt given again that it had in its cache."""
+    n_blocks: int
+    """Of its KV cache."""
+
+
+# Longer than any window, than what is done at once, and than two blocks of the cache.
+PROMPTS = torch.randint(3, 400, (3, 70), generator=torch.Generator().manual_seed(1))
+# Begins as the first one does, beyond its first block in the cache.
+PROMPTS[2, :40] = PROMPTS[0, :40]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> dict[tuple[str, str], Served]:
+    """What one engine after another made of each of RUNS, two prompts and then two with a known beginning."""
+    root = tmp_path_factory.mktemp("families")
+    prompts = PROMPTS.tolist()
+    engines = subprocess.Popen(
+        [sys.executable, family_engines.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    with engines:
+        models = {case: model_for_vllm(case) for case in dict(RUNS)}
+        for case, removed in RUNS:
+            directory = write(models[case], removed, root / case / names(removed))
+            request = {"directory": str(directory), "prompts": prompts[:2], "again": [prompts[0], prompts[2]]}
+            print(json.dumps(request), file=engines.stdin, flush=True)
+        engines.stdin.close()
+        answers = [json.loads(line) for line in engines.stdout]
+    assert [answer for answer in answers if "error" in answer] == []
+    found = {}
+    for (case, removed), answer in zip(RUNS, answers, strict=True):
+        continuations = [
+            Continuation(c["tokens"], [{int(t): nats for t, nats in given.items()} for given in c["logprobs"]])
+            for c in answer["continuations"]
+        ]
+        found[case, names(removed)] = Served(
+            removed, models[case], continuations, answer["n_cached"], answer["n_blocks"]
+        )
+    return found
 
 
-@pytest.fixture(scope="module", params=[random_llama, random_mistral])
-def pruned(request, tmp_path_factory):
-    """Checkpoint of a model less REMOVED."""
-    directory = tmp_path_factory.mktemp("vllm")
-    request.param().save_pretrained(directory / "whole")
-    write_pruned(directory / "whole", REMOVED, directory / "pruned", {}, "")
-    return directory / "pruned"
+def write(model: Any, removed: list[Sublayer], directory: Path) -> Path:
+    if not removed:
+        model.save_pretrained(directory)
+        return directory
+    whole = directory.with_name("whole model")
+    if not whole.exists():
+        model.save_pretrained(whole)
+    directory.mkdir()
+    write_pruned(whole, removed, directory, {}, "")
+    return directory
+
+
+@pytest.mark.parametrize(("case", "removed"), RUNS, ids=lambda value: value if isinstance(value, str) else names(value))
+def test_engines_compute_what_masked_whole_models_do(served, case, removed, record_property):
+    one = served[case, names(removed)]
+    assert [c.tokens[:70] for c in one.continuations] == PROMPTS[[0, 1, 0, 2]].tolist()
+    assert {len(c.tokens) for c in one.continuations} == {70 + N_GENERATED}
+    with masked(one.model, removed):
+        difference = largest_difference(one.continuations, one.model)
+    record_property("largest_logprob_difference", difference)
+    assert difference < TOLERANCE
+    with masked(one.model, removed[1:] or sublayers("0.mlp")):
+        assert largest_difference(one.continuations, one.model) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("case", "removed"), RUNS, ids=lambda value: value if isinstance(value, str) else names(value))
+def test_the_kv_cache_has_room_for_kept_attentions_only(served, case, removed):
+    one = served[case, names(removed)]
+    kept = [i for i in range(N_BLOCKS) if Sublayer(i, "attention") not in removed]
+    n_kv_heads = 4 if case.startswith(("gpt", "opt")) else 2
+    layer_bytes = 2 * family_engines.BLOCK * n_kv_heads * 32 * 4  # keys and values, heads of 32 float32
+    # Where attentions with and without a window are left, they take turns in the memory of the fewer ones.
+    windowed = [i for i in kept if i % 2 == 0] if case in ALTERNATING else kept
+    n_layers = min(len(windowed), len(kept) - len(windowed)) or len(kept)
+    assert one.n_blocks == family_engines.KV_CACHE_BYTES // (n_layers * layer_bytes)
+    # Whole blocks of what is known; the last token is always computed.
+    assert one.n_cached == [64, 32]
 
 
 def engine_config(directory):
     from vllm.engine.arg_utils import EngineArgs
 
+    family_engines.show(str(directory))
     arguments = EngineArgs(model=str(directory), skip_tokenizer_init=True, dtype="float32", max_model_len=64)
     return arguments.create_engine_config()
 
 
+@dataclass(frozen=True)
+class Built:
+    """A pruned model as vLLM's worker builds it, without its weights."""
+
+    model: Any
+    config: Any
+    layout: Any
+    tensors: dict[str, torch.Tensor]
+    """What its checkpoint holds."""
+    gone: dict[str, torch.Tensor]
+    """What the whole model's holds besides."""
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.config):
+            self.model.load_weights(iter(tensors.items()))
+
+
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Builds a checkpoint's model as vLLM's worker does: (model, its VllmConfig)."""
-    from vllm.config import set_current_vllm_config
+def distributed(tmp_path_factory):
+    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.plugins import load_general_plugins
 
-    store = tmp_path_factory.mktemp("store") / "store"
-
-    def build_one(directory):
-        config = engine_config(directory)
-        with set_current_vllm_config(config):
-            parallel_state.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-            parallel_state.ensure_model_parallel_initialized(1, 1)
-            model = initialize_model(config)
-            get_model_loader(config.load_config).load_weights(model, config.model_config)
-        return model, config
-
-    yield build_one
+    load_general_plugins()
+    with set_current_vllm_config(VllmConfig()):
+        store = tmp_path_factory.mktemp("store") / "store"
+        parallel_state.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        parallel_state.ensure_model_parallel_initialized(1, 1)
+    yield
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
 
 
-def test_only_kept_sublayers_have_parameters_and_a_kv_cache(pruned, build):
-    model, config = build(pruned)
-    norms = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
-    cores = {"attention": {"self_attn.qkv_proj", "self_attn.o_proj"}, "mlp": {"mlp.gate_up_proj", "mlp.down_proj"}}
-    expected = {"model.embed_tokens", "model.norm"} | {
-        f"model.layers.{block}.{member}"
-        for block in range(4)
-        for kind in norms
-        for member in {norms[kind], *cores[kind]}
-        if Sublayer(block, kind) not in REMOVED
-    }
-    names = {name.removesuffix(".weight") for name, _ in model.named_parameters()} - {"lm_head"}
-    assert names == expected
-    caches = config.compilation_config.static_forward_context
-    assert sorted(caches) == ["model.layers.1.self_attn.attn", "model.layers.3.self_attn.attn"]
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+def built(request, tmp_path_factory, distributed) -> Built:
+    """Every family less REMOVED."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    model = model_for_vllm(request.param)
+    directory = write(model, REMOVED, tmp_path_factory.mktemp("built") / "pruned")
+    config = engine_config(directory)
+    with set_current_vllm_config(config):
+        pruned = initialize_model(config)
+    whole = load_file(directory.with_name("whole model") / "model.safetensors")
+    tensors = load_file(directory / "model.safetensors")
+    gone = {name: tensor for name, tensor in whole.items() if name not in tensors}
+    return Built(pruned, config, layout_of(model.config), tensors, gone)
 
 
-def test_the_model_is_vllms_own_with_all_it_can_do(pruned, build):
+def test_only_kept_sublayers_have_weights_and_a_kv_cache(built):
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    layers = built.config.compilation_config.static_forward_context
+    caches = [name for name, layer in layers.items() if isinstance(layer, Attention)]
+    assert sorted(map(extract_layer_index, caches)) == [2, 3]
+    experts = [name for name in layers if name not in caches]
+    assert sorted(map(extract_layer_index, experts)) == ([0, 2] if "experts" in " ".join(built.tensors) else [])
+    assert sorted(built.config.compilation_config.static_all_moe_layers) == sorted(experts)
+    blocks = built.layout.blocks.rpartition(".")[2]
+    n_elements = sum(p.numel() for name, p in built.model.named_parameters() if f".{blocks}." in name)
+    assert n_elements == sum(t.numel() for name, t in built.tensors.items() if f".{blocks}." in name)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(built):
+    with_all = next(name for name in built.tensors if ".2." in name)
+    block = with_all[: with_all.index(".2.") + 3]
+    for name in [name for name in built.tensors if name.startswith(block)]:
+        # vLLM alone takes most of them: what is a part of a packed weight, an expert, any linear layer
+        with pytest.raises(ValueError, match=f"do not belong together: missing: {name}"):
+            built.load({n: t for n, t in built.tensors.items() if n != name})
+    for name, tensor in built.gone.items():
+        with pytest.raises(ValueError, match=r"no module or parameter named|do not belong together: unexpected"):
+            built.load(built.tensors | {name: tensor})
+    # vLLM alone ignores some biases
+    with pytest.raises(ValueError, match=r"no module or parameter named|do not belong together: unexpected"):
+        built.load(built.tensors | {f"{block}of_another_model.bias": torch.zeros(128)})
+    built.load(built.tensors)
+
+
+def test_the_model_is_vllms_own_with_all_it_can_do(built):
     from vllm import ModelRegistry
     from vllm.model_executor.models import llama, utils
     from vllm.model_executor.models.interfaces import supports_lora, supports_pp
 
-    model, config = build(pruned)
-    (architecture,) = config.model_config.architectures
-    assert isinstance(model, ModelRegistry.models[architecture.removeprefix("FinerCut")].load_model_cls())
-    assert supports_lora(model)
-    assert supports_pp(model)
+    (architecture,) = built.config.model_config.architectures
+    base = ModelRegistry.models[architecture.removeprefix("FinerCut")].load_model_cls()
+    assert isinstance(built.model, base)
+    assert supports_lora(built.model) == supports_lora(base)
+    assert supports_pp(built.model) == supports_pp(base)
     assert llama.make_layers is utils.make_layers
     assert utils.make_layers.__module__ == utils.__name__
 
@@ -102,45 +264,22 @@ def test_the_model_is_vllms_own_with_all_it_can_do(pruned, build):
 def test_registering_again_changes_nothing():
     from vllm import ModelRegistry
 
+    from finercut.families import FAMILIES, base_architecture
     from finercut.vllm_plugin import register
 
     register()
     first = dict(ModelRegistry.models)
     register()
     assert ModelRegistry.models == first
-    assert {"FinerCutLlamaForCausalLM", "FinerCutMistralForCausalLM"} <= first.keys()
+    assert {f"FinerCut{base_architecture(family)}" for family in FAMILIES} <= first.keys()
 
 
-@pytest.mark.parametrize(
-    ("taken", "added", "message"),
-    [
-        # vLLM alone takes both of the next: k_proj is a part of qkv_proj, and it does not look for linear weights
-        (["model.layers.1.self_attn.k_proj.weight"], [], "missing: model.layers.1.self_attn.k_proj.weight"),
-        (["model.layers.0.mlp.down_proj.weight"], [], "missing: model.layers.0.mlp.down_proj.weight"),
-        ([], ["model.layers.0.self_attn.o_proj.weight"], "no module or parameter named .layers.0.self_attn.o_proj"),
-        ([], ["model.layers.0.input_layernorm.weight"], "no module or parameter named .layers.0.input_layernorm"),
-        # vLLM alone ignores it
-        ([], ["model.layers.1.mlp.down_proj.bias"], "unexpected: model.layers.1.mlp.down_proj.bias"),
-    ],
-)
-def test_weights_that_do_not_fit_the_config_are_refused(pruned, build, tmp_path, taken, added, message):
-    directory = shutil.copytree(pruned, tmp_path / "doctored")
-    file = directory / "model.safetensors"
-    tensors = load_file(file)
-    for name in taken:
-        del tensors[name]
-    save_file(tensors | {name: torch.zeros(128) for name in added}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=message):
-        build(directory)
-
-
-def test_models_with_other_removals_share_no_compiled_graph(pruned, tmp_path):
+def test_models_with_other_removals_share_no_compiled_graph(distributed, tmp_path):
     directory = tmp_path / "pruned"
     hashes = set()
     for removed in (REMOVED, REMOVED[:-1]):
         shutil.rmtree(directory, ignore_errors=True)
-        write_pruned(pruned.with_name("whole"), removed, directory, {}, "")
-        hashes.add(engine_config(directory).compute_hash())
+        hashes.add(engine_config(write(random_llama(), removed, directory)).compute_hash())
     assert len(hashes) == 2
 
 
