@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from finercut.redaction import redacted
+
 Dtype = Literal["bfloat16", "float16", "float32"]
 Divergence = Literal["js", "kl", "angular", "norm", "js_official"]
 Stage = Literal["fetch", "calibrate", "search", "prune", "evaluate", "throughput"]
@@ -259,10 +261,17 @@ def load(path: Path = Path("params.yaml")) -> Params:
     if not path.is_file():
         raise FileNotFoundError(f"no params file at {path}; run from the project's root, or name one")
     try:
-        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+        given = yaml.load(text, _Loader)
     # The last ones are what PyYAML makes of `!!bool maybe`, of `!!timestamp now` and of ten thousand brackets.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if redacted(line) != line:
+            raise ValueError(
+                f"{path}:{number}: there is a credential in this line, and the file is stored with every run: take it "
+                "out, and give it by the environment"
+            )
     try:
         return Params.model_validate(given)
     except ValidationError as error:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 
+from finercut.redaction import install, redacted
+
 STAGES = {
     "fetch": """Bring the whole model into the project.
 
@@ -89,7 +91,7 @@ class Commands(click.Group):
             # click's own signals are RuntimeErrors too
             if ctx.params.get("traceback") or isinstance(error, click.exceptions.Exit | click.exceptions.Abort):
                 raise
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = redacted(" ".join(str(error).split())) or type(error).__name__
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 message += "; free some space, then run it again"
             if isinstance(error, ModuleNotFoundError):
@@ -123,6 +125,7 @@ def main(ctx: click.Context, traceback: bool) -> None:
     All commands work in the current directory, the root of the project: settings come from params.yaml, results go to
     artifacts/ and reports/. `dvc repro` runs the same stages without Prefect, MLflow and registration.
     """
+    install()
     if not sys.stderr.isatty():
         # Not every library's bars ask before they draw into a log.
         os.environ.update({"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})

@@ -19,6 +19,7 @@ from prefect.context import FlowRunContext
 from finercut import registry
 from finercut.params import Params, load
 from finercut.processes import GRACE_S, end_group
+from finercut.redaction import redacted
 from finercut.reports import RegisterReport
 from pipelines import dag, register, summary
 
@@ -71,6 +72,7 @@ def _reproduce(stage: dag.Stage, mlflow_run: registry.Run, timeout_s: float | No
     def keep(line: str) -> None:
         if line.strip().startswith(DVC_HINTS):
             return
+        line = redacted(line)
         logger.info(line)
         lines.append(line)
         with log_file.open("a", encoding="utf-8") as file:

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -384,6 +385,19 @@ def _processes_in(root: Path) -> list[psutil.Process]:
     return found
 
 
+def _make_model(folder: Path) -> None:
+    from conftest import TEXT, make_tokenizer, random_llama
+
+    random_llama().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("\n\n".join(TEXT * 6))
+
+
+def _told(trial: Trial) -> Trial:
+    print(trial, file=sys.stderr, flush=True)
+    return trial
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="of each cheap stage and of the registration")
@@ -391,27 +405,26 @@ def main() -> None:
     parser.add_argument("--stages", nargs="*", default=[*CHEAP, REGISTRATION])
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    from conftest import TEXT, make_tokenizer, random_llama
-
     with tempfile.TemporaryDirectory(prefix="finercut-trials-") as folder:
         work = Path(folder)
-        random_llama().save_pretrained(work / "model")
-        make_tokenizer().save_pretrained(work / "model")
-        (work / "text.txt").write_text("\n\n".join(TEXT * 6))
+        made = _forks.Process(target=_make_model, args=(work,))
+        made.start()
+        made.join()
         prepare(work / "base", work / "model", work / "text.txt")
-        done: list[Trial] = []
-        for stage in given.stages:
+        if REGISTRATION in given.stages:
+            prepare_registration(work / "registration")
+
+        def killed(stage: str) -> list[Trial]:
             if stage == REGISTRATION:
-                prepare_registration(work / "registration")
                 found = registration_trials(work / "registration", work / stage, given.kills, given.seed)
             else:
                 found = trials(stage, work / "base", work / stage, given.kills, given.seed)
-            for trial in found:
-                done.append(trial)
-                print(trial, file=sys.stderr)
+            return [_told(trial) for trial in found]
+
+        with ThreadPoolExecutor() as pool:
+            done = [trial for of_stage in pool.map(killed, given.stages) for trial in of_stage]
         for number in range(given.throughput_kills):
-            done.append(throughput_trial(work / "base", work / "throughput", 20 + 25 * number))
-            print(done[-1], file=sys.stderr)
+            done.append(_told(throughput_trial(work / "base", work / "throughput", 20 + 25 * number)))
     print(table(done))
     print(json.dumps([vars(trial) for trial in done]))
     if not all(trial.same and trial.whole and trial.redone <= 1 for trial in done):
