@@ -142,7 +142,7 @@ def _json_rows(file: Path, column: str) -> list[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file} line {number} is not JSON: {error}") from error
         _check_column(row if isinstance(row, dict) else [], column, f"{file} line {number}")
         texts.append(row[column])
@@ -150,20 +150,21 @@ def _json_rows(file: Path, column: str) -> list[str]:
 
 
 def _parquet_rows(file: Path, column: str) -> list[str]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
-        table = parquet.ParquetFile(file)
-    except ArrowInvalid as error:
+        with parquet.ParquetFile(file) as table:
+            _check_column(table.schema_arrow.names, column, str(file))
+            rows = table.read(columns=[column])[column].to_pylist()
+    except (ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a parquet file: {error}") from error
-    with table:
-        _check_column(table.schema_arrow.names, column, str(file))
-        return _all_text(table.read(columns=[column])[column].to_pylist(), column, str(file))
+    return _all_text(rows, column, str(file))
 
 
 def _check_column(names: Any, column: str, where: str) -> None:
     if column not in names:
-        raise ValueError(f"{where} has no column {column!r}, only {', '.join(names)}: set calibrate.source.column")
+        found = ", ".join(map(str, names)) or "none"
+        raise ValueError(f"{where} has no column {column!r}, only {found}: set calibrate.source.column")
 
 
 def _all_text(values: Sequence[Any], column: str, where: str) -> list[str]:
@@ -171,6 +172,8 @@ def _all_text(values: Sequence[Any], column: str, where: str) -> list[str]:
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise ValueError(f"column {column!r} of {where} must hold text, row {number} holds {type(text).__name__}")
+        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"column {column!r} of {where} must hold text, row {number} holds half a character")
     return texts
 
 

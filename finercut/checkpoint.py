@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from finercut import modeling_finercut
 from finercut.families import LAYOUT_KEY, Layout, base_architecture, check_supported, is_declared, layout_of
+from finercut.model_files import explained, quiet, read_config, read_object
 from finercut.reports import Shares
 from finercut.sublayers import KINDS, Sublayer
+from finercut.weights import safetensors_shapes
 
 MODELING_FILE = Path(modeling_finercut.__file__)
 # Written here; everything else beside the weights is copied.
@@ -39,6 +40,8 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
@@ -59,10 +62,12 @@ def load_whole(
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: run `finercut fetch` first")
-    check_supported(AutoConfig.from_pretrained(directory, local_files_only=True))
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
+    check_supported(read_config(directory))
+    safetensors_shapes(directory)  # says more than transformers does of files that are damaged
+    with quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     wrong = info["missing_keys"] or info["mismatched_keys"]
     if wrong:
         raise ValueError(f"the weights in {directory} do not fit its config: {sorted(map(str, wrong))[:3]}")
@@ -86,10 +91,16 @@ def load_pruned(
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no pruned model in {directory}: run `finercut prune` first")
-    model_type = json.loads((directory / "config.json").read_text())["model_type"]
-    if not model_type.startswith("finercut_"):
+    model_type = read_object(directory / "config.json").get("model_type")
+    if not str(model_type).startswith("finercut_"):
         raise ValueError(f"{directory} holds a {model_type} model, not a pruned one")
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True).eval().to(device)
+    read_config(directory)
+    safetensors_shapes(directory)
+    with explained(f"{directory} is no pruned checkpoint, or a damaged one"):
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True
+        )
+    return model.eval().to(device)
 
 
 def removed_sublayers(config: PreTrainedConfig) -> list[Sublayer]:
@@ -227,7 +238,7 @@ def describe(directory: Path) -> str:
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no checkpoint in {directory}: it has no config.json")
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = read_config(directory)
     removed = removed_sublayers(config)
     if not removed:
         return f"whole {config.model_type} model, {config.num_hidden_layers} blocks, nothing removed"

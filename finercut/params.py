@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from finercut.redaction import redacted
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Divergence = Literal["js", "kl", "angular", "norm", "js_official"]
 Stage = Literal["fetch", "calibrate", "search", "prune", "evaluate", "throughput"]
 Share = Annotated[float, Field(gt=0, lt=1)]
+# Both end up in lines that pip reads, where a space or a line break would start an option.
+PackageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
+PackageVersion = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
+Repository = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")]
+File = Annotated[Path, Field(strict=False)]
+
+# Errors beyond these are only counted.
+N_ERRORS_SHOWN = 5
 
 
 class Section(BaseModel):
-    """Frozen, and a misspelt key is an error."""
+    """Frozen; a misspelt key is an error, and so is `8` in quotes, `true` for 1, an empty text or infinity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+        use_attribute_docstrings=True,
+    )
 
 
 class PackageModel(Section):
     """A GGUF file inside a wheel on PyPI, dequantised."""
 
     kind: Literal["package"]
-    name: str
-    version: str
+    name: PackageName
+    version: PackageVersion
     """Exact version."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Of the wheel."""
@@ -39,7 +57,7 @@ class HubModel(Section):
     """A Hugging Face repository; safetensors and tokenizer files only."""
 
     kind: Literal["hub"]
-    repository: str
+    repository: Repository
     """`owner/name`."""
     revision: str
     """Commit, branch or tag; the commit it stood for is recorded."""
@@ -49,7 +67,7 @@ class LocalModel(Section):
     """A directory in Hugging Face layout."""
 
     kind: Literal["local"]
-    path: Path
+    path: File
 
 
 class Fetch(Section):
@@ -60,8 +78,8 @@ class PackageText(Section):
     """The prose in the JSON data files of an installed package."""
 
     kind: Literal["package"]
-    name: str
-    version: str
+    name: PackageName
+    version: PackageVersion
     """Exact version that must be installed."""
 
 
@@ -69,7 +87,7 @@ class HubText(Section):
     """A text column of a Hugging Face dataset."""
 
     kind: Literal["hub"]
-    dataset: str
+    dataset: Repository
     config: str | None = None
     split: str
     revision: str
@@ -81,7 +99,7 @@ class FilesText(Section):
     """Local .txt, .jsonl or .parquet files."""
 
     kind: Literal["files"]
-    paths: Annotated[list[Path], Field(min_length=1)]
+    paths: Annotated[list[File], Field(min_length=1)]
     column: str = "text"
     """Which field of .jsonl and .parquet rows holds the text."""
 
@@ -149,7 +167,7 @@ class Task(Section):
 
 class Evaluate(Section):
     tasks: list[Task]
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     batch_size: PositiveInt
     dtype: Dtype
     """Of lm-eval and perplexity; the parity check is always float32."""
@@ -191,8 +209,8 @@ class Throughput(Section):
 
 
 class Register(Section):
-    name: Annotated[str, Field(pattern=r"^[^/:@'\"]+$")]
-    """Of the registered model in MLflow."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    """Of the registered model in MLflow: letters, digits, - and _."""
     min_retention: PositiveFloat
     """Mean over tasks of pruned over whole accuracy."""
     min_speed_up: PositiveFloat
@@ -222,6 +240,17 @@ class Params(Section):
     flow: Flow
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice: PyYAML would take the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path = Path("params.yaml")) -> Params:
     """Read and check a params file.
 
@@ -231,19 +260,54 @@ def load(path: Path = Path("params.yaml")) -> Params:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no params file at {path}; run from the project's root, or name one")
-    return parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    return parse(text, str(path))
 
 
 def parse(text: str, name: str) -> Params:
     """Check the text of a params file that errors call `name`.
 
     Raises:
-        ValueError: it is not YAML, or a field is missing, unknown or out of range; one line a field.
+        ValueError: it is not YAML, or a field is missing, unknown or out of range; one line.
     """
     try:
-        return Params.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+        given = yaml.load(text, _Loader)
+    # The last ones are what PyYAML makes of `!!bool maybe`, of `!!timestamp now` and of ten thousand brackets.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())[:300]}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if redacted(line) != line:
+            raise ValueError(
+                f"{name}:{number}: there is a credential in this line, and the file is stored with every run: take it "
+                "out, and give it by the environment"
+            )
+    try:
+        return Params.model_validate(given)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"{name}: " + "; ".join(lines)) from error
+        raise ValueError(f"{name}: {_complaints(error, given)}") from error
+
+
+def _complaints(error: ValidationError, given: object) -> str:
+    """One phrase a field; values are not shown, there may be a secret among them."""
+    found: dict[str, list[str]] = {}
+    for e in error.errors(include_url=False, include_context=False, include_input=False):
+        found.setdefault(_place(e["loc"], given), []).append(e["msg"].removeprefix("Value error, "))
+    phrases = [f"{place}: {' or '.join(dict.fromkeys(messages))}" for place, messages in found.items()]
+    more = [f"{len(phrases) - N_ERRORS_SHOWN} more"] if len(phrases) > N_ERRORS_SHOWN else []
+    return "; ".join(phrases[:N_ERRORS_SHOWN] + more)
+
+
+def _place(location: tuple[int | str, ...], given: object) -> str:
+    """Where in the file: pydantic's location also names the alternatives it tried."""
+    place: list[str] = []
+    for part in location:
+        inside = given if isinstance(given, dict) else dict(enumerate(given)) if isinstance(given, list) else {}
+        if part in inside:
+            given = inside[part]
+        elif not (isinstance(given, dict) and part == location[-1]):
+            continue
+        place.append(str(part))
+    return ".".join(place) or "the file"

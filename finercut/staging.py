@@ -1,12 +1,54 @@
-"""Files and directories that are whole or not there."""
+"""Files and directories that are whole or not there, and a folder that one process at a time works in."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Errors within the block say what could not be written: the system's often do not, safetensors' are no OSErrors.
+
+    Raises:
+        OSError
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {target}: {error}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RuntimeError(
+                f"process {file.read()} works in {folder.absolute().parent}: wait until it has ended, or end it"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 @contextmanager
@@ -21,7 +63,8 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with writing(target):
+            yield partial
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
         if target.exists():
@@ -38,9 +81,10 @@ def staged_file(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        with writing(target):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +22,17 @@ class Tokens:
 
     calibration: Tensor
     held_out: Tensor
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """
+        Raises:
+            ValueError: a token is not the model's.
+        """
+        highest = max(int(self.calibration.max()), int(self.held_out.max()))
+        if highest >= vocab_size:
+            raise ValueError(
+                f"the calibration set has token {highest}, the model knows {vocab_size}: run `finercut calibrate` again"
+            )
 
     @property
     def calibration_sha256(self) -> str:
@@ -58,12 +70,13 @@ def load_tokens(directory: Path) -> Tokens:
     try:
         with safe_open(file, framework="pt") as stored:
             recorded = json.loads(stored.metadata()[_METADATA])
+            hashes = recorded["calibration_sha256"], recorded["held_out_sha256"]
             tokens = Tokens(stored.get_tensor("calibration"), stored.get_tensor("held_out"))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a token file: run `finercut calibrate` again") from error
-    if (recorded["calibration_sha256"], recorded["held_out_sha256"]) != (
-        tokens.calibration_sha256,
-        tokens.held_out_sha256,
-    ):
+    for windows in (tokens.calibration, tokens.held_out):
+        if windows.dtype != torch.int64 or windows.dim() != 2 or not windows.numel() or windows.min() < 0:
+            raise ValueError(f"{file} does not hold windows of tokens: run `finercut calibrate` again")
+    if hashes != (tokens.calibration_sha256, tokens.held_out_sha256):
         raise ValueError(f"{file} is damaged, its tokens are not those recorded: run `finercut calibrate` again")
     return tokens

@@ -6,31 +6,76 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
 
 logger = logging.getLogger("finercut")
 
-_given_up: set[str] = set()
+# A server that failed is asked again after this long: each question can cost the stage seconds.
+PAUSE_S = 60.0
+
+
+@dataclass
+class _Series:
+    """What is still to be delivered to one run."""
+
+    points: list[Metric] = field(default_factory=list)
+    failing: bool = False
+    next_try: float = 0.0
+    """On the monotonic clock."""
+
+
+_series: dict[str, _Series] = {}
 
 
 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
     """Add one point to each of the live series `live/<name>` of the run in MLFLOW_RUN_ID; without one, do nothing.
 
-    A tracking server that fails must not cost hours of search: the first failure is a warning and ends the live
-    series of this process. The flow logs the complete series, under other names, when the stage has ended.
+    A tracking server that fails must not cost hours of search: the first failure is a warning, points are kept, and
+    they are delivered once it answers again. The flow logs the complete series, under other names, when the stage has
+    ended.
 
     Never opens or closes a run: that would end the one the flow owns.
     """
     run_id = os.environ.get("MLFLOW_RUN_ID")
-    if not run_id or run_id in _given_up:
+    if not run_id:
         return
-    from mlflow import MlflowClient
     from mlflow.entities import Metric
+
+    series = _series.setdefault(run_id, _Series())
+    now = int(time.time() * 1000)
+    series.points += [Metric(f"live/{name}", value, now, step) for name, value in metrics.items()]
+    if time.monotonic() >= series.next_try:
+        _deliver(run_id, series)
+
+
+def finish() -> None:
+    """Try to deliver what is left, once; say what is lost."""
+    for run_id, series in _series.items():
+        if series.points and not _deliver(run_id, series):
+            logger.warning("MLflow still takes no live metrics: %d points are lost", len(series.points))
+    _series.clear()
+
+
+def _deliver(run_id: str, series: _Series) -> bool:
+    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    now = int(time.time() * 1000)
-    points = [Metric(f"live/{name}", value, now, step) for name, value in metrics.items()]
     try:
-        MlflowClient().log_batch(run_id, metrics=points)
+        MlflowClient().log_batch(run_id, metrics=series.points)
     except MlflowException as error:
-        _given_up.add(run_id)
-        logger.warning("MLflow took no live metrics (%s); going on without them", str(error).splitlines()[0])
+        if not series.failing:
+            logger.warning("MLflow takes no live metrics (%s); going on, they are kept", _first_line(error))
+        series.failing, series.next_try = True, time.monotonic() + PAUSE_S
+        return False
+    if series.failing:
+        logger.info("MLflow answers again: %d live points delivered", len(series.points))
+    series.points, series.failing = [], False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,11 +6,12 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finercut.params import Budget
-from finercut.staging import staged_file
+from finercut.staging import staged_file, writing
 from finercut.sublayers import Sublayer, candidates, parse, protected
 
 
@@ -27,11 +28,11 @@ class Provenance(Line):
     model_source: str
     model_revision: str
     model_sha256: str
-    n_blocks: int
+    n_blocks: Annotated[int, Field(ge=1, le=10_000)]
     calibration_sha256: str
     held_out_sha256: str
     divergence: str
-    candidates: str
+    candidates: Literal["attention", "mlp", "both", "blocks"]
     protect: list[str]
     exclude: float | None
     dtype: str
@@ -55,7 +56,7 @@ class Removal(Line):
     """From 1."""
     sublayer: str
     """What was removed: 12.attention, 12.mlp, or 12.block."""
-    divergence: float
+    divergence: Annotated[float, Field(allow_inf_nan=False)]
     """Of the model after this removal, on the calibration tokens."""
     held_out_divergence: float
     """The same on the held-out tokens."""
@@ -91,22 +92,25 @@ def read_trajectory(path: Path) -> Trajectory:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no trajectory at {path}: run `finercut search` first")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a trajectory: {error}") from error
     if not lines:
         raise ValueError(f"{path} is empty; a trajectory starts with a line of provenance")
     try:
         provenance = Provenance.model_validate_json(lines[0])
-    except ValidationError as error:
+        protected(provenance.protect, provenance.n_blocks)
+    except ValueError as error:
         raise ValueError(f"{path}:1: not a trajectory's provenance: {_first(error)}") from error
+    pool = {str(c) for c in candidates(provenance.n_blocks, provenance.candidates)}
     removals: list[Removal] = []
     for number, line in enumerate(lines[1:], start=2):
         try:
             removal = Removal.model_validate_json(line)
-        except ValidationError as error:
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: not a removal: {_first(error)}") from error
-        taken = {s for r in removals for s in parse(r.sublayer).sublayers}
-        new = parse(removal.sublayer).sublayers
-        if removal.step != len(removals) + 1 or not taken.isdisjoint(new) or new[0].block >= provenance.n_blocks:
+        if removal.sublayer not in pool - {r.sublayer for r in removals} or removal.step != len(removals) + 1:
             raise ValueError(
                 f"{path}:{number}: step {removal.step} ({removal.sublayer}) does not follow the ones before"
             )
@@ -138,7 +142,7 @@ def resume(path: Path, provenance: Provenance) -> Trajectory:
 
 def append(path: Path, removal: Removal) -> None:
     """Add one line; when this returns, it is on the disk."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(removal.to_json())
         file.flush()
         os.fsync(file.fileno())
@@ -154,7 +158,9 @@ def _replace(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _first(error: ValidationError) -> str:
+def _first(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
 

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -53,21 +57,14 @@ def safetensors_shapes(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _header(file: Path) -> dict[str, dict]:
-    # safetensors.safe_open says the same, but for the dtype it makes a tensor: 8 bytes of length, then JSON, is the
-    # whole format, and the offsets show a file that was cut short.
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise ValueError(f"{file} is not a safetensors file")
-        try:
-            header = json.loads(opened.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} is not a safetensors file") from error
+    # Once safetensors has checked the header, and its offsets against the file's size, it is read again for the dtypes
+    # as they are stored: 8 bytes of length, then JSON, is the whole format.
+    try:
+        with safe_open(file, framework="numpy"), file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file, or was cut short or damaged: {error}") from error
     header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if expected != size:
-        raise ValueError(f"{file} has {size} bytes, its header says {expected}: it was cut short or damaged")
     return header
 
 

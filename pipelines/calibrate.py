@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from transformers import AutoConfig, AutoTokenizer
-
 from finercut import paths
 from finercut.calibration import cut_windows, read_texts, tokenizer_sha256, window_start
+from finercut.model_files import read_config, read_tokenizer
 from finercut.params import Params
 from finercut.reports import CalibrateReport
 from finercut.staging import staged
@@ -27,13 +26,13 @@ def run(params: Params) -> CalibrateReport:
     settings = params.calibrate
     if not (paths.MODEL / "config.json").is_file():
         raise FileNotFoundError(f"no model in {paths.MODEL}: run `finercut fetch` first")
-    config = AutoConfig.from_pretrained(paths.MODEL, local_files_only=True).get_text_config()
+    config = read_config(paths.MODEL).get_text_config()
     if settings.n_tokens > config.max_position_embeddings:
         raise ValueError(
             f"calibrate.n_tokens = {settings.n_tokens} is more than the model's context of "
             f"{config.max_position_embeddings} tokens"
         )
-    tokenizer = AutoTokenizer.from_pretrained(paths.MODEL, local_files_only=True)
+    tokenizer = read_tokenizer(paths.MODEL)
     _check_tokenizer(len(tokenizer), config.vocab_size)
     texts = read_texts(settings.source)
     tokens = cut_windows(

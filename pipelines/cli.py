@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
+
+from finercut.redaction import install, redacted
 
 STAGES = {
     "fetch": """Bring the whole model into the project.
@@ -85,7 +89,9 @@ class Commands(click.Group):
             # click's own signals are RuntimeErrors too
             if ctx.params.get("traceback") or isinstance(error, click.exceptions.Exit | click.exceptions.Abort):
                 raise
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = redacted(" ".join(str(error).split())) or type(error).__name__
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                message += "; free some space, then run it again"
             if isinstance(error, ModuleNotFoundError):
                 message += "; install the extras: pip install 'finercut[pipeline,cpu]', or [pipeline,cuda] for a GPU"
             click.echo(f"finercut {ctx.invoked_subcommand}: {message}", err=True)
@@ -117,6 +123,7 @@ def main(ctx: click.Context, traceback: bool) -> None:
     All commands work in the current directory, the root of the project: settings come from params.yaml, results go to
     artifacts/ and reports/. `dvc repro` runs the same stages without Prefect, MLflow and registration.
     """
+    install()
     if not sys.stderr.isatty():
         # Not every library's bars ask before they draw into a log.
         os.environ.update({"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
@@ -131,10 +138,13 @@ def main(ctx: click.Context, traceback: bool) -> None:
 def _add_stage(name: str, explanation: str) -> None:
     @main.command(name, help=explanation, short_help=explanation.partition("\n")[0])
     def stage() -> None:
-        from finercut import params
+        from finercut import params, paths
+        from finercut.staging import exclusive
 
         settings = params.load(PARAMS)
-        importlib.import_module(f"pipelines.{name}").run(settings)
+        # The processes that torchrun starts share their search.
+        with exclusive(paths.WORK) if "TORCHELASTIC_RUN_ID" not in os.environ else nullcontext():
+            importlib.import_module(f"pipelines.{name}").run(settings)
 
 
 @main.command()

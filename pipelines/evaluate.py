@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import lm_eval
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from finercut import paths
 from finercut.checkpoint import device_of, load_pruned, load_whole
 from finercut.evaluation import Fit, LoadedTask, Score, compare, fit, load_tasks, score
+from finercut.model_files import read_config, read_tokenizer
 from finercut.params import Evaluate, Params
 from finercut.parity import check_parity
 from finercut.reports import EvaluateReport, ParityReport
@@ -41,10 +42,12 @@ def run(params: Params) -> EvaluateReport:
         RuntimeError: the pruned checkpoint fails the parity check, or a task's documents cannot be had.
     """
     settings = params.evaluate
-    held_out = load_tokens(paths.CALIBRATION).held_out
+    tokens = load_tokens(paths.CALIBRATION)
     for directory, stage in ((paths.MODEL, "fetch"), (paths.PRUNED, "prune")):
         if not (directory / "config.json").is_file():
             raise FileNotFoundError(f"no model in {directory}: run `finercut {stage}` first")
+    tokens.check_vocabulary(read_config(paths.MODEL).get_text_config().vocab_size)
+    held_out = tokens.held_out
     device = device_of(settings.device)
     tasks = load_tasks(settings.tasks)
     for report in (paths.PARITY, paths.report("evaluate")):
@@ -89,7 +92,7 @@ def _pass_parity(report: ParityReport) -> None:
 def _measure(
     name: str, model: PreTrainedModel, held_out: torch.Tensor, tasks: Sequence[LoadedTask], settings: Evaluate
 ) -> tuple[Fit, dict[str, Score]]:
-    tokenizer = AutoTokenizer.from_pretrained(paths.MODEL, local_files_only=True)
+    tokenizer = read_tokenizer(paths.MODEL)
     found = fit(model, tokenizer, held_out)
     logger.info("evaluate: %s model, perplexity %.2f, %.3f bits/byte", name, found.perplexity, found.bits_per_byte)
     scores = {}

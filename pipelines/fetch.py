@@ -7,9 +7,10 @@ import time
 from collections import Counter
 
 from finercut import paths
+from finercut.model_files import check_model
 from finercut.params import LocalModel, Params
 from finercut.reports import FetchReport
-from finercut.sources import check_model, fetch_model
+from finercut.sources import fetch_model
 from finercut.staging import staged
 from finercut.weights import safetensors_shapes, weights_bytes, weights_sha256
 

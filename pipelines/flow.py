@@ -21,6 +21,7 @@ from pydantic import JsonValue
 from finercut import registry
 from finercut.params import Params, load
 from finercut.processes import GRACE_S, end_group
+from finercut.redaction import redacted
 from finercut.reports import RegisterReport
 from pipelines import dag, register, settings, summary
 
@@ -124,6 +125,7 @@ def _dvc(
     def keep(line: str) -> None:
         if line.strip().startswith(DVC_HINTS):
             return
+        line = redacted(line)
         logger.info(line)
         lines.append(line)
         with log_file.open("a", encoding="utf-8") as file:

@@ -136,7 +136,10 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
                     _tell(removal, n_removals, time.monotonic() - started, resumed_after)
     if not ranks.first:
         return None
+    tracking.finish()
     finished = trajectory.read_trajectory(in_progress).first(n_removals)
+    # An earlier search's must not vouch for this one, should the process end before the last line.
+    paths.report("search").unlink(missing_ok=True)
     trajectory.write(paths.TRAJECTORY, finished)
     _write_curve(finished)
     divergence_curves(finished, paths.CURVE_PICTURE)
@@ -155,6 +158,7 @@ def _inputs(settings: SearchParams) -> tuple[FetchReport, Tokens, int, int]:
     """Also how many candidates there are, and how many to remove."""
     fetched = FetchReport.read(paths.report("fetch"))
     tokens = load_tokens(paths.CALIBRATION)
+    tokens.check_vocabulary(fetched.vocab_size)
     n_candidates = len(sublayers.candidates(fetched.n_blocks, settings.candidates))
     n_removals = settings.removals if settings.removals >= 1 else int(settings.removals * n_candidates)
     if not 0 < n_removals <= n_candidates:

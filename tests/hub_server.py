@@ -37,6 +37,8 @@ class Repository:
     gated: bool = False
     status: int | None = None
     """What every request is answered with, instead."""
+    n_failures: int | None = None
+    """How many requests `status` answers, if not all."""
     stalls_at: str | None = None
     """Of this file half is sent, and then nothing until `Hub.go_on` is set."""
 
@@ -95,7 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self._refuse(404, "RepoNotFound")
 
     def _answer(self, repository: Repository, name: str, rest: str, api: bool) -> None:
-        if repository.status:
+        if repository.status and repository.n_failures != 0:
+            if repository.n_failures is not None:
+                repository.n_failures -= 1
             return self._refuse(repository.status)
         action, revision, *inside = rest.split("/", 2)
         if revision not in ("main", repository.commit):

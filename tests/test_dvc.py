@@ -22,6 +22,7 @@ CONTRACT = {
     "finercut/__init__.py",
     "finercut/params.py",
     "finercut/paths.py",
+    "finercut/redaction.py",
     "finercut/reports.py",
     "finercut/tracking.py",
 }

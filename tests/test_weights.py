@@ -38,7 +38,7 @@ def test_the_hash_is_over_sorted_names_sizes_and_contents(directory):
 def test_a_file_that_was_cut_short_is_no_model(directory):
     file = directory / "x-1.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"x-1.safetensors has \d+ bytes, its header says \d+"):
+    with pytest.raises(ValueError, match=r"x-1.safetensors is not a safetensors file, or was cut short"):
         safetensors_shapes(directory)
 
 

@@ -1,0 +1,394 @@
+"""What an operator meets: killed stages, lost servers, full disks, a second execution. Everything fails for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from conftest import TEXT
+from hub_server import COMMIT, Hub, Repository, client_environment, serve
+from kill_trials import (
+    CHEAP,
+    ROOT,
+    outputs,
+    prepare,
+    prepare_registration,
+    registration_trials,
+    state,
+    trials,
+)
+
+from finercut import paths, registry
+from finercut.params import load
+from finercut.trajectory import read_trajectory
+from pipelines import register
+
+N_KILLS = 3
+LOST = "http://127.0.0.1:9"
+
+
+def finercut(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a command that failed."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_model) -> Path:
+    """A project in which everything up to `evaluate` has run."""
+    root = tmp_path_factory.mktemp("faults")
+    (root / "text.txt").write_text("\n\n".join(TEXT * 6))
+    prepare(root / "base", tiny_model, root / "text.txt")
+    return root / "base"
+
+
+@pytest.fixture
+def project(base, tmp_path) -> Path:
+    return shutil.copytree(base, tmp_path / "project", ignore=shutil.ignore_patterns(".finercut"))
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A committed repository whose toy stages have run, with an MLflow store."""
+    root = tmp_path_factory.mktemp("repository")
+    prepare_registration(root)
+    return root
+
+
+@pytest.fixture
+def toy(repository, tmp_path, monkeypatch) -> Path:
+    root = shutil.copytree(repository, tmp_path / "toy")
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    return root
+
+
+# Kills
+
+
+@pytest.mark.parametrize("stage", CHEAP)
+def test_a_killed_stage_leaves_nothing_half_written_and_comes_to_the_same_bytes(base, tmp_path, stage):
+    done = list(trials(stage, base, tmp_path / "project", N_KILLS, seed=1))
+    assert [trial for trial in done if not trial.whole] == []
+    assert [trial for trial in done if not trial.same] == []
+    assert max(trial.redone for trial in done) <= 1
+
+
+def test_a_killed_registration_comes_to_one_complete_version(repository, tmp_path):
+    done = list(registration_trials(repository, tmp_path / "project", N_KILLS, seed=1))
+    assert [trial for trial in done if not (trial.whole and trial.same)] == []
+
+
+# MLflow
+
+
+def test_a_lost_mlflow_is_found_out_before_anything_is_done(toy):
+    done = finercut("register", cwd=toy, MLFLOW_TRACKING_URI=LOST)
+    assert said(done).startswith(f"finercut register: cannot open a run in MLflow at {LOST}: ")
+    assert not Path("reports/register.json").exists()
+
+
+def test_a_database_that_does_not_answer_is_found_out_in_seconds_and_its_password_not_shown(toy):
+    lost = "postgresql://finercut:canary-password@127.0.0.1:9/mlflow"
+    done = finercut("register", cwd=toy, MLFLOW_TRACKING_URI=lost)
+    assert said(done).startswith("finercut register: cannot open a run in MLflow at postgresql://127.0.0.1:9/mlflow: ")
+    assert "canary-password" not in done.stdout + done.stderr
+    assert "will be retried" not in done.stderr
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
+    log = (folder / "server.log").open("a")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+        cwd=folder,
+        env=os.environ | {"MLFLOW_TRACKING_URI": ""},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers(port):
+            assert server.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        yield server
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+# Waits for a line after every removal, so that the server can be taken away in between.
+IN_STEPS = """
+import sys
+from finercut import params, tracking, trajectory
+from pipelines import search
+tracking.PAUSE_S = 0
+append = trajectory.append
+def append_and_wait(path, removal):
+    append(path, removal)
+    print(removal.step, flush=True)
+    sys.stdin.readline()
+search.trajectory.append = append_and_wait
+search.run(params.load())
+"""
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_search_outlives_mlflow_and_delivers_or_says_what_is_lost(project, base, tmp_path, comes_back):
+    for path in outputs("search"):
+        (project / path).unlink()
+    port = free_port()
+    environment = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+    def go_on(search: subprocess.Popen, step: int) -> None:
+        search.stdin.write("\n")
+        search.stdin.flush()
+        if step:
+            assert search.stdout.readline() == f"{step}\n"
+
+    with mlflow_server(tmp_path, port):
+        client = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"])
+        run_id = client.create_run(client.create_experiment("faults")).info.run_id
+        search = subprocess.Popen(
+            [sys.executable, "-c", IN_STEPS],
+            cwd=project,
+            env=os.environ | environment | {"MLFLOW_RUN_ID": run_id},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert search.stdout.readline() == "1\n", search.communicate()[1]
+        go_on(search, 2)
+    go_on(search, 3)  # the second removal's figures find no server
+    go_on(search, 4)
+    if comes_back:
+        with mlflow_server(tmp_path, port):
+            go_on(search, 5)
+            go_on(search, 6)
+            go_on(search, 0)
+            _, told = search.communicate(timeout=120)
+            history = client.get_metric_history(run_id, "live/search.divergence")
+        removals = read_trajectory(project / paths.TRAJECTORY).removals
+        assert [(point.step, point.value) for point in history] == [(r.step, r.divergence) for r in removals]
+    else:
+        go_on(search, 5)
+        go_on(search, 6)
+        go_on(search, 0)
+        _, told = search.communicate(timeout=120)
+        assert "MLflow still takes no live metrics: 15 points are lost" in told
+    assert search.returncode == 0, told
+    assert told.count("going on, they are kept") == 1
+    assert state(project, "search") == state(base, "search")
+
+
+# A full disk
+
+
+FULL = """
+set -e
+mount -t tmpfs -o size=64m tmpfs "$2"
+cp -a "$1/." "$2"
+cd "$2"
+dd if=/dev/zero of=filler bs=4k status=none || true
+truncate -s "-$4" filler
+set +e
+"$5" -m pipelines.cli "$3" 2> "$6/said"
+code=$?
+rm filler
+cp -a . "$6/after"
+if [ $code = 1 ]; then "$5" -m pipelines.cli "$3" 2> "$6/said-again" || exit 99; fi
+cp -a . "$6/again"
+exit $code
+"""
+
+
+ROOMS = {"fetch": ("0", "500K"), "calibrate": ("0",), "search": ("0", "4K"), "prune": ("0", "1M"), "evaluate": ("0",)}
+
+
+@pytest.mark.parametrize(("stage", "room"), [(stage, room) for stage in ROOMS for room in ROOMS[stage]])
+def test_a_full_disk_is_one_line_nothing_half_written_and_room_is_all_it_takes(project, base, tmp_path, stage, room):
+    for path in outputs(stage):
+        if (project / path).is_dir():
+            shutil.rmtree(project / path)
+        else:
+            (project / path).unlink()
+    disk, left = tmp_path / "disk", tmp_path / "left"
+    disk.mkdir()
+    left.mkdir()
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", FULL, "-", str(project), str(disk), stage, room, sys.executable, str(left)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    lines = (left / "said").read_text().splitlines()
+    assert "Traceback" not in "".join(lines)
+    assert lines[-1].startswith(f"finercut {stage}: "), lines
+    assert "o space left on device" in lines[-1]
+    assert set(state(left / "after", stage).values()) <= {None, *state(base, stage).values()}
+    assert state(left / "after", stage)[paths.report(stage)] is None
+    assert state(left / "again", stage) == state(base, stage)
+
+
+# The hub
+
+FETCH = """
+import logging, sys
+from finercut.params import Params
+from pipelines import fetch
+logging.basicConfig(format="%(message)s", level=logging.INFO)
+try:
+    fetch.run(Params.model_validate_json(sys.argv[1]))
+except (ValueError, RuntimeError) as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+def fetched(hub: Hub, folder: Path, revision: str) -> subprocess.CompletedProcess[str]:
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings["fetch"]["source"] = {"kind": "hub", "repository": "org/tiny", "revision": revision}
+    return subprocess.run(
+        [sys.executable, "-c", FETCH, json.dumps(settings)],
+        cwd=folder,
+        env=client_environment(hub.endpoint, folder / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_a_hub_that_stumbles_is_asked_again(tiny_model, tmp_path):
+    hub = Hub({"org/tiny": Repository(COMMIT, files_of(tiny_model), status=503, n_failures=2)})
+    with serve(hub):
+        done = fetched(hub, tmp_path, "main")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("org/tiny: 503; trying again in") == 2
+    assert files_of(tmp_path / paths.MODEL) == files_of(tiny_model)
+
+
+def test_without_a_hub_a_pinned_commit_comes_from_the_cache_and_a_branch_does_not(tiny_model, tmp_path):
+    hub = Hub({"org/tiny": Repository(COMMIT, files_of(tiny_model))})
+    with serve(hub):
+        download = f"from huggingface_hub import snapshot_download; snapshot_download('org/tiny', revision='{COMMIT}')"
+        environment = client_environment(hub.endpoint, tmp_path / "home")
+        subprocess.run([sys.executable, "-c", download], env=environment, check=True, capture_output=True)
+    done = fetched(hub, tmp_path, "main")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"NoAnswer: cannot reach {hub.endpoint}/org/tiny: check the network")
+    assert not (tmp_path / paths.MODEL).exists()
+    done = fetched(hub, tmp_path, COMMIT)
+    assert done.returncode == 0, done.stderr
+    assert "taking the commit from the Hugging Face cache" in done.stderr
+    assert files_of(tmp_path / paths.MODEL) == files_of(tiny_model)
+    assert not any(file.is_symlink() for file in (tmp_path / paths.MODEL).iterdir())
+    assert json.loads((tmp_path / paths.report("fetch")).read_text())["revision"] == COMMIT
+
+
+# Two at once
+
+
+def test_a_second_stage_in_the_same_workspace_is_refused_and_the_first_not_disturbed(project, base):
+    for path in outputs("search"):
+        (project / path).unlink()
+    first = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "search"],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    lock = project / paths.WORK / "lock"
+    while not (lock.exists() and lock.read_text()):
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        line = said(finercut("prune", cwd=project))
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert line == f"finercut prune: process {first.pid} works in {project}: wait until it has ended, or end it"
+    _, told = first.communicate(timeout=300)
+    assert first.returncode == 0, told
+    assert state(project, "search") == state(base, "search")
+    assert finercut("prune", cwd=project).returncode == 0
+
+
+def test_of_two_dvc_repros_at_once_one_may_be_refused_and_neither_harms_the_other(toy):
+    Path("speed_up.txt").write_text("1.5")
+    command = [sys.executable, "-m", "dvc", "repro", "-f"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=300)[0] for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes, told
+    for code, text in zip(codes, told, strict=True):
+        assert code == 0 or "lock" in text or "busy" in text, text
+    status = subprocess.run([sys.executable, "-m", "dvc", "status"], capture_output=True, text=True, check=True).stdout
+    assert "up to date" in status
+    assert json.loads(Path("reports/throughput.json").read_text())["speed_up"] == 1.5
+
+
+# The clock, the git tree
+
+
+def test_a_clock_that_jumps_back_and_a_dirty_tree_are_recorded_and_not_fatal(toy, monkeypatch):
+    subprocess.run(["git", "add", "-A"], check=True)
+    Path("notes.txt").write_text("not committed")
+    now = time.time
+    opened = registry.open_run
+
+    def jump(*arguments, **options):
+        run = opened(*arguments, **options)
+        monkeypatch.setattr(time, "time", lambda: now() - 3600)
+        return run
+
+    monkeypatch.setattr(registry, "open_run", jump)
+    report = register.run(load())
+    assert report.status == "registered"
+    found = mlflow.MlflowClient().get_run(report.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.info.end_time < found.info.start_time
+    assert found.data.tags["git.dirty"] == "true"
