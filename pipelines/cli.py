@@ -214,6 +214,87 @@ def inspect(what: str) -> None:
     click.echo(inspection.describe(what))
 
 
+@main.command()
+@click.argument("name", required=False)
+@click.option("--version", "wanted", default="challenger", show_default=True, help="A version's number, or an alias.")
+@click.option("--reason", default="", help="Why; kept in the log.")
+@click.option("--dry-run", is_flag=True, help="Compare only. Status 1 if it would be refused.")
+def promote(name: str | None, wanted: str, reason: str, dry_run: bool) -> None:
+    """Make a registered version champion, if it passes the gate and is no worse than the champion.
+
+    NAME is register.name of params.yaml unless given. Evidence comes from the registry; the checkpoint is downloaded
+    and the parity check repeated on it. docs/registry.md has the rule. Status 0: it is champion now, or was already.
+
+    \b
+    finercut promote --dry-run
+    finercut promote --reason "release 12"
+    finercut promote finercut-smollm2-135m --version 7
+
+    \b
+    Reads     params.yaml (register, promote, evaluate.parity_tolerance), the version's files, artifacts/model if it is
+              the version's whole model
+    Writes    the alias champion, an entry of NAME.promotions
+    """
+    from finercut import params
+    from pipelines import promote, summary
+
+    settings = params.load(PARAMS)
+    judgement = None
+    try:
+        outcome = promote.promote(settings, name or settings.register_.name, wanted, reason, dry_run)
+        judgement, message = outcome.judgement, outcome.message
+    except promote.Refused as refused:
+        judgement = refused.judgement
+        raise
+    finally:
+        if judgement is not None:
+            click.echo(summary.comparison(judgement.checks) + "\n")
+    click.echo(message)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--to", metavar="VERSION", help="A former champion to go back to, instead of the last one.")
+@click.option("--reason", default="", help="Why; kept in the log.")
+def rollback(name: str | None, to: str | None, reason: str) -> None:
+    """Undo the last promotion.
+
+    Only once, however often it is called, so that two people who see the same fault do not go back twice; --to goes
+    back further. NAME is register.name of params.yaml unless given.
+
+    \b
+    finercut rollback --reason "copies badly"
+    finercut rollback --to 3
+    """
+    from pipelines import promote
+
+    click.echo(promote.rollback(name or _registered_name(), to, reason).message)
+
+
+@main.command()
+@click.argument("name", required=False)
+def status(name: str | None) -> None:
+    """Tell who is champion, who could be, and what became of the others.
+
+    Each version is judged by the gate and the margins of params.yaml, against today's champion. Writes nothing.
+
+    \b
+    finercut status
+    finercut status finercut-smollm2-135m
+    """
+    from finercut import params
+    from pipelines import status
+
+    settings = params.load(PARAMS)
+    click.echo(status.text(settings, name or settings.register_.name))
+
+
+def _registered_name() -> str:
+    from finercut import params
+
+    return params.load(PARAMS).register_.name
+
+
 @main.command("summary")
 def show_summary() -> None:
     """Show again what `finercut run` printed at its end, from reports/."""

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from finercut.processes import end_group
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -95,6 +103,46 @@ def mlflow_store(_mlflow_directory, monkeypatch) -> str:
     uri = f"sqlite:///{_mlflow_directory}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory) -> Iterator[str]:
+    """Address of a real MLflow server, with its store in SQLite and artifacts passing through it.
+
+    One for all tests, because it takes seconds to start: let each have names of its own.
+    """
+    directory = tmp_path_factory.mktemp("mlflow-server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    stores = ["--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--artifacts-destination", str(directory)]
+    with (directory / "log.txt").open("w") as log:
+        server = subprocess.Popen(
+            [*command, *stores],
+            cwd=directory,
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(server, f"{address}/health", 120, directory / "log.txt")
+        yield address
+    finally:
+        end_group(server)
+
+
+def _wait_for(server: subprocess.Popen, url: str, within_s: float, log: Path) -> None:
+    deadline = time.monotonic() + within_s
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"no answer from {url}: {log.read_text()[-2000:]}")
 
 
 @pytest.fixture(scope="session")
