@@ -10,9 +10,11 @@ written on the same state the first counts, and the second's writer looks again.
 from __future__ import annotations
 
 import getpass
+import random
 import socket
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -27,6 +29,9 @@ CHAMPION, PREVIOUS = "champion", "previous"
 Action = Literal["promoted", "rolled back", "accepted", "collected"]
 _SUFFIX = ".promotions"
 _SETTLED = "settled"
+# What MLflow says when the database refuses a row that came twice, or is locked by another.
+_COLLISIONS = {"BAD_REQUEST", "TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR"}
+N_ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,9 @@ class Ledger:
         }
         with mlflow_errors(f"write to {self.name}"):
             self._create()
-            # The name with its tags is one transaction: an entry is whole or not there.
-            self.client.create_model_version(
+            # With its tags it is one transaction: an entry is whole or not there. Of two with one key the first counts.
+            _patiently(
+                self.client.create_model_version,
                 self.name,
                 source=f"runs:/{run_id}/reports",
                 run_id=run_id,
@@ -176,14 +182,27 @@ class Ledger:
             if not wrong:
                 if state.move is not None and not state.move.settled:
                     with mlflow_errors(f"write to {self.name}"):
-                        self.client.set_model_version_tag(self.name, str(state.move.number), _SETTLED, "true")
+                        number = str(state.move.number)
+                        _patiently(self.client.set_model_version_tag, self.name, number, _SETTLED, "true")
                 return state
             with mlflow_errors(f"move the aliases of {self.model}"):
                 for alias, version in wrong.items():
                     if version is None:
                         self.client.delete_registered_model_alias(self.model, alias)
                     else:
-                        self.client.set_registered_model_alias(self.model, alias, version)
+                        _patiently(self.client.set_registered_model_alias, self.model, alias, version)
+
+
+def _patiently(write: Callable[..., object], *arguments: object, **settings: object) -> None:
+    """Two writes of one thing at once can make MLflow refuse one of them: it looks first, then inserts."""
+    for attempt in range(N_ATTEMPTS):
+        try:
+            write(*arguments, **settings)
+            return
+        except MlflowException as error:
+            if error.error_code not in _COLLISIONS or attempt == N_ATTEMPTS - 1:
+                raise
+        time.sleep(random.uniform(0, 0.1 * 2**attempt))
 
 
 def _entry(version: ModelVersion) -> Entry:

@@ -9,37 +9,55 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 
 from finercut import ledger
 from finercut.ledger import Entry, Ledger, fold
 
 ROOT = Path(__file__).parents[1]
-# Promotes and rolls back at random until told to stop; prints the key of each entry of its own that counted.
-MOVER = """
-import random, sys
+# Forks movers, so that they cost no imports: each waits for a file, then promotes and rolls back at random, and writes
+# to another file its every entry that counted.
+NURSERY = """
+import os, random, signal, sys, time
+from pathlib import Path
 from finercut import versions
 from finercut.ledger import Ledger
-name, seed, run_id, n_moves = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-choose = random.Random(seed).choice
-ledger = Ledger(versions.connect(name), name)
-print("ready", flush=True)
-sys.stdin.readline()
-made = tried = 0
-while made < n_moves:
-    state = ledger.read()
-    others = [v for v in "123" if v != state.champion]
-    action, version = choose([("promoted", choose(others)), *[("rolled back", state.previous)] * bool(state.previous)])
-    tried += 1
-    if ledger.append(state, action, version, run_id, reason=f"{seed}.{made}"):
-        made += 1
-        print(f"{seed}.{made - 1}", flush=True)
-    ledger.settle()
-print("tried", tried, flush=True)
+
+def move(name, seed, run_id, n_moves, go, out):
+    choose = random.Random(seed).choice
+    while not go.exists():
+        time.sleep(0.01)
+    ledger = Ledger(versions.connect(name), name)
+    made = tried = 0
+    while made < n_moves:
+        state = ledger.read()
+        others = [v for v in "123" if v != state.champion]
+        back = [("rolled back", state.previous)] * (state.previous is not None)
+        tried += 1
+        if ledger.append(state, *choose([("promoted", choose(others)), *back]), run_id, reason=f"{seed}.{made}"):
+            print(f"{seed}.{made}", file=out, flush=True)
+            made += 1
+        ledger.settle()
+    print("tried", tried, file=out, flush=True)
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    uri, name, seed, run_id, n_moves, go, out = line.split()
+    child = os.fork()
+    if child == 0:
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        with open(out, "w") as told:
+            os.dup2(told.fileno(), 2)
+            try:
+                move(name, int(seed), run_id, int(n_moves), Path(go), told)
+            finally:
+                told.flush()
+        os._exit(0)
+    print(child, flush=True)
 """
 
 
@@ -168,54 +186,81 @@ def test_who_set_an_older_champion_late_sets_the_newer_one_right_again(book):
     assert book.aliases() == {"champion": "2", "previous": "1"}
 
 
-def start(book, run_id, seed, n_moves):
-    command = [sys.executable, "-c", MOVER, book.model, str(seed), run_id, str(n_moves)]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=-1, stdout=-1, text=True)
+@pytest.fixture(scope="module")
+def nursery():
+    command = [sys.executable, "-c", NURSERY]
+    with subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=-1, stdout=-1, text=True
+    ) as parent:
+        yield parent
+        parent.stdin.close()
 
 
-def test_processes_that_move_at_once_take_turns_and_none_is_told_wrong(book):
+@pytest.fixture
+def movers(nursery, book, tmp_path):
+    """Starts processes that move the champion, all at once; gives their pids and what they write."""
     book, run_id = book
-    movers = [start(book, run_id, seed, 4) for seed in range(3)]
-    for mover in movers:
-        assert mover.stdout.readline() == "ready\n"
-    for mover in movers:
-        mover.stdin.write("\n")
-        mover.stdin.flush()
-    said = [mover.communicate(timeout=300)[0].split() for mover in movers]
-    assert [mover.returncode for mover in movers] == [0, 0, 0]
 
+    def start(seeds, n_moves):
+        go, started = tmp_path / f"go-{seeds[0]}", []
+        for seed in seeds:
+            out = tmp_path / f"out-{seed}"
+            uri = os.environ["MLFLOW_TRACKING_URI"]
+            print(uri, book.model, seed, run_id, n_moves, go, out, file=nursery.stdin, flush=True)
+            started.append((int(nursery.stdout.readline()), out))
+        go.touch()
+        return started
+
+    return start
+
+
+def wait_until(holds, within_s=300):
+    deadline = time.monotonic() + within_s
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert holds()
+
+
+def told(out):
+    return [line for line in out.read_text().splitlines() if "." in line]
+
+
+def expected_aliases(state):
+    return {"champion": state.champion} | ({"previous": state.previous} if state.previous else {})
+
+
+def test_processes_that_move_at_once_take_turns_and_none_is_told_wrong(book, movers):
+    book, _ = book
+    started = movers(range(3), 4)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid, _ in started))
+    outs = [out for _, out in started]
     state = book.read()
-    told = sorted(word for words in said for word in words if "." in word)
-    assert sorted(e.reason for e in state.entries) == told
-    assert len(told) == 12
-    assert state.last == sum(int(words[-1]) for words in said)  # every attempt is an entry, also those that lost
+    said = [out.read_text().split() for out in outs]
+    assert [words[-2] for words in said] == ["tried"] * 3, said
+    assert sorted(e.reason for e in state.entries) == sorted(word for out in outs for word in told(out))
+    assert len(state.entries) == 12
+    assert state.last >= sum(int(words[-1]) for words in said)  # attempts that lost are entries that do not count
     # each saw what the one before it had left
     assert state.entries[0].before is None
-    assert all(later.before == earlier.version for earlier, later in pairwise(state.entries))
-    aliases = {"champion": state.champion} | ({"previous": state.previous} if state.previous else {})
-    assert book.aliases() == aliases
+    assert all(later.before == fold(state.entries[: i + 1]).champion for i, later in enumerate(state.entries[1:]))
+    assert book.aliases() == expected_aliases(state)
     assert state.move.settled
 
 
-def test_a_mover_killed_at_any_moment_blocks_nobody_and_the_next_completes_its_move(book):
+def test_a_mover_killed_at_any_moment_blocks_nobody_and_the_next_completes_its_move(book, movers):
     book, run_id = book
     moments = random.Random(3)
-    for seed in range(3):
-        mover = start(book, run_id, seed, 1000)
-        assert mover.stdout.readline() == "ready\n"
-        mover.stdin.write("\n")
-        mover.stdin.flush()
-        time.sleep(moments.uniform(0.05, 0.6))
-        mover.send_signal(signal.SIGKILL)
-        told = [word for word in mover.communicate()[0].split() if "." in word]
+    for seed in range(4):
+        ((pid, out),) = movers([seed], 1000)
+        wait_until(lambda out=out: out.exists() and told(out))
+        time.sleep(moments.uniform(0, 0.3))
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: not psutil.pid_exists(pid))
         state = book.settle()
-        assert set(told) <= {e.reason for e in state.entries}
-        aliases = {"champion": state.champion} | ({"previous": state.previous} if state.previous else {})
-        assert book.aliases() == {alias: version for alias, version in aliases.items() if version}
-        assert not book.read().moved_outside(state.champion)
-    champion = "1" if state.champion != "1" else "2"
-    assert book.append(state, "promoted", champion, run_id)
-    assert book.settle().champion == champion
+        assert set(told(out)) <= {e.reason for e in state.entries}
+        assert book.aliases() == expected_aliases(state)
+        assert book.read().move.settled
+    assert book.append(state, "promoted", "1" if state.champion != "1" else "2", run_id)
 
 
 def test_a_store_that_refuses_is_one_line(book, monkeypatch):
