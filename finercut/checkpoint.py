@@ -20,18 +20,23 @@ from finercut.reports import Shares
 from finercut.sublayers import KINDS, Sublayer
 
 MODELING_FILE = Path(modeling_finercut.__file__)
-# Written by save_pretrained; everything else beside the weights is copied.
-_REWRITTEN = {"config.json", "generation_config.json", "README.md", MODELING_FILE.name}
+# Written here; everything else beside the weights is copied.
+_REWRITTEN = {"config.json", "README.md", MODELING_FILE.name}
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str, local_rank: int = 0) -> torch.device:
     """`auto` is the GPU where there is one.
+
+    Args:
+        local_rank: which of this machine's GPUs `auto` and `cuda` stand for.
 
     Raises:
         ValueError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -172,7 +177,8 @@ def write_pruned(
     names = pruned.state_dict().keys()
     # The whole model's own tensors: nothing is copied in memory.
     pruned.load_state_dict({n: t for n, t in whole.state_dict().items() if n in names}, assign=True)
-    pruned.generation_config = whole.generation_config
+    if not (whole_directory / "generation_config.json").is_file():
+        pruned.generation_config = whole.generation_config
     pruned.save_pretrained(directory)
     for file in whole_directory.iterdir():
         if file.is_file() and file.name not in _REWRITTEN and ".safetensors" not in file.name:

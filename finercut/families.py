@@ -7,6 +7,7 @@ its sake alone (norms). Members are named as attributes of the block.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ class Layout:
     blocks: str
     attention: Branch
     mlp: Branch
+    sequential: bool = True
+    """A block is its attention followed by its MLP. Otherwise, where both read the same stream or a norm lies on the
+    stream itself, a block is run as one."""
 
     def branch(self, kind: str) -> Branch:
         return self.attention if kind == "attention" else self.mlp
@@ -44,11 +48,54 @@ PRE_NORM = Layout(
     attention=Branch("self_attn", before=("input_layernorm",)),
     mlp=Branch("mlp", before=("post_attention_layernorm",)),
 )
+POST_NORM = Layout(
+    blocks="model.layers",
+    attention=Branch("self_attn", after=("post_attention_layernorm",)),
+    mlp=Branch("mlp", after=("post_feedforward_layernorm",)),
+)
+SANDWICH_NORM = Layout(
+    blocks="model.layers",
+    attention=Branch("self_attn", before=("input_layernorm",), after=("post_attention_layernorm",)),
+    mlp=Branch("mlp", before=("pre_feedforward_layernorm",), after=("post_feedforward_layernorm",)),
+)
 
-# By the whole model's `model_type`.
-FAMILIES: dict[str, Layout] = {
+
+def _gpt_neox(config: Any) -> Layout:
+    return Layout(
+        blocks="gpt_neox.layers",
+        attention=Branch("attention", before=("input_layernorm",)),
+        mlp=Branch("mlp", before=("post_attention_layernorm",)),
+        sequential=not config.use_parallel_residual,
+    )
+
+
+def _opt(config: Any) -> Layout:
+    # Its MLP is not one module. Where the norms come after the addition (350M), they lie on the stream and stay.
+    first = config.do_layer_norm_before
+    return Layout(
+        blocks="model.decoder.layers",
+        attention=Branch("self_attn", before=("self_attn_layer_norm",) if first else ()),
+        mlp=Branch("fc2", before=("final_layer_norm", "fc1") if first else ("fc1",)),
+        sequential=first,
+    )
+
+
+# By the whole model's `model_type`: the layout, or what makes it from the config where that decides.
+FAMILIES: dict[str, Layout | Callable[[Any], Layout]] = {
+    "gemma2": SANDWICH_NORM,
+    "gemma3_text": SANDWICH_NORM,
+    "gpt2": Layout("transformer.h", Branch("attn", before=("ln_1",)), Branch("mlp", before=("ln_2",))),
+    "gpt_neox": _gpt_neox,
+    "granite": PRE_NORM,
     "llama": PRE_NORM,
     "mistral": PRE_NORM,
+    "mixtral": PRE_NORM,
+    "olmo2": POST_NORM,
+    "opt": _opt,
+    "phi3": PRE_NORM,
+    "qwen2": PRE_NORM,
+    "qwen3": PRE_NORM,
+    "qwen3_moe": PRE_NORM,
 }
 
 
@@ -60,7 +107,8 @@ def layout_of(config: Any) -> Layout:
     """
     if config.model_type not in FAMILIES:
         raise ValueError(f"cannot prune a {config.model_type} model; known families: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type]
+    return family if isinstance(family, Layout) else family(config)
 
 
 def base_architecture(model_type: str) -> str:

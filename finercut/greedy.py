@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from finercut.blocks import Blocks
+from finercut.distributed import ALONE, Ranks, SharedSweep
 from finercut.divergence import DIVERGENCES
 from finercut.families import layout_of
+from finercut.race import Race
 from finercut.sublayers import Candidate, FrontExclusion, Sublayer, candidates, open_candidates, parse, protected
-from finercut.sweep import Sweep
 from finercut.trajectory import Removal
+from finercut.workers import Workers
 
 
 def search(
@@ -27,6 +31,7 @@ def search(
     exclude: float | None = None,
     earlier: Iterable[Removal] = (),
     abandon: bool = True,
+    ranks: Ranks = ALONE,
     progress: Callable[[], Any] = lambda: None,
 ) -> Iterator[Removal]:
     """Greedy search, yielding each removal as soon as it is decided.
@@ -45,10 +50,12 @@ def search(
         exclude: the authors' rule for the front blocks, see `FrontExclusion`; None for none.
         earlier: removals of the same search made before; it continues after them.
         abandon: give candidates up once they cannot be the least. The removals are the same either way.
-        progress: called after every calibration window.
+        ranks: the processes that share the windows; each is given all of both sets, and yields the same removals.
+        progress: called after every part of the calibration set.
 
     Raises:
-        ValueError: more is to be removed than there is, or no candidate's output is finite.
+        ValueError: more is to be removed than there is, no candidate's output is finite, the two sets' windows are of
+            different lengths, or there are more processes than calibration windows.
     """
     layout = layout_of(model.config)
     n_blocks = len(model.get_submodule(layout.blocks))
@@ -59,33 +66,49 @@ def search(
     if n_removals > n_open:
         raise ValueError(f"cannot remove {n_removals} of {n_open} candidates ({len(pool) - n_open} are protected)")
 
+    if calibration.shape[1] != held_out.shape[1]:
+        raise ValueError(
+            f"calibration windows have {calibration.shape[1]} tokens, held-out windows {held_out.shape[1]}; "
+            "give both the same length"
+        )
+    if len(calibration) < ranks.size:
+        raise ValueError(f"{len(calibration)} calibration windows cannot be shared by {ranks.size} processes")
+
     earlier = list(earlier)
     gone = [parse(removal.sublayer) for removal in earlier]
     lost = [s for candidate in gone for s in candidate.sublayers]
-    sweep = Sweep(model, layout, calibration, DIVERGENCES[divergence], lost)
-    unseen = Sweep(model, layout, held_out, DIVERGENCES[divergence], lost)
+    tokens = torch.cat([calibration, held_out]).to(model.device)
+    deciding, unseen = range(len(calibration)), range(len(calibration), len(tokens))
+    with torch.inference_mode():
+        blocks = Blocks(model, layout, tokens[:1])
+    sweep = SharedSweep(ranks, blocks, tokens, DIVERGENCES[divergence], Workers(model.device), lost)
 
     for step in range(len(gone) + 1, n_removals + 1):
         choice = [c for c in open_candidates(pool, gone, kept, exclusion) if _leaves_an_attention(c, gone, n_blocks)]
         if not choice:
             raise ValueError(f"nothing may be removed after {step - 1} removals: the rest is protected or excluded")
-        outcome = sweep.evaluate(choice, abandon=abandon, progress=progress)
+        race = Race(choice, len(deciding), sweep.n_tokens, abandon)
+        n_passes = 0
+        for part in race.parts():
+            race.record(part, sweep.totals(part.candidates, part.windows, part.limits))
+            n_passes += len(part.windows) * sum(map(sweep.passes, part.candidates))
+            progress()
+        outcome = race.outcome()
         best = min(outcome.values, key=lambda c: (outcome.values[c], c), default=None)
         if best is None or outcome.values[best] == float("inf"):
             raise ValueError(f"no candidate's output is finite after {step - 1} removals; try float32")
-        n_sublayers = sweep.n_sublayers
+        n_sublayers = sum(map(len, (unit.kinds for unit in blocks.units))) - len(sweep.removed)
         sweep.remove(best.sublayers)
-        unseen.remove(best.sublayers)
         gone.append(best)
         yield Removal(
             step=step,
             sublayer=str(best),
-            divergence=outcome.values[best],
-            held_out_divergence=unseen.divergence(),
-            values={str(c): value for c, value in outcome.values.items()},
-            abandoned={str(c): value for c, value in outcome.abandoned.items()},
+            divergence=outcome.values[best] / calibration.numel(),
+            held_out_divergence=sum(sweep.divergences(unseen)) / held_out.numel(),
+            values={str(c): value / calibration.numel() for c, value in outcome.values.items()},
+            abandoned={str(c): value / calibration.numel() for c, value in outcome.abandoned.items()},
             evaluations=len(choice),
-            sublayer_passes=outcome.sublayer_passes,
+            sublayer_passes=n_passes,
             brute_force_sublayer_passes=len(calibration) * sum(n_sublayers - len(c.sublayers) for c in choice),
         )
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 PREFIX = "FinerCut"
 KINDS = ("attention", "mlp")
@@ -161,6 +162,12 @@ def _model_class(name: str) -> type:
         "__doc__": f"`{base.__name__}` less the sublayers its config lists as skipped.",
         "config_class": _class(PREFIX + base.config_class.__name__),
     }
+    # Where a family's files and modules name weights differently, transformers looks the renaming up by class or type.
+    renaming = get_checkpoint_conversion_mapping(base.__name__)
+    if renaming is None:
+        renaming = get_checkpoint_conversion_mapping(base.config_class.model_type)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
     return type(name, (PrunedModel, base), body)
 
 

@@ -111,6 +111,11 @@ class Search(Section):
     dtype: Dtype
     device: str
     """auto, cpu, cuda, cuda:1, ..."""
+    weights_gib: PositiveFloat | None
+    """Most of the device's memory that weights may take; a larger model is streamed from CPU memory, a sublayer at a
+    time. null keeps all of them on the device."""
+    n_processes: PositiveInt
+    """Processes on this machine that share the calibration windows; on GPUs, one a GPU."""
 
 
 class Budget(Section):

@@ -11,14 +11,18 @@ import time
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from finercut import (
     blocks,
+    distributed,
     divergence,
     families,
     greedy,
     modeling_finercut,
     paths,
+    race,
+    streaming,
     sublayers,
     sweep,
     tracking,
@@ -31,7 +35,7 @@ from finercut.params import Search as SearchParams
 from finercut.pictures import divergence_curves
 from finercut.reports import FetchReport, SearchReport
 from finercut.staging import staged_file
-from finercut.tokens import load_tokens
+from finercut.tokens import Tokens, load_tokens
 from finercut.trajectory import Provenance, Trajectory
 
 logger = logging.getLogger("finercut")
@@ -39,26 +43,51 @@ logger = logging.getLogger("finercut")
 # Held-out divergence this many times the calibration's: the removals fit the calibration set, not the model's use.
 PART_RATIO = 1.5
 # A trajectory is continued only by the code that began it.
-SEARCHING = (blocks, divergence, families, greedy, modeling_finercut, sublayers, sweep, workers)
+SEARCHING = (
+    blocks,
+    distributed,
+    divergence,
+    families,
+    greedy,
+    modeling_finercut,
+    race,
+    streaming,
+    sublayers,
+    sweep,
+    workers,
+)
 
 
-def run(params: Params) -> SearchReport:
+def run(params: Params) -> SearchReport | None:
     """Search, continuing where an interrupted search of the same provenance stopped.
+
+    With `n_processes`, in that many processes; started by torchrun, as one of its processes.
+
+    Returns:
+        The report; None in all processes of torchrun's but the first, which alone writes files and logs.
 
     Raises:
         FileNotFoundError: the model or the calibration set is missing.
         ValueError: more is to be removed than there is.
+        RuntimeError: another process of the search has ended.
     """
-    settings = params.search
-    fetched = FetchReport.read(paths.report("fetch"))
-    tokens = load_tokens(paths.CALIBRATION)
-    n_candidates = len(sublayers.candidates(fetched.n_blocks, settings.candidates))
-    n_removals = settings.removals if settings.removals >= 1 else int(settings.removals * n_candidates)
-    if not 0 < n_removals <= n_candidates:
-        raise ValueError(
-            f"search.removals = {settings.removals}: cannot remove {n_removals} of {n_candidates} candidates"
-        )
-    device = device_of(settings.device)
+    n_processes = params.search.n_processes
+    if n_processes > 1 and not distributed.started():
+        _inputs(params.search)  # what is wrong is told once
+        distributed.start(n_processes, ["-m", "pipelines.cli", "search"])
+        return SearchReport.read(paths.report("search"))
+    with distributed.ranks() as ranks:
+        return _search(params.search, ranks)
+
+
+def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | None:
+    if not ranks.first:
+        logger.setLevel(logging.ERROR)
+        transformers.utils.logging.disable_progress_bar()
+    fetched, tokens, n_candidates, n_removals = _inputs(settings)
+    device = device_of(settings.device, ranks.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     provenance = Provenance(
         model_source=fetched.source,
         model_revision=fetched.revision,
@@ -77,7 +106,9 @@ def run(params: Params) -> SearchReport:
         code_sha256=_code_sha256(),
     )
     in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
-    found = trajectory.resume(in_progress, provenance)
+    if len(set(ranks.gather(provenance.key))) > 1:
+        raise ValueError("the processes differ in model, tokens, settings, code or versions; give all the same")
+    (found, *_) = ranks.gather(trajectory.resume(in_progress, provenance) if ranks.first else None)
     resumed_after = len(found.removals)
     if resumed_after:
         logger.info(
@@ -85,10 +116,8 @@ def run(params: Params) -> SearchReport:
         )
     started = time.monotonic()
     if resumed_after < n_removals:
-        model = load_whole(paths.MODEL, getattr(torch, settings.dtype), device)
-        with tqdm(
-            desc="search", unit="window", total=(n_removals - resumed_after) * len(tokens.calibration), disable=None
-        ) as bar:
+        model = _load(settings, device)
+        with tqdm(desc="search", unit="part", disable=None if ranks.first else True) as bar:
             for removal in greedy.search(
                 model,
                 tokens.calibration,
@@ -99,10 +128,14 @@ def run(params: Params) -> SearchReport:
                 protect=settings.protect,
                 exclude=settings.exclude,
                 earlier=found.removals,
+                ranks=ranks,
                 progress=bar.update,
             ):
-                trajectory.append(in_progress, removal)
-                _tell(removal, n_removals, time.monotonic() - started, resumed_after)
+                if ranks.first:
+                    trajectory.append(in_progress, removal)
+                    _tell(removal, n_removals, time.monotonic() - started, resumed_after)
+    if not ranks.first:
+        return None
     finished = trajectory.read_trajectory(in_progress).first(n_removals)
     trajectory.write(paths.TRAJECTORY, finished)
     _write_curve(finished)
@@ -116,6 +149,28 @@ def run(params: Params) -> SearchReport:
         )
     report.write(paths.report("search"))
     return report
+
+
+def _inputs(settings: SearchParams) -> tuple[FetchReport, Tokens, int, int]:
+    """Also how many candidates there are, and how many to remove."""
+    fetched = FetchReport.read(paths.report("fetch"))
+    tokens = load_tokens(paths.CALIBRATION)
+    n_candidates = len(sublayers.candidates(fetched.n_blocks, settings.candidates))
+    n_removals = settings.removals if settings.removals >= 1 else int(settings.removals * n_candidates)
+    if not 0 < n_removals <= n_candidates:
+        raise ValueError(
+            f"search.removals = {settings.removals}: cannot remove {n_removals} of {n_candidates} candidates"
+        )
+    return fetched, tokens, n_candidates, n_removals
+
+
+def _load(settings: SearchParams, device: torch.device) -> PreTrainedModel:
+    dtype = getattr(torch, settings.dtype)
+    if settings.weights_gib is None:
+        return load_whole(paths.MODEL, dtype, device)
+    model = load_whole(paths.MODEL, dtype)
+    streaming.stream(model, device, int(settings.weights_gib * 2**30))
+    return model
 
 
 def _code_sha256() -> str:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import random_llama
 
+from finercut.blocks import Blocks
 from finercut.checkpoint import masked
 from finercut.divergence import DIVERGENCES
 from finercut.families import PRE_NORM
 from finercut.greedy import search
 from finercut.sublayers import candidates
 from finercut.sweep import Sweep
+from finercut.workers import Workers
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +114,13 @@ def test_the_last_attention_stays(model, tokens):
 
 
 def test_a_candidate_with_non_finite_output_is_never_removed(model, tokens):
-    sweep = Sweep(model, PRE_NORM, tokens, DIVERGENCES["js"])
-    # What the branch without block 1's attention starts from; the others start before or after it.
-    sweep.windows[0].trunk[2] = torch.full_like(sweep.windows[0].trunk[2], math.nan)
-    values = sweep.evaluate(candidates(4), abandon=False).values
-    assert {str(c) for c, value in values.items() if value == math.inf} == {"1.attention"}
+    with torch.inference_mode():
+        sweep = Sweep(Blocks(model, PRE_NORM, tokens[:1]), tokens, DIVERGENCES["js"], Workers(model.device))
+        # What the branch without block 1's attention starts from; the others start before or after it.
+        sweep.trunk[2] = torch.full_like(sweep.trunk[2], math.nan)
+    pool = candidates(4)
+    rows = sweep.totals(pool, [0], [[math.inf]] * len(pool))
+    assert {str(c) for c, (total,) in zip(pool, rows, strict=True) if total.value == math.inf} == {"1.attention"}
 
 
 def test_a_whole_model_with_non_finite_logits_is_refused(tokens):

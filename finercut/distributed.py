@@ -1,0 +1,153 @@
+"""A search shared by several processes, each with some of the windows and, where there are any, a GPU of its own.
+
+Every process makes every decision, from the same numbers in the same order; so none has to tell another what to do,
+and the removals are those of one process. All that crosses is each window's divergences, a few kilobytes a part from
+CPU memory to CPU memory, which is why Gloo carries them between GPUs too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from finercut.blocks import Blocks
+from finercut.race import Total
+from finercut.sublayers import Candidate
+from finercut.sweep import Sweep
+
+Value = TypeVar("Value")
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a search, of which this is one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among those on this machine: the number of its GPU."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and logs."""
+        return self.rank == 0
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, by rank.
+
+        Raises:
+            RuntimeError: a process has ended.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Value | None] = [None] * self.size
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} of {self.size} lost another one of this search; what was found is kept: "
+                "run it again to continue"
+            ) from error
+        return values
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Join the processes that torchrun started; alone where it did not."""
+    if not started():
+        yield ALONE
+        return
+    # The launcher starts each in a session of its own. One that outlived a killed launcher would go on beside the next
+    # search.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+    finally:
+        dist.destroy_process_group()
+
+
+def started() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def start(n_processes: int, arguments: Sequence[str]) -> None:
+    """Run `python arguments` in processes of this machine that share their work, and wait for them.
+
+    Raises:
+        RuntimeError: one of them failed; the others have been ended.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    # They share this machine's cores, and talk over nothing but its loopback.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n_processes)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed ({failure.exitcode})"
+        raise RuntimeError(
+            f"process {rank} of {n_processes} {how}; what was found is kept: run it again to continue"
+        ) from error
+
+
+class SharedSweep(Sweep):
+    """A sweep over the windows of all processes. Window n is the (n // size)-th one of process n % size."""
+
+    def __init__(self, ranks: Ranks, blocks: Blocks, tokens: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As `Sweep`, with the tokens of all windows."""
+        super().__init__(blocks, tokens[ranks.rank :: ranks.size], *args, **kwargs)
+        self.ranks = ranks
+
+    def divergences(self, windows: Sequence[int]) -> list[float]:
+        mine = self._mine(windows)
+        return self._in_order(windows, super().divergences([self._here(windows[at]) for at in mine]))
+
+    def totals(
+        self, candidates: Sequence[Candidate], windows: Sequence[int], limits: Sequence[Sequence[float]]
+    ) -> list[list[Total]]:
+        by_window: list[tuple[Total, ...]] = []
+        if mine := self._mine(windows):
+            own_limits = [[row[at] for at in mine] for row in limits]
+            totals = super().totals(candidates, [self._here(windows[at]) for at in mine], own_limits)
+            by_window = list(zip(*totals, strict=True))
+        return [list(row) for row in zip(*self._in_order(windows, by_window), strict=True)]
+
+    def _mine(self, windows: Sequence[int]) -> list[int]:
+        """Where in `windows` this process's ones are."""
+        return [at for at, window in enumerate(windows) if window % self.ranks.size == self.ranks.rank]
+
+    def _here(self, window: int) -> int:
+        return window // self.ranks.size
+
+    def _in_order(self, windows: Sequence[int], mine: Sequence[Value]) -> list[Value]:
+        """Every process's values of its own windows -> those of all `windows`."""
+        by_rank = [iter(values) for values in self.ranks.gather(list(mine))]
+        return [next(by_rank[window % self.ranks.size]) for window in windows]
