@@ -62,9 +62,8 @@ STAGES = {
     Writes    reports/register.json, and a version in MLflow (MLFLOW_TRACKING_URI, or mlflow.db here)
     """,
 }
-# How `finercut run` wants them, where the user has not said otherwise. Both read them when they are imported.
-PREFECT_AND_MLFLOW = {
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+# How `finercut run` wants them, where the user has not said otherwise. Read when Prefect is imported.
+PREFECT = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "finercut",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # The server it starts when it has none can need longer than the default 20 s on a busy machine.
@@ -121,11 +120,16 @@ def main(ctx: click.Context, traceback: bool) -> None:
     """
     if not sys.stderr.isatty():
         # Not every library's bars ask before they draw into a log.
-        os.environ.update({"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+        os.environ |= {
+            "TQDM_DISABLE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        }
     logging.getLogger("finercut").setLevel(logging.INFO)
     if not sys.stderr.isatty():
         # transformers, datasets and the hub draw theirs into log files too
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     if ctx.invoked_subcommand != "run":  # Prefect, which logs there, sets up nothing where it finds a handler
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
@@ -160,7 +164,7 @@ def run(file: Path | None, pull: bool) -> None:
     """
     if file is not None:
         _take_params(file)
-    for name, value in PREFECT_AND_MLFLOW.items():
+    for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
     from pipelines import summary
     from pipelines.flow import compress

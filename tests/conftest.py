@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from finercut.processes import end_group
+import servers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -118,50 +111,36 @@ def mlflow_store(_mlflow_directory, monkeypatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory) -> Iterator[str]:
-    """Address of a real MLflow server, with its store in SQLite and artifacts passing through it.
-
-    One for all tests, because it takes seconds to start: let each have names of its own.
-    """
-    directory = tmp_path_factory.mktemp("mlflow-server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    stores = ["--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--artifacts-destination", str(directory)]
-    with (directory / "log.txt").open("w") as log:
-        server = subprocess.Popen(
-            [*command, *stores],
-            cwd=directory,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(server, f"{address}/health", 120, directory / "log.txt")
-        yield address
-    finally:
-        end_group(server)
-
-
-def _wait_for(server: subprocess.Popen, url: str, within_s: float, log: Path) -> None:
-    deadline = time.monotonic() + within_s
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise RuntimeError(f"no answer from {url}: {log.read_text()[-2000:]}")
+def postgres():
+    """A PostgreSQL with the databases `mlflow` and `prefect`."""
+    with servers.postgres(("mlflow", "prefect")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def prefect_server():
-    """A Prefect server of its own for the tests; its address, for other processes."""
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
+def s3_store(tmp_path_factory):
+    """An S3-compatible store with the buckets `dvc` and `mlflow`."""
+    with servers.s3(tmp_path_factory.mktemp("s3")) as store:
+        yield store
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield PREFECT_API_URL.value()
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory, postgres, s3_store):
+    """The address of an MLflow server on PostgreSQL, with its artifacts in the S3 store."""
+    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow-server"), postgres.uri("mlflow"), s3_store) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory, postgres):
+    """The address of a Prefect server on PostgreSQL, which flows of this process run against."""
+    from prefect.context import refresh_global_settings_context
+
+    database = postgres.uri("prefect", driver="postgresql+asyncpg")
+    with (
+        servers.prefect_server(tmp_path_factory.mktemp("prefect-server"), database) as address,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("PREFECT_API_URL", address)
+        refresh_global_settings_context()  # Prefect read the environment when it was imported
+        yield address

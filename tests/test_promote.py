@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from example_versions import ROOT, project, retained, task
+from example_versions import project, retained, task
 from safetensors.torch import load_file, save_file
 
 from finercut import paths
@@ -246,27 +245,28 @@ def test_what_was_collected_is_neither_promoted_nor_rolled_back_to(here):
         promoted(here, "2")
 
 
-def test_two_that_promote_at_once_make_one_champion_and_each_is_told_which(here):
-    """Two commands, in processes of their own; whoever is second compares with the first's champion."""
+def test_one_that_was_overtaken_while_it_checked_compares_again_with_the_new_champion(here):
     here.register()
     promoted(here)
     here.register(evaluate=retained(0.8))
     here.register(evaluate=retained(0.9))
-    command = [sys.executable, "-m", "pipelines.cli", "promote", "--version"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
-    def run(version):
-        return subprocess.run([*command, version], env=environment, capture_output=True, text=True, check=False)
+    class Overtake(logging.Handler):
+        """Promotes version 3 at the moment when version 2 has passed the comparison and its files are checked."""
 
-    with ThreadPoolExecutor() as pool:
-        second, third = pool.map(run, "23")
-    assert third.returncode == 0, third.stderr
-    entries = ledger(here).read().entries
-    if second.returncode:  # it came second, and 0.8 is no match for 0.9
-        assert "does not take the place of version 3: retention is 0.8" in second.stderr
-        assert [e.version for e in entries] == ["1", "3"]
-    else:
-        assert [(e.version, e.before) for e in entries] == [("1", None), ("2", "1"), ("3", "2")]
+        def emit(self, record):
+            if "repeating the parity check" in record.getMessage():
+                logging.getLogger("finercut").removeHandler(self)
+                promoted(here, "3")
+
+    logger = logging.getLogger("finercut")
+    logger.addHandler(Overtake(logging.INFO))
+    logger.setLevel(logging.INFO)
+    with pytest.raises(Refused, match=r"version 2 does not take the place of version 3: retention is 0\.8"):
+        promoted(here, "2")
+    state = ledger(here).read()
+    assert [(e.version, e.before) for e in state.entries] == [("1", None), ("3", "1")]
+    assert state.last == 3  # version 2's entry came too late to count
     assert here.aliases()["champion"] == "3"
 
 
@@ -297,7 +297,7 @@ def test_status_tells_champion_history_and_what_each_version_lacks(here):
     said = status.text(here.params, here.name)
     assert f"# {here.name}\n" in said
     assert ": first\n" in said
-    rows = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("| ")}
+    rows = {line.split("|")[1].strip(): line for line in reversed(said.splitlines()) if line.startswith("| ")}
     assert "champion" in rows["1"]
     assert "passes the gate" in rows["1"]
     assert "fails: retention is 0.7 over 1 common tasks; at least 0.74 is required" in rows["2"]
@@ -308,7 +308,7 @@ def test_status_tells_champion_history_and_what_each_version_lacks(here):
 
 
 def test_evidence_that_cannot_be_read_is_told_and_stops_nothing_else(here):
-    here.register(fetch={"sha256": 1})
+    here.register(fetch={"sha256": None})
     here.register()
     assert "evidence/fetch.json of version 1 has no valid sha256" in status.text(here.params, here.name)
     with pytest.raises(ValueError, match=r"evidence/fetch\.json of version 1 has no valid sha256"):
