@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from mlflow import MlflowClient, artifacts, set_tracking_uri
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from finercut.registry import impatient, mlflow_errors, tracking_uri
 
@@ -99,3 +104,55 @@ def describe(uri: str) -> str:
     }
     width = max(map(len, lines))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The files of a logged model, through whatever store or server keeps them."""
+
+    repository: ArtifactRepository
+
+    def n_bytes(self, folder: str | None = None) -> int:
+        """Of `folder`, or of everything; 0 if it is not there."""
+        with mlflow_errors("list stored files"):
+            return self._n_bytes(folder)
+
+    def _n_bytes(self, folder: str | None) -> int:
+        listed = self.repository.list_artifacts(folder)
+        return sum(self._n_bytes(file.path) if file.is_dir else file.file_size or 0 for file in listed)
+
+    def delete(self, folder: str | None = None) -> None:
+        """Delete `folder`, or everything."""
+        with mlflow_errors("delete stored files"):
+            for path in [folder] if folder else [file.path for file in self.repository.list_artifacts()]:
+                self.repository.delete_artifacts(path)
+
+
+def stored(client: MlflowClient, version: ModelVersion) -> Stored:
+    """
+    Raises:
+        RuntimeError: it was not registered from a logged model, or that was deleted.
+    """
+    model_id = version.source.removeprefix("models:/")
+    with mlflow_errors(f"find the files of {version.name} version {version.version}"):
+        return _stored(client.get_logged_model(model_id))
+
+
+def _stored(model: LoggedModel) -> Stored:
+    return Stored(get_artifact_repository(model.artifact_location))
+
+
+def unregistered(client: MlflowClient, experiment: str, name: str, before: datetime) -> Iterator[tuple[str, Stored]]:
+    """Uploads for `name` that began before then and that no version came of: their ids and files."""
+    with mlflow_errors(f"list the uploads for {name}"):
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return
+        registered = {version.source.removeprefix("models:/") for version in every(client, name)}
+        token = ""
+        while token is not None:
+            page = client.search_logged_models([found.experiment_id], f"name = '{name}'", page_token=token or None)
+            for model in page:
+                if model.model_id not in registered and model.creation_timestamp < before.timestamp() * 1000:
+                    yield model.model_id, _stored(model)
+            token = page.token or None

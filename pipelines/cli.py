@@ -293,6 +293,48 @@ def status(name: str | None) -> None:
     click.echo(status.text(settings, name or settings.register_.name))
 
 
+@main.command()
+@click.argument("uri", metavar="models:/NAME@ALIAS")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--directory", type=click.Path(path_type=Path), default=Path("watched"), show_default=True)
+@click.option("--interval", "interval_s", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True)
+def watch(uri: str, command: tuple[str, ...], directory: Path, interval_s: float) -> None:
+    """Keep COMMAND running on the version an alias stands at.
+
+    The checkpoint is downloaded to a folder of DIRECTORY, which {} in COMMAND stands for. Every INTERVAL seconds the
+    alias is looked up; when it has moved, the new version is downloaded, COMMAND is stopped with everything it started,
+    and started anew. Ends when COMMAND does, with its status.
+
+    \b
+    finercut watch models:/finercut-smollm2-135m@champion -- vllm serve {} --port 8000
+    """
+    from finercut.versions import Reference
+    from pipelines import watch
+
+    sys.exit(watch.run(Reference.parse(uri), directory, command, interval_s))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--dry-run", is_flag=True, help="Tell what would go; delete nothing.")
+def collect(name: str | None, dry_run: bool) -> None:
+    """Free the disk of what `retention` in params.yaml does not keep.
+
+    Checkpoints of old versions in MLflow (never one with an alias, nor the last run's), uploads that no version came
+    of, files of DVC's cache that neither the workspace nor the last commits use, old work in .finercut. Evidence and
+    metrics of every version stay.
+
+    \b
+    finercut collect --dry-run
+    finercut run && finercut promote && finercut collect
+    """
+    from finercut import params
+    from pipelines import collect
+
+    settings = params.load(PARAMS)
+    click.echo(collect.text(collect.run(settings, name or settings.register_.name, dry_run), dry_run))
+
+
 def _registered_name() -> str:
     from finercut import params
 
