@@ -129,6 +129,18 @@ class Ledger:
         with mlflow_errors(f"read the aliases of {self.model}"):
             return {a: str(v) for a, v in self.client.get_registered_model(self.model).aliases.items()}
 
+    def look(self) -> tuple[State, str | None]:
+        """The log, and the version `champion` is at; again if a stranger seems to have moved it.
+
+        It may have been a command at work, between its entry and the alias or between our two questions.
+        """
+        for pause_s in (0.25, 0.5, 0):
+            state, alias = self.read(), self.aliases().get(CHAMPION)
+            if not state.moved_outside(alias):
+                break
+            time.sleep(pause_s)
+        return state, alias
+
     def append(
         self, state: State, action: Action, version: str, run_id: str, *, reason: str = "", details: str = ""
     ) -> bool:
@@ -172,6 +184,13 @@ class Ledger:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+
+    def settled(self) -> tuple[State, str | None]:
+        """As `look`, once a move that was cut short has been completed."""
+        state = self.read()
+        if state.move is not None and not state.move.settled:
+            self.settle()
+        return self.look()
 
     def settle(self) -> State:
         """Set the aliases to what the log says, and look again until they do; then note that they did."""

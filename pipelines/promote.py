@@ -16,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from finercut import evidence, promotion, versions
 from finercut.evidence import Evidence
-from finercut.ledger import CHAMPION, Ledger, State
+from finercut.ledger import Ledger, State
 from finercut.params import Params
 from finercut.promotion import Check
 from finercut.registry import mlflow_errors
@@ -109,8 +109,7 @@ def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: b
     challenger = read_evidence(version)
     proof: list[Check] = []
     while True:
-        state = ledger.read() if dry_run else _settled(ledger)
-        alias = ledger.aliases().get(CHAMPION)
+        state, alias = ledger.look() if dry_run else ledger.settled()
         if state.moved_outside(alias):
             return _accept(ledger, state, version, alias, reason, dry_run)
         if state.champion == number:
@@ -132,12 +131,6 @@ def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: b
             _sign(ledger.settle(), ledger)
             return Outcome(f"{name} version {number} is champion, after {_shown(state.champion)}", judgement)
         logger.info("promote: someone else moved %s meanwhile; comparing again", name)
-
-
-def _settled(ledger: Ledger) -> State:
-    """The log's state, once a move that was interrupted has been completed."""
-    state = ledger.read()
-    return state if state.move is None or state.move.settled else ledger.settle()
 
 
 def _champion(client: MlflowClient, name: str, state: State) -> Evidence | None:
@@ -171,8 +164,7 @@ def rollback(name: str, to: str | None = None, reason: str = "") -> Outcome:
     client = versions.connect(name)
     ledger = Ledger(client, name)
     while True:
-        state = _settled(ledger)
-        alias = ledger.aliases().get(CHAMPION)
+        state, alias = ledger.settled()
         by_hand = state.moved_outside(alias)
         target = to or _undone(state, by_hand)
         if target is None or (to is not None and to not in state.champions):

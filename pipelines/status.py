@@ -25,10 +25,10 @@ def text(params: Params, name: str) -> str:
     """
     client = versions.connect(name)
     ledger = Ledger(client, name)
-    state, aliases = ledger.read(), ledger.aliases()
+    (state, champion), aliases = ledger.look(), ledger.aliases()
     sections = [
         f"# {name}",
-        _headline(state, aliases.get(CHAMPION)),
+        _headline(state, champion),
         _versions(params, client, name, state, aliases),
         _moves(state),
         _refused(client, params.flow.experiment),
