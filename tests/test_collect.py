@@ -36,11 +36,7 @@ def here(tmp_path, monkeypatch, mlflow_server, tiny_model, tiny_pruned):
 
 
 def commit():
-    subprocess.run(
-        "git add dvc.yaml .dvc *.dvc 2>/dev/null; git -c user.name=t -c user.email=t@t commit -q --allow-empty -m t",
-        shell=True,
-        check=True,
-    )
+    subprocess.run("git add -A; git -c user.name=t -c user.email=t@t commit -q -m t", shell=True, check=True)
 
 
 def freed(here, **options):

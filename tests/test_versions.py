@@ -42,17 +42,20 @@ def hostile(monkeypatch):
         listed: tuple[dict, ...] = ()
 
         def do_GET(self):
+            print(self.path)
             url = urlsplit(self.path)
             if url.path.endswith("/get-download-uri"):
                 self.answer(json.dumps({"artifact_uri": "mlflow-artifacts:/m"}))
             elif url.path.endswith("/mlflow-artifacts/artifacts"):
                 asked = parse_qs(url.query)["path"][0]
                 self.answer(json.dumps({"files": list(self.listed) if asked.endswith("checkpoint") else []}))
-            else:
+            elif "/mlflow-artifacts/artifacts/" in url.path:
                 self.answer("stolen")
+            else:
+                self.answer("{}", 404)
 
-        def answer(self, text):
-            self.send_response(200)
+        def answer(self, text, status=200):
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(text.encode())
 
