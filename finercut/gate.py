@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+from finercut.evidence import Evaluation, Parity, Throughput
 from finercut.reports import EvaluateReport, GateCheck, ParityReport, ThroughputReport
 
 
 def check(
-    parity: ParityReport,
-    evaluate: EvaluateReport,
-    throughput: ThroughputReport,
+    parity: ParityReport | Parity,
+    evaluate: EvaluateReport | Evaluation,
+    throughput: ThroughputReport | Throughput,
     *,
     min_retention: float,
     min_speed_up: float,

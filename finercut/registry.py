@@ -26,6 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from requests import RequestException
 from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -36,6 +37,7 @@ logger = logging.getLogger("finercut")
 CHALLENGER = "challenger"
 # Set last: a version that has it was registered completely.
 PRUNED_MD5 = "finercut.pruned_md5"
+_CREDENTIALS = re.compile(r"//[^/?#\s]*@")
 
 
 def tracking_uri() -> str:
@@ -45,7 +47,7 @@ def tracking_uri() -> str:
 
 def without_credentials(uri: str) -> str:
     """`uri` fit to be shown: no user, password or query."""
-    return re.sub(r"//[^/?#]*@", "//", uri.partition("?")[0])
+    return _CREDENTIALS.sub("//", uri.partition("?")[0])
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def mlflow_errors(doing: str) -> Iterator[None]:
     """Turns MLflow's exceptions into one line that says what failed, where, and shows no credentials."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError) as error:
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
         uri = tracking_uri()
         shown = without_credentials(uri)
         cause = redacted((str(error).splitlines() or ["no reason given"])[0].replace(uri, shown))
@@ -61,7 +63,7 @@ def mlflow_errors(doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
+def impatient() -> Iterator[None]:
     """MLflow waits minutes for a server that is not there; the first contact should not."""
     settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     ours = {name: value for name, value in settings.items() if name not in os.environ}
@@ -159,7 +161,7 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
     """
     set_tracking_uri(tracking_uri())
     shown = without_credentials(tracking_uri())
-    with mlflow_errors("open a run"), _impatient():
+    with mlflow_errors("open a run"), impatient():
         _reach_database()
         client = MlflowClient()
         experiment_id = _experiment_id(client, experiment, shown)
@@ -301,30 +303,3 @@ def _new_version(run: Run, name: str, model_id: str, tags: Mapping[str, str]) ->
         name, source=f"models:/{model_id}", run_id=run.run_id, tags=dict(tags), model_id=model_id
     )
     return Registered(str(created.version), f"models:/{name}/{created.version}")
-
-
-def describe(uri: str) -> str:
-    """What is known of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, for people.
-
-    Raises:
-        ValueError: not such a URI.
-        RuntimeError: there is no such version.
-    """
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
-    if match is None:
-        raise ValueError(f"{uri!r} names no version; write models:/NAME@ALIAS or models:/NAME/VERSION")
-    name, alias, number = match.groups()
-    set_tracking_uri(tracking_uri())
-    with mlflow_errors(f"find {uri}"), _impatient():
-        client = MlflowClient()
-        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-        found = client.get_model_version(name, found.version)
-    lines = {
-        "model": f"{name} version {found.version}",
-        "aliases": ", ".join(found.aliases) or "none",
-        "run": found.run_id,
-        **dict(sorted(found.tags.items())),
-        "download": f"mlflow artifacts download -u {uri} -d DIRECTORY",
-    }
-    width = max(map(len, lines))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())

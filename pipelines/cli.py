@@ -65,9 +65,8 @@ STAGES = {
     Writes    reports/register.json, and a version in MLflow (MLFLOW_TRACKING_URI, or mlflow.db here)
     """,
 }
-# How `finercut run` wants them, where the user has not said otherwise. Both read them when they are imported.
-PREFECT_AND_MLFLOW = {
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+# How `finercut run` wants them, where the user has not said otherwise. Read when Prefect is imported.
+PREFECT = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "finercut",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # The server it starts when it has none can need longer than the default 20 s on a busy machine.
@@ -126,11 +125,16 @@ def main(ctx: click.Context, traceback: bool) -> None:
     install()
     if not sys.stderr.isatty():
         # Not every library's bars ask before they draw into a log.
-        os.environ.update({"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+        os.environ |= {
+            "TQDM_DISABLE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        }
     logging.getLogger("finercut").setLevel(logging.INFO)
     if not sys.stderr.isatty():
         # transformers, datasets and the hub draw theirs into log files too
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     if ctx.invoked_subcommand != "run":  # Prefect, which logs there, sets up nothing where it finds a handler
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
@@ -168,7 +172,7 @@ def run(file: Path | None, pull: bool) -> None:
     """
     if file is not None:
         _take_params(file)
-    for name, value in PREFECT_AND_MLFLOW.items():
+    for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
     from pipelines import summary
     from pipelines.flow import compress
@@ -217,6 +221,129 @@ def inspect(what: str) -> None:
     from pipelines import inspection
 
     click.echo(inspection.describe(what))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--version", "wanted", default="challenger", show_default=True, help="A version's number, or an alias.")
+@click.option("--reason", default="", help="Why; kept in the log.")
+@click.option("--dry-run", is_flag=True, help="Compare only. Status 1 if it would be refused.")
+def promote(name: str | None, wanted: str, reason: str, dry_run: bool) -> None:
+    """Make a registered version champion, if it passes the gate and is no worse than the champion.
+
+    NAME is register.name of params.yaml unless given. Evidence comes from the registry; the checkpoint is downloaded
+    and the parity check repeated on it. docs/registry.md has the rule. Status 0: it is champion now, or was already.
+
+    \b
+    finercut promote --dry-run
+    finercut promote --reason "release 12"
+    finercut promote finercut-smollm2-135m --version 7
+
+    \b
+    Reads     params.yaml (register, promote, evaluate.parity_tolerance), the version's files, artifacts/model if it is
+              the version's whole model
+    Writes    the alias champion, an entry of NAME.promotions
+    """
+    from finercut import params
+    from pipelines import promote, summary
+
+    settings = params.load(PARAMS)
+    judgement = None
+    try:
+        outcome = promote.promote(settings, name or settings.register_.name, wanted, reason, dry_run)
+        judgement, message = outcome.judgement, outcome.message
+    except promote.Refused as refused:
+        judgement = refused.judgement
+        raise
+    finally:
+        if judgement is not None:
+            click.echo(summary.comparison(judgement.checks) + "\n")
+    click.echo(message)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--to", metavar="VERSION", help="A former champion to go back to, instead of the last one.")
+@click.option("--reason", default="", help="Why; kept in the log.")
+def rollback(name: str | None, to: str | None, reason: str) -> None:
+    """Undo the last promotion.
+
+    Only once, however often it is called, so that two people who see the same fault do not go back twice; --to goes
+    back further. NAME is register.name of params.yaml unless given.
+
+    \b
+    finercut rollback --reason "copies badly"
+    finercut rollback --to 3
+    """
+    from pipelines import promote
+
+    click.echo(promote.rollback(name or _registered_name(), to, reason).message)
+
+
+@main.command()
+@click.argument("name", required=False)
+def status(name: str | None) -> None:
+    """Tell who is champion, who could be, and what became of the others.
+
+    Each version is judged by the gate and the margins of params.yaml, against today's champion. Writes nothing.
+
+    \b
+    finercut status
+    finercut status finercut-smollm2-135m
+    """
+    from finercut import params
+    from pipelines import status
+
+    settings = params.load(PARAMS)
+    click.echo(status.text(settings, name or settings.register_.name))
+
+
+@main.command()
+@click.argument("uri", metavar="models:/NAME@ALIAS")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--directory", type=click.Path(path_type=Path), default=Path("watched"), show_default=True)
+@click.option("--interval", "interval_s", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True)
+def watch(uri: str, command: tuple[str, ...], directory: Path, interval_s: float) -> None:
+    """Keep COMMAND running on the version an alias stands at.
+
+    The checkpoint is downloaded to a folder of DIRECTORY, which {} in COMMAND stands for. Every INTERVAL seconds the
+    alias is looked up; when it has moved, the new version is downloaded, COMMAND is stopped with everything it started,
+    and started anew. Ends when COMMAND does, with its status.
+
+    \b
+    finercut watch models:/finercut-smollm2-135m@champion -- vllm serve {} --port 8000
+    """
+    from finercut.versions import Reference
+    from pipelines import watch
+
+    sys.exit(watch.run(Reference.parse(uri), directory, command, interval_s))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--dry-run", is_flag=True, help="Tell what would go; delete nothing.")
+def collect(name: str | None, dry_run: bool) -> None:
+    """Free the disk of what `retention` in params.yaml does not keep.
+
+    Checkpoints of old versions in MLflow (never one with an alias, nor the last run's), uploads that no version came
+    of, files of DVC's cache that neither the workspace nor the last commits use, old work in .finercut. Evidence and
+    metrics of every version stay.
+
+    \b
+    finercut collect --dry-run
+    finercut run && finercut promote && finercut collect
+    """
+    from finercut import params
+    from pipelines import collect
+
+    settings = params.load(PARAMS)
+    click.echo(collect.text(collect.run(settings, name or settings.register_.name, dry_run), dry_run))
+
+
+def _registered_name() -> str:
+    from finercut import params
+
+    return params.load(PARAMS).register_.name
 
 
 @main.command("summary")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +78,33 @@ def remote() -> str:
     if not name:
         raise RuntimeError("nothing to push to: name a DVC remote with `dvc remote add --default NAME URL`")
     return name
+
+
+def unused(n_commits: int) -> list[Path]:
+    """Files of DVC's cache that neither the workspace nor one of the last commits uses."""
+    said = _gc(n_commits, "--dry")
+    return [Path(line.removeprefix("Removing ")) for line in said.splitlines() if line.startswith("Removing ")]
+
+
+def remove_unused(n_commits: int) -> None:
+    """Delete what `unused` lists."""
+    _gc(n_commits, "--force")
+
+
+def cache_is_shared() -> bool:
+    """Whether DVC's cache is outside the repository, where others may use it."""
+    with _repo() as repo:
+        return not Path(repo.cache.local.path).is_relative_to(repo.root_dir)
+
+
+def _gc(n_commits: int, option: str) -> str:
+    keep = ["--workspace", "--rev", "HEAD", "--num", str(n_commits)]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "gc", *keep, option]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        problem = next((x for x in done.stderr.splitlines() if x.startswith("ERROR: ")), "ERROR: no reason given")
+        raise RuntimeError(f"DVC cannot collect its cache: {problem.removeprefix('ERROR: ')}")
+    return done.stdout + done.stderr
 
 
 def revision() -> dict[str, str]:

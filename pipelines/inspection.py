@@ -12,9 +12,9 @@ def describe(what: str) -> str:
         RuntimeError: MLflow has no such version, or does not answer.
     """
     if what.startswith("models:"):
-        from finercut import registry
+        from finercut import versions
 
-        return registry.describe(what)
+        return versions.describe(what)
     if Path(what).is_dir():
         from finercut import checkpoint
 

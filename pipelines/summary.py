@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from finercut import paths
+from finercut.promotion import Check
 from finercut.reports import EvaluateReport, FetchReport, PruneReport, RegisterReport, ThroughputReport
 
 
@@ -22,13 +23,13 @@ def _removals() -> str:
     fetch, prune = FetchReport.read(paths.report("fetch")), PruneReport.read(paths.report("prune"))
     throughput = ThroughputReport.read(paths.report("throughput"))
     shares = [prune.shares.sublayers, prune.shares.parameters, prune.shares.kv_cache]
-    table = _table(
+    shown = table(
         ["sublayers", "parameters", "KV cache", "output tokens/s"],
         [[*(f"-{_percent(share)}" for share in shares), f"x {throughput.speed_up:.2f}"]],
     )
     return (
         f"# {fetch.source}: {prune.n_removed_sublayers} of {prune.n_sublayers} sublayers removed\n\n"
-        f"{', '.join(prune.removed)}\n\n{table}"
+        f"{', '.join(prune.removed)}\n\n{shown}"
     )
 
 
@@ -42,7 +43,7 @@ def _quality() -> str:
         ["mean", "", "", "", _percent(report.mean_retention)],
         ["held-out text", "perplexity", f"{report.whole_perplexity:.2f}", f"{report.pruned_perplexity:.2f}", ""],
     ]
-    return _table(["task", "metric", "whole", "pruned", "retention"], rows) + f"\n\n{report.note}"
+    return table(["task", "metric", "whole", "pruned", "retention"], rows) + f"\n\n{report.note}"
 
 
 def _speed() -> str:
@@ -57,10 +58,23 @@ def _speed() -> str:
         ]
         for name, engine in (("whole", report.whole), ("pruned", report.pruned))
     ]
-    return _table(["model", "output tokens/s", "TTFT ms", "TPOT ms", "KV-cache tokens"], rows) + (
+    return table(["model", "output tokens/s", "TTFT ms", "TPOT ms", "KV-cache tokens"], rows) + (
         f"\n\n{report.engine}, {report.dtype}, {report.concurrency} requests of {report.input_tokens} + "
         f"{report.output_tokens} tokens, on {report.hardware}"
     )
+
+
+def comparison(checks: Sequence[Check]) -> str:
+    """A challenger beside the champion."""
+    rows = [
+        [c.name, _figure(c.challenger), _figure(c.champion), "passed" if c.passed else "FAILED", c.reason]
+        for c in checks
+    ]
+    return table(["check", "challenger", "champion", "", "why"], rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _gate() -> str:
@@ -74,7 +88,7 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])

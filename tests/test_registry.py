@@ -7,7 +7,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from finercut import registry
+from finercut import registry, versions
 from finercut.registry import Registered
 
 
@@ -133,7 +133,7 @@ def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(r
 
     assert registry.find_version(run, "tiny", "md5-1") == registered
     assert registry.find_version(run, "tiny", "md5-2") is None
-    told = registry.describe("models:/tiny@challenger")
+    told = versions.describe("models:/tiny@challenger")
     assert "tiny version 1" in told
     assert "challenger" in told
     assert "passed" in told
@@ -162,14 +162,3 @@ def test_a_version_whose_registration_was_cut_short_does_not_count(run):
     run.client.create_registered_model("cut-short")
     run.client.create_model_version("cut-short", source=f"runs:/{run.run_id}/x", run_id=run.run_id)
     assert registry.find_version(run, "cut-short", "md5") is None
-
-
-@pytest.mark.parametrize("uri", ["models:/tiny", "models:/tiny@a@b", "models:m-1"])
-def test_a_uri_that_names_no_version_is_refused(uri):
-    with pytest.raises(ValueError, match=r"write models:/NAME@ALIAS or models:/NAME/VERSION"):
-        registry.describe(uri)
-
-
-def test_an_unknown_version_is_one_line(mlflow_store):
-    with pytest.raises(RuntimeError, match=r"cannot find models:/nobody@challenger in MLflow"):
-        registry.describe("models:/nobody@challenger")

@@ -1,0 +1,122 @@
+"""The proof of a registered version, once more on the files the registry gives out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import torch
+from mlflow.entities.model_registry import ModelVersion
+
+from finercut import evidence, paths, versions
+from finercut.checkpoint import device_of
+from finercut.evidence import Evidence
+from finercut.params import HubModel, Params
+from finercut.parity import check_parity
+from finercut.promotion import Check
+from finercut.registry import PRUNED_MD5
+from finercut.sources import fetch_model
+from finercut.weights import weights_sha256
+
+logger = logging.getLogger("finercut")
+
+WORK = paths.WORK / "promote"
+N_SAMPLES, N_TOKENS = 4, 64
+SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".md", ".py"}
+
+
+def files(params: Params, version: ModelVersion, recorded: Evidence) -> list[Check]:
+    """Download the checkpoint and check it: its hashes against the evidence, its logits against the whole model's.
+
+    Raises:
+        RuntimeError: the checkpoint or its whole model cannot be had.
+        ValueError: the checkpoint is none of ours.
+    """
+    WORK.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORK) as folder:
+        checkpoint = versions.download(version, "checkpoint", Path(folder))
+        checks = [
+            _known_files(checkpoint),
+            _same("weights_sha256", weights_sha256(checkpoint), recorded.prune.sha256),
+            _same("files_md5", directory_md5(checkpoint), version.tags.get(PRUNED_MD5, "unknown")),
+        ]
+        if not all(check.passed for check in checks):
+            # What is not what was registered is not loaded.
+            return checks
+        whole = _whole_model(version, recorded, Path(folder))
+        logger.info("promote: repeating the parity check on the downloaded files")
+        report = check_parity(
+            whole,
+            checkpoint,
+            _any_tokens(checkpoint, recorded),
+            params.evaluate.parity_tolerance,
+            device_of(params.evaluate.device),
+        )
+    largest = max(report.max_logit_difference, report.max_logit_difference_cached)
+    reason = f"repeated parity is {largest:.4g}; at most {report.tolerance:.4g} is "
+    return [*checks, Check("parity_again", largest, None, report.passed, reason + _outcome(report.passed))]
+
+
+def _outcome(passed: bool) -> str:
+    return "met" if passed else "required"
+
+
+def _known_files(checkpoint: Path) -> Check:
+    """Nothing that a loader could unpickle."""
+    strange = sorted(p.name for p in checkpoint.rglob("*") if p.is_file() and p.suffix not in SUFFIXES)
+    reason = (
+        f"the checkpoint holds {', '.join(strange)}" if strange else "the checkpoint holds known kinds of files only"
+    )
+    return Check("files", len(strange), None, not strange, reason)
+
+
+def _same(name: str, found: str, expected: str) -> Check:
+    passed = found == expected
+    reason = f"{name} of the downloaded checkpoint is {found[:12]}, {expected[:12]} is {_outcome(passed)}"
+    return Check(name, None, None, passed, reason)
+
+
+def directory_md5(directory: Path) -> str:
+    """Of every file in it, as DVC's lock file records it for an output."""
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    listed = [{"md5": _md5(directory / name), "relpath": name} for name in names]
+    return hashlib.md5(json.dumps(listed, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _whole_model(version: ModelVersion, recorded: Evidence, folder: Path) -> Path:
+    """This project's, if it is the one; else fetched again from where it came."""
+    expected = recorded.fetch.sha256
+    if (paths.MODEL / "config.json").is_file() and weights_sha256(paths.MODEL) == expected:
+        return paths.MODEL
+    source = evidence.source_of_whole(versions.download(version, "evidence", folder), recorded.version).source
+    if isinstance(source, HubModel):
+        source = source.model_copy(update={"revision": recorded.fetch.revision})
+    logger.info("promote: %s holds another model; fetching %s again", paths.MODEL, recorded.fetch.source)
+    directory = folder / "whole"
+    directory.mkdir()
+    try:
+        fetch_model(source, directory, folder / "fetch")
+        found = weights_sha256(directory)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RuntimeError(f"the whole model of version {recorded.version} cannot be had again: {error}") from error
+    if found != expected:
+        raise RuntimeError(
+            f"the whole model of version {recorded.version} is no longer what it was: weights sha256 {found[:12]} "
+            f"instead of {expected[:12]} from {recorded.fetch.source}"
+        )
+    return directory
+
+
+def _any_tokens(checkpoint: Path, recorded: Evidence) -> torch.Tensor:
+    """(samples, tokens) ids drawn at random: parity has to hold on any, and the held-out ones may be elsewhere."""
+    vocab_size = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    n_tokens = min(N_TOKENS, recorded.fetch.max_position_embeddings)
+    return torch.randint(vocab_size, (N_SAMPLES, n_tokens), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,89 @@
+"""Registered versions of a real pruned checkpoint, with evidence as the pipeline writes it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import example_reports
+import yaml
+
+from finercut import paths, registry
+from finercut.params import Params
+from finercut.weights import weights_sha256
+from pipelines.recheck import directory_md5
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Project:
+    """The current directory, holding a whole and a pruned model, and a registered model named after the test."""
+
+    params: Params
+    run: registry.Run
+
+    @property
+    def name(self) -> str:
+        return self.params.register_.name
+
+    @property
+    def client(self):
+        return self.run.client
+
+    def register(
+        self, checkpoint: Path = paths.PRUNED, *, evaluate=None, throughput=None, parity=None, **reports
+    ) -> str:
+        """A version of `checkpoint`; its number.
+
+        Args:
+            evaluate, throughput, parity: changes of the reports
+            reports: changes of others, by stage
+        """
+        folder = Path("evidence")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        shutil.copy("params.yaml", folder)
+        changed = {
+            "fetch": {"sha256": weights_sha256(paths.MODEL)},
+            "prune": {"sha256": weights_sha256(checkpoint)},
+        } | reports
+        for stage in ("fetch", "prune", "calibrate", "search"):
+            report = getattr(example_reports, stage)().model_copy(update=changed.get(stage, {}))
+            report.write(folder / f"{stage}.json")
+        example_reports.evaluate(**evaluate or {}).write(folder / "evaluate.json")
+        example_reports.throughput(**throughput or {}).write(folder / "throughput.json")
+        example_reports.parity(**parity or {}).write(folder / "parity.json")
+        md5 = directory_md5(checkpoint)
+        return registry.register(self.run, self.name, checkpoint, sorted(folder.iterdir()), {"a": 1.0}, {}, md5).version
+
+    def aliases(self) -> dict[str, str]:
+        return {a: str(v) for a, v in self.client.get_registered_model(self.name).aliases.items()}
+
+    def tags(self, version: str) -> dict[str, str]:
+        return self.client.get_model_version(self.name, version).tags
+
+
+def task(retention: float, **changes):
+    """A task's result with this retention."""
+    whole = example_reports.evaluate().tasks["finercut_copying"]
+    return whole.model_copy(update={"retention": retention} | changes)
+
+
+def retained(retention: float, **changes) -> dict:
+    """Changes of the evaluate report: one task, retained so far."""
+    return {"mean_retention": retention, "tasks": {"finercut_copying": task(retention)}} | changes
+
+
+def project(directory: Path, whole: Path, pruned: Path, **promote) -> Project:
+    """Fill `directory`, the current one; MLFLOW_TRACKING_URI says where versions go."""
+    for source, target in ((whole, paths.MODEL), (pruned, paths.PRUNED)):
+        shutil.copytree(source, directory / target)
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
+    settings["register"]["name"] = settings["flow"]["experiment"] = directory.name
+    settings["fetch"]["source"] = {"kind": "local", "path": str(whole)}
+    settings["evaluate"]["device"] = "cpu"
+    settings["promote"] |= promote
+    (directory / "params.yaml").write_text(yaml.safe_dump(settings))
+    return Project(Params.model_validate(settings), registry.open_run(directory.name, {}, {}))

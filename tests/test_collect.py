@@ -1,0 +1,194 @@
+"""What is freed and what stays, on a real MLflow server with an S3 store, and in a real DVC repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from dvc.repo import Repo
+from example_versions import project
+
+from finercut import paths, versions
+from finercut.ledger import Ledger
+from finercut.reports import RegisterReport
+from pipelines import collect
+from pipelines.cli import main
+
+DAY_S = 86_400
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, mlflow_server, tiny_model, tiny_pruned):
+    """A project that is a DVC repository and keeps one version and one commit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    found = project(tmp_path, tiny_model, tiny_pruned)
+    subprocess.run(["git", "init", "-q"], check=True)
+    Repo.init().close()
+    commit()
+    keep = found.params.retention.model_copy(update={"versions": 1, "commits": 1, "unfinished_days": 7.0})
+    return type(found)(found.params.model_copy(update={"retention": keep}), found.run)
+
+
+def commit():
+    subprocess.run("git add -A; git -c user.name=t -c user.email=t@t commit -q -m t", shell=True, check=True)
+
+
+def freed(here, **options):
+    return {f.what: f.n_bytes for f in collect.run(here.params, here.name, **options)}
+
+
+def folders(here, version):
+    """Of a version, in the store."""
+    model_id = here.client.get_model_version(here.name, version).source.removeprefix("models:/")
+    return {a.path for a in here.client.list_logged_model_artifacts(model_id)} & {"checkpoint", "evidence"}
+
+
+def report_of_last_run(here, version):
+    RegisterReport(
+        status="already registered",
+        passed=True,
+        checks=[],
+        name=here.name,
+        version=version,
+        model_uri="",
+        run_id="",
+        tracking_uri="",
+    ).write(paths.report("register"))
+
+
+def test_checkpoints_go_but_for_the_newest_the_last_runs_and_those_with_an_alias(here, tiny_pruned):
+    for _ in range(7):
+        here.register()
+    ledger = Ledger(here.client, here.name)
+    run_id = here.run.run_id
+    for version in "12":
+        assert ledger.append(ledger.read(), "promoted", version, run_id)
+    ledger.settle()
+    here.client.set_registered_model_alias(here.name, "canary", "4")
+    report_of_last_run(here, "5")
+    size = sum(file.stat().st_size for file in tiny_pruned.iterdir())
+    expected = {f"checkpoint of {here.name} version {v}": size for v in "36"}
+
+    assert freed(here, dry_run=True) == expected
+    assert all(folders(here, v) == {"checkpoint", "evidence"} for v in "1234567")
+    assert ledger.read().collected == set()
+
+    assert freed(here) == expected
+    gone = {v for v in "1234567" if "checkpoint" not in folders(here, v)}
+    assert gone == {"3", "6"}
+    assert all("evidence" in folders(here, v) for v in "1234567")
+    assert ledger.read().collected == {"3", "6"}
+    downloaded = versions.download(here.client.get_model_version(here.name, "1"), "checkpoint", Path("again"))
+    assert {p.name: p.read_bytes() for p in downloaded.iterdir()} == {
+        p.name: p.read_bytes() for p in tiny_pruned.iterdir()
+    }
+    assert freed(here) == {}
+
+
+def test_what_a_killed_collection_left_is_deleted_by_the_next(here):
+    for _ in range(2):
+        here.register()
+    ledger = Ledger(here.client, here.name)
+    here.client.delete_registered_model_alias(here.name, "challenger")
+    assert ledger.append(ledger.read(), "collected", "1", here.run.run_id)
+    assert list(freed(here)) == [f"checkpoint of {here.name} version 1"]
+    assert folders(here, "1") == {"evidence"}
+
+
+def test_a_champion_the_alias_does_not_show_yet_stays(here):
+    for _ in range(3):
+        here.register()
+    ledger = Ledger(here.client, here.name)
+    ledger.append(ledger.read(), "promoted", "1", here.run.run_id)
+    ledger.append(ledger.read(), "promoted", "2", here.run.run_id)
+    assert freed(here) == {}
+
+
+def test_uploads_that_no_version_came_of_go_once_they_are_old(here):
+    here.register()
+    upload = here.client.create_logged_model(here.run.experiment_id, here.name, here.run.run_id)
+    here.client.log_model_artifacts(upload.model_id, str(paths.PRUNED), "checkpoint")
+    assert freed(here) == {}
+    at_once = here.params.retention.model_copy(update={"unfinished_days": 1e-9})
+    here = type(here)(here.params.model_copy(update={"retention": at_once}), here.run)
+    size = sum(file.stat().st_size for file in paths.PRUNED.iterdir())
+    assert freed(here) == {f"upload {upload.model_id} that no version came of": size}
+    assert folders(here, "1") == {"checkpoint", "evidence"}
+    assert freed(here) == {}
+
+
+def add(text):
+    Path("data").write_text(text)
+    with Repo() as repo:
+        repo.add("data")
+
+
+def in_cache():
+    """What DVC's cache holds of the files of text that `add` wrote."""
+    return {p.read_text() for p in Path(".dvc/cache/files").rglob("*") if p.is_file()}
+
+
+def test_dvc_keeps_the_results_of_the_workspace_and_of_the_last_commits(here):
+    here.register()
+    for text in ("first commit", "second commit"):
+        add(text)
+        commit()
+    for text in ("not committed", "in the workspace"):
+        add(text)
+    expected = {"2 files of DVC's cache": len("first commit") + len("not committed")}
+    assert freed(here, dry_run=True) == expected
+    assert len(in_cache()) == 4
+    assert freed(here) == expected
+    assert in_cache() == {"second commit", "in the workspace"}
+
+
+def test_a_cache_outside_the_project_is_left_alone(here, tmp_path_factory):
+    here.register()
+    shared = tmp_path_factory.mktemp("cache")
+    with Repo() as repo, repo.config.edit("local") as settings:
+        settings["cache"] = {"dir": str(shared)}
+    add("first")
+    add("second")
+    assert freed(here) == {"nothing of DVC's cache, which is outside the project and may be shared": 0}
+    assert len([p for p in shared.rglob("*") if p.is_file()]) >= 2
+
+
+def test_without_a_repository_it_says_so(here):
+    here.register()
+    shutil.rmtree(".dvc")
+    with pytest.raises(RuntimeError, match=r"^DVC: .*run from the root of a clone of the project$"):
+        freed(here)
+
+
+def aged(path, days):
+    path.parent.mkdir(parents=True)
+    path.write_text("1234567")
+    then = time.time() - days * DAY_S
+    os.utime(path, (then, then))
+    os.utime(path.parent, (then, then))
+
+
+def test_of_the_work_folders_the_newest_searches_and_fresh_downloads_stay(here):
+    here.register()
+    old, new = (paths.WORK / "search" / key / "trajectory.jsonl" for key in ("aaaa", "bbbb"))
+    abandoned, under_way = (paths.WORK / "fetch" / key / "model" for key in ("old", "new"))
+    left = paths.WORK / "promote" / "x" / "model"
+    for path, days in ((old, 2), (new, 1), (abandoned, 8), (under_way, 6), (left, 8)):
+        aged(path, days)
+    assert freed(here) == {str(path.parent): 7 for path in (old, abandoned, left)}
+    assert [p.exists() for p in (old, new, abandoned, under_way, left)] == [False, True, False, True, False]
+
+
+def test_the_command_lists_what_would_go_with_its_bytes(here):
+    here.register()
+    add("x" * 2**20)
+    add("y")
+    said = CliRunner().invoke(main, ["collect", "--dry-run"])
+    assert said.exit_code == 0
+    assert said.stdout == "   1.0 MiB  1 files of DVC's cache\n   1.0 MiB  would be freed\n"

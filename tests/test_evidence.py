@@ -1,0 +1,55 @@
+"""Evidence of versions that other finercuts may have written."""
+
+import json
+
+import example_reports
+import pytest
+import yaml
+
+from finercut import evidence
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for stage in ("fetch", "calibrate", "prune", "parity", "evaluate", "throughput"):
+        getattr(example_reports, stage)().write(tmp_path / f"{stage}.json")
+    return tmp_path
+
+
+def change(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_reports_of_a_version_are_read(folder):
+    found = evidence.read(folder, "7")
+    assert found.version == "7"
+    assert found.evaluate.tasks["finercut_copying"].retention == 0.75
+    assert (found.throughput.speed_up, found.prune.sha256, found.fetch.sha256) == (1.25, "5" * 64, "1" * 64)
+
+
+def test_what_a_younger_finercut_writes_beside_is_passed_over(folder):
+    change(folder / "evaluate.json", something="new")
+    assert evidence.read(folder, "7").evaluate.mean_retention == 0.75
+
+
+def test_a_report_that_is_missing_or_lacks_what_is_needed_is_named(folder):
+    change(folder / "throughput.json", speed_up="fast")
+    with pytest.raises(ValueError, match=r"^evidence/throughput\.json of version 7 has no valid speed_up: "):
+        evidence.read(folder, "7")
+    (folder / "throughput.json").unlink()
+    with pytest.raises(ValueError, match=r"^version 7 carries no evidence/throughput\.json: register it again$"):
+        evidence.read(folder, "7")
+
+
+def test_the_source_of_the_whole_model_comes_from_the_versions_own_params(folder):
+    source = {"kind": "hub", "repository": "a/b", "revision": "main"}
+    (folder / "params.yaml").write_text(yaml.safe_dump({"fetch": {"source": source}, "unknown": {}}))
+    assert evidence.source_of_whole(folder, "7").source.repository == "a/b"
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "fetch: {}", "fetch: {source: {kind: pickle}}", "a: ["])
+def test_params_that_name_no_source_are_refused(folder, text):
+    if text is not None:
+        (folder / "params.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"^evidence/params\.yaml of version 7 names no source of a whole model$"):
+        evidence.source_of_whole(folder, "7")
