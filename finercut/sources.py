@@ -20,6 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from finercut.families import LAYOUT_KEY, check_supported, is_declared
 from finercut.params import Dtype, HubModel, LocalModel, PackageModel
 from finercut.weights import safetensors_shapes, weights_sha256
 
@@ -201,6 +202,7 @@ def _choose(names: Collection[str], where: str) -> list[str]:
 
 
 def _check_config(file: Path, where: str) -> None:
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
@@ -210,14 +212,21 @@ def _check_config(file: Path, where: str) -> None:
         raise ValueError(f"the config.json of {where} is no model's: it is not JSON, or names no model_type") from error
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if "auto_map" in config:
-            raise ValueError(f"{where} ({model_type}) needs Python code of its own, which finercut does not run")
+            raise ValueError(
+                f"{where} ({model_type}) needs Python code of its own, which finercut does not run: a checkpoint would "
+                "have to carry that code, and vLLM has no model of it; take it in a format of transformers' own"
+            )
         raise ValueError(f"{where} is a {model_type} model, which transformers knows no causal language model for")
-    if "quantization_config" in config:
-        raise ValueError(f"{where} is quantised: take the model it was made from, and quantise after pruning")
+    try:
+        check_supported(AutoConfig.from_pretrained(file.parent, local_files_only=True, trust_remote_code=False))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def check_model(directory: Path) -> Any:
     """Read config and tokenizer as every later stage will, and compare the weights with their index.
+
+    A family nobody declared is run to find its sublayers, and they are noted in its config.json for the later stages.
 
     Returns:
         transformers' config of the language model.
@@ -241,4 +250,17 @@ def check_model(directory: Path) -> Any:
             raise ValueError(
                 f"the config of this {config.model_type} model gives no {name}: finercut does not know its kind"
             )
+    check_supported(config)
+    if not is_declared(config):
+        _note_layout(directory)
     return config
+
+
+def _note_layout(directory: Path) -> None:
+    from finercut.checkpoint import load_whole
+
+    file = directory / "config.json"
+    layout = getattr(load_whole(directory).config, LAYOUT_KEY)
+    logger.info("fetch: found the sublayers of this undeclared family: %s", json.dumps(layout))
+    settings = json.loads(file.read_text(encoding="utf-8")) | {LAYOUT_KEY: layout}
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
