@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 .PHONY: help setup demo test test-oldest format lock ui
 
 help: ## Show these targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 setup: $(READY) ## Create .venv with the locked versions
 

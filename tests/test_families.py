@@ -227,7 +227,9 @@ def test_gradients_reach_every_weight_and_lora_trains(case, tokens, tmp_path):
     pruned = case.pruned(MIXED, tmp_path / "pruned").train()
     pruned(tokens, labels=tokens).loss.backward()
     unreached = [n for n, p in pruned.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not unreached
+    # A norm that both sublayers read stays where a whole block is gone.
+    assert [n for n in unreached if not n.startswith(f"{case.layout.blocks}.0.")] == []
+    assert not unreached or case.name in UNDECLARED
     pruned.zero_grad()
     tuned = get_peft_model(pruned, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.5)
