@@ -10,10 +10,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test format lock ui
+.PHONY: help setup demo test test-oldest format lock ui
 
 help: ## Show these targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 setup: $(READY) ## Create .venv with the locked versions
 
@@ -30,6 +30,10 @@ demo: setup ## Compress the model of params.yaml and show what came out
 test: setup ## Check style and run every test
 	ruff check .
 	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-oldest: setup ## Test checkpoints and families with the lowest transformers that pyproject.toml admits
+	python -m pip install --quiet --upgrade --no-deps --target .venv/oldest "transformers==5.16.1" "huggingface-hub>=1.5,<2"
+	PYTHONPATH=.venv/oldest:$(CURDIR) pytest tests/test_families.py tests/test_probe.py tests/test_modeling.py -k "not vllm"
 
 format: setup ## Put the code into the house format
 	ruff check --fix .

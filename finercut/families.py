@@ -184,9 +184,18 @@ def check_supported(config: Any) -> None:
 
 
 def base_architecture(model_type: str) -> str:
-    """Name of transformers' causal language model class of a family."""
+    """Name of transformers' causal language model class of a family.
+
+    Raises:
+        ValueError: transformers has none, the model's code is its own.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"cannot write a pruned {model_type} model: its code is not transformers', a checkpoint would have to "
+            "carry it and vLLM has no model of it; it can be searched, and run with sublayers masked"
+        )
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
 
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from finercut.families import LAYOUT_KEY, check_supported, is_declared
 from finercut.weights import INDEX, safetensors_files, safetensors_shapes
 
 logger = logging.getLogger("finercut")
@@ -104,11 +105,14 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 def check_model(directory: Path) -> PreTrainedConfig:
     """Read config, tokenizer and weights as every later stage will, and compare them with each other.
 
+    A family nobody declared is run to find its sublayers, and they are noted in its config.json for the later stages.
+
     Returns:
         transformers' config of the language model.
 
     Raises:
-        ValueError: something is missing, cannot be read, or does not belong to the rest.
+        ValueError: something is missing, cannot be read, or does not belong to the rest; or the sublayers of an
+            undeclared family are not found.
     """
     for file in sorted(directory.glob("*.json")):
         read_object(file)
@@ -126,6 +130,9 @@ def check_model(directory: Path) -> PreTrainedConfig:
     _check_index(directory)
     _check_weights(directory, config, language.num_hidden_layers)
     _check_finite(directory)
+    check_supported(language)
+    if not is_declared(language):
+        _note_layout(directory)
     return language
 
 
@@ -183,3 +190,12 @@ def _check_finite(directory: Path) -> None:
                 tensor = stored.get_tensor(name)
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise ValueError(f"{name} in {file.name} has numbers that are not finite: the weights are damaged")
+
+
+def _note_layout(directory: Path) -> None:
+    from finercut.checkpoint import load_whole  # which reads models by this module
+
+    layout = getattr(load_whole(directory).config, LAYOUT_KEY)
+    logger.info("found the sublayers of this undeclared family: %s", json.dumps(layout))
+    file = directory / "config.json"
+    file.write_text(json.dumps(read_object(file) | {LAYOUT_KEY: layout}, indent=2) + "\n", encoding="utf-8")

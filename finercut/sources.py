@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from finercut.families import check_supported
 from finercut.params import Dtype, HubModel, LocalModel, PackageModel
 from finercut.weights import INDEX, weights_sha256
 
@@ -251,7 +252,7 @@ def _choose(names: Collection[str], where: str) -> list[str]:
 def _check_config(file: Path, where: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from finercut.model_files import read_object
+    from finercut.model_files import read_config, read_object
 
     config = read_object(file)
     model_type = config.get("model_type")
@@ -261,7 +262,12 @@ def _check_config(file: Path, where: str) -> None:
         raise ValueError(f"{where} is a pruned model, {model_type}: take the whole one")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if "auto_map" in config:
-            raise ValueError(f"{where} ({model_type}) needs Python code of its own, which finercut does not run")
+            raise ValueError(
+                f"{where} ({model_type}) needs Python code of its own, which finercut does not run: a checkpoint would "
+                "have to carry that code, and vLLM has no model of it; take it in a format of transformers' own"
+            )
         raise ValueError(f"{where} is a {model_type} model, which transformers knows no causal language model for")
-    if "quantization_config" in config:
-        raise ValueError(f"{where} is quantised: take the model it was made from, and quantise after pruning")
+    try:
+        check_supported(read_config(file.parent))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

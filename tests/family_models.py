@@ -86,6 +86,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Families nobody declared, for the probe: one norm for both sublayers, MLPs that return routers' scores, additions in
+# place.
+UNDECLARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere2": ("cohere2", {**_LAYER_TYPES, "logit_scale": 0.5, "use_qk_norm": True, "tie_word_embeddings": True}),
+    "falcon": ("falcon", {"parallel_attn": True, "multi_query": True, "bias": True, "tie_word_embeddings": True}),
+    "gpt_oss": ("gpt_oss", {**_LAYER_TYPES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+}
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 400,
     "hidden_size": 64,

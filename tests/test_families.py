@@ -1,5 +1,6 @@
 """Every family against transformers' own, unmodified code with the same sublayers masked."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import CASES, N_BLOCKS, random_model
+from family_models import CASES, N_BLOCKS, UNDECLARED, random_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache, pipeline
 
 from finercut.checkpoint import load_pruned, load_whole, masked, write_pruned
-from finercut.families import FAMILIES, Layout, layout_of
+from finercut.families import FAMILIES, LAYOUT_KEY, Layout, check_supported, layout_of
 from finercut.greedy import search
 from finercut.sublayers import Sublayer, candidates, parse
 
@@ -66,9 +67,9 @@ def as_in_tests(model: Any) -> Any:
     return model
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module", params=CASES | UNDECLARED, ids=lambda name: name.replace(" ", "-"))
 def case(request, tmp_path_factory, tokenizer) -> Case:
-    model_type, changes = CASES[request.param]
+    model_type, changes = (CASES | UNDECLARED)[request.param]
     directory = tmp_path_factory.mktemp("families") / "whole"
     model = random_model(model_type, **changes)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2, do_sample=True, top_k=17)
@@ -196,7 +197,7 @@ def test_what_comes_with_the_whole_model_comes_with_the_pruned_one(case, pruned)
     assert (pruned.get_input_embeddings().weight is pruned.get_output_embeddings().weight) == ties
     assert pruned.generation_config.top_k == 17
     ours, theirs = AutoConfig.from_pretrained(directory).to_dict(), case.model.config.to_dict()
-    added = {"model_type", "architectures", "auto_map", "finercut", "per_layer_config"}
+    added = {LAYOUT_KEY, "model_type", "architectures", "auto_map", "finercut", "per_layer_config"}
     assert {k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)} <= added | {"_name_or_path"}
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hm"}], tokenize=False) == "user: Hm\n"
@@ -226,7 +227,9 @@ def test_gradients_reach_every_weight_and_lora_trains(case, tokens, tmp_path):
     pruned = case.pruned(MIXED, tmp_path / "pruned").train()
     pruned(tokens, labels=tokens).loss.backward()
     unreached = [n for n, p in pruned.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not unreached
+    # A norm that both sublayers read stays where a whole block is gone.
+    assert [n for n in unreached if not n.startswith(f"{case.layout.blocks}.0.")] == []
+    assert not unreached or case.name in UNDECLARED
     pruned.zero_grad()
     tuned = get_peft_model(pruned, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.5)
@@ -264,7 +267,7 @@ for directory in map(Path, sys.argv[2:]):
 
 def test_without_finercut_every_family_loads_by_its_own_file_or_is_refused(tokens, tmp_path):
     directories = []
-    for number, (model_type, changes) in enumerate(CASES.values()):
+    for number, (model_type, changes) in enumerate((CASES | UNDECLARED).values()):
         whole, directory = tmp_path / f"whole-{number}", tmp_path / f"pruned-{number}"
         random_model(model_type, **changes).save_pretrained(whole)
         directory.mkdir()
@@ -279,7 +282,7 @@ def test_without_finercut_every_family_loads_by_its_own_file_or_is_refused(token
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, directory in zip(CASES, directories, strict=True):
+    for name, directory in zip(CASES | UNDECLARED, directories, strict=True):
         assert f"refused {directory.name}\n" in done.stdout, name
         for again in (directory, directory / "again"):
             model = as_in_tests(load_pruned(again, torch.float32))
@@ -310,3 +313,41 @@ def test_routers_that_are_left_balance_their_experts(model_type, tokens, tmp_pat
 
 def _routed(model_type: str) -> list[int]:
     return [i for i in range(N_BLOCKS) if i not in CASES[model_type][1].get("mlp_only_layers", [])]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("bart", {}, "an encoder and a decoder"),
+        ("mamba", {}, r"recurrent state \(linear_attention\)"),
+        ("jamba", {}, "recurrent state"),
+        ("qwen3_next", {}, "recurrent state"),
+        ("gemma3n_text", {}, "its last 15 attentions read the keys and values of earlier ones"),
+        (
+            "gemma3",
+            {},
+            r"a language model \(gemma3_text\) with other inputs around it; save the language model by itself",
+        ),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "awq"}},
+            r"quantised \(awq\): take the model it was made from",
+        ),
+        ("llama", {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ("llama", {"per_layer_config": {"1": {"intermediate_size": 8}}}, "a per_layer_config of its own"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_with_the_reason(model_type, changes, message):
+    config = AutoConfig.for_model(model_type, **changes)
+    with pytest.raises(ValueError, match=message):
+        check_supported(config)
+    with pytest.raises(ValueError, match=f"cannot prune a {model_type} model"):
+        layout_of(config)
+
+
+def test_a_layout_written_by_hand_is_taken_and_a_wrong_one_refused():
+    written = layout_of(AutoConfig.for_model("llama")).to_dict()
+    config = AutoConfig.for_model("cohere", **{LAYOUT_KEY: json.loads(json.dumps(written))})
+    assert layout_of(config).to_dict() == written
+    with pytest.raises(ValueError, match="finercut_layout in config.json is not a layout: 'mlp'. Write it as"):
+        layout_of(AutoConfig.for_model("cohere", **{LAYOUT_KEY: {"blocks": "x", "attention": {"core": "y"}}}))

@@ -137,12 +137,12 @@ def config(**changes):
         (
             lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
             ValueError,
-            "mamba model gives no max_position_embeddings",
+            r"some of its blocks keep a recurrent state \(linear_attention\)",
         ),
         (
             config(quantization_config={"quant_method": "gptq"}),
             ValueError,
-            "is quantised: take the model it was made from",
+            r"is quantised \(gptq\): take the model it was made from",
         ),
         (lambda d: (d / "config.json").write_text("{"), ValueError, "config.json is not JSON"),
         (

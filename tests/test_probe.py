@@ -1,0 +1,170 @@
+"""What the probe finds in models nobody declared is what was declared, or what was built here by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from family_models import CASES, random_model
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from finercut.checkpoint import masked, pruned_config
+from finercut.families import LAYOUT_KEY, Branch, Layout, layout_of
+from finercut.greedy import search
+from finercut.probe import find_layout
+from finercut.sublayers import Sublayer, candidates
+
+# OPT's norms lie on the stream there, which has to be declared.
+FOUND = [name for name in CASES if name != "opt post-norm"]
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_it_finds_what_is_declared(name):
+    model_type, changes = CASES[name]
+    model = random_model(model_type, **changes)
+    found, declared = find_layout(model), layout_of(model.config)
+    if model_type == "opt":  # the activation is a module, which may stay as well
+        declared = replace(declared, mlp=Branch("fc2", before=("final_layer_norm", "fc1", "activation_fn")))
+    assert (
+        replace(found, attention=replace(found.attention, n_outputs=None), mlp=replace(found.mlp, n_outputs=None))
+        == declared
+    )
+    assert (found.attention.n_outputs, found.mlp.n_outputs) == (2, 1)
+
+
+def test_the_model_is_as_it_was(tokens):
+    model = random_model("llama")
+    modules = list(model.modules())
+    with torch.no_grad():
+        before = model(tokens[:1]).logits
+        find_layout(model)
+        assert torch.equal(model(tokens[:1]).logits, before)
+    assert list(model.modules()) == modules
+    assert [block.self_attn.layer_idx for block in model.model.layers] == [0, 1, 2, 3]
+    assert not any(module._forward_hooks for module in modules)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("opt", CASES["opt post-norm"][1], "block 0 without self_attn and fc2 does not hand on what it is given"),
+        ("bloom", {}, "runs for the attention and for the MLP"),
+        ("mpt", {}, "block 0 without attn and ffn does not hand on"),
+        ("gpt_neo", {"num_layers": 4, "attention_types": [[["global"], 4]]}, "attn has no layer_idx"),
+        ("openai-gpt", {}, "0 of a block's modules let tokens see each other"),
+        ("gpt_neox_japanese", {}, "block 3 less its attention is not the block with that masked"),
+    ],
+)
+def test_what_is_no_pair_of_residual_sublayers_is_refused_with_what_was_found(model_type, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        find_layout(random_model(model_type, **changes))
+    assert "Found blocks at" in str(caught.value)
+    assert "'finercut_layout'" in str(caught.value)
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+    hidden_size = 32
+    num_hidden_layers = 3
+    vocab_size = 400
+
+
+class OwnAttention(nn.Module):
+    """The mean of all tokens so far, mixed."""
+
+    def __init__(self, size: int, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.mix = nn.Linear(size, size)
+
+    def forward(self, *, x, cache):
+        if cache is not None:
+            x, _ = (part.squeeze(1) for part in cache.update(x[:, None], x[:, None], self.layer_idx))
+        counts = torch.arange(1, 1 + x.shape[1])[None, :, None]
+        return self.mix(x.cumsum(1) / counts)
+
+
+class OwnBlock(nn.Module):
+    def __init__(self, size: int, layer_idx: int) -> None:
+        super().__init__()
+        self.pre, self.look = nn.LayerNorm(size), OwnAttention(size, layer_idx)
+        self.widen, self.narrow, self.calm = nn.Linear(size, 2 * size), nn.Linear(2 * size, size), nn.LayerNorm(size)
+
+    def forward(self, x, cache=None):
+        x = x + 0.5 * self.look(x=self.pre(x), cache=cache)[:, -x.shape[1] :]
+        return (x + self.calm(self.narrow(self.widen(x))), None)
+
+
+class OwnModel(PreTrainedModel):
+    """As code of a repository's own might be: other names, a tuple handed on, an attention that returns a tensor."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.table = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.tower = nn.ModuleList([OwnBlock(config.hidden_size, i) for i in range(config.num_hidden_layers)])
+        self.other = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        self.post_init()
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None):
+        x = self.table(input_ids)
+        for block in self.tower:
+            x = block(x, cache=past_key_values)[0]
+        return CausalLMOutputWithPast(logits=x @ self.table.weight.T, past_key_values=past_key_values)
+
+
+@pytest.fixture
+def own():
+    torch.manual_seed(0)
+    model = OwnModel(OwnConfig()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.15)
+    return model
+
+
+def test_code_of_a_models_own_is_found_and_searched_but_not_written(own, tokens):
+    layout = find_layout(own)
+    assert layout == Layout(
+        "tower",
+        attention=Branch("look", before=("pre",), n_outputs=1),
+        mlp=Branch("narrow", before=("widen",), after=("calm",), n_outputs=1),
+    )
+    setattr(own.config, LAYOUT_KEY, layout.to_dict())
+    with torch.no_grad():
+        whole = own(tokens[:1]).logits.log_softmax(-1)
+        expected = {}
+        for candidate in candidates(3):
+            with masked(own, candidate.sublayers):
+                pruned = own(tokens[:1]).logits.log_softmax(-1)
+            expected[str(candidate)] = (whole.exp() * (whole - pruned)).sum(-1).mean().item()
+    (removal,) = search(own, tokens[:1], tokens[:1], n_removals=1, divergence="kl", abandon=False)
+    assert removal.values == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(ValueError, match="cannot write a pruned own model: its code is not transformers'"):
+        pruned_config(own.config, layout, [Sublayer(0, "mlp")], {})
+
+
+def test_an_attention_that_does_more_with_its_number_than_caching_is_refused(own):
+    def forward(self, *, x, cache):
+        return OwnAttention.forward(self, x=x * (1 + self.layer_idx), cache=cache)
+
+    for block in own.tower:
+        block.look.forward = forward.__get__(block.look)
+    with pytest.raises(ValueError, match="without the attention of block 0 and with a KV cache it computes something"):
+        find_layout(own)
+
+
+def test_a_model_whose_blocks_differ_is_refused(own):
+    own.tower[1].narrower = own.tower[1].narrow
+    del own.tower[1].narrow
+    own.tower[1].forward = lambda x, cache=None: (x, None)
+    with pytest.raises(ValueError, match="block 1 is unlike block 0, it has no narrow"):
+        find_layout(own)
+
+
+def test_a_model_without_a_list_of_blocks_is_refused(own):
+    own.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match="none of its lists holds 5 modules of one class. Found tower, other"):
+        find_layout(own)
