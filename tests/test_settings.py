@@ -53,7 +53,7 @@ def test_another_file_is_taken_as_it_is_and_the_one_before_is_kept():
         (
             "params/none.yaml",
             {},
-            r"no params file params/none\.yaml in the last commit; there are params\.yaml, params/pap",
+            r"no params file params/none\.yaml in the last commit; there are params\.yaml, params/new",
         ),
         ("../params.yaml", {}, "no params file"),
         ("params/new.yaml", {}, "no params file"),
