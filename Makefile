@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test format lock ui
+.PHONY: help setup demo test trials audit format lock ui
 
 help: ## Show these targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -30,6 +30,12 @@ demo: setup ## Compress the model of params.yaml and show what came out
 test: setup ## Check style and run every test
 	ruff check .
 	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+trials: setup ## Kill every stage many times and show what came of it (half an hour)
+	python tests/kill_trials.py
+
+audit: setup ## Look the locked versions up among known vulnerabilities; needs an index that answers for them
+	python -m pip install --quiet pip-audit && python -m pip_audit --no-deps --disable-pip -r requirements/$(HARDWARE).txt
 
 format: setup ## Put the code into the house format
 	ruff check --fix .
