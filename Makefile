@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-oldest format lock ui
+.PHONY: help setup demo test test-oldest format lock ui trials audit
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -34,6 +34,11 @@ test: setup ## Check style and run every test
 test-oldest: setup ## Test checkpoints and families with the lowest transformers that pyproject.toml admits
 	python -m pip install --quiet --upgrade --no-deps --target .venv/oldest "transformers==5.16.1" "huggingface-hub>=1.5,<2"
 	PYTHONPATH=.venv/oldest:$(CURDIR) pytest tests/test_families.py tests/test_probe.py tests/test_modeling.py -k "not vllm"
+trials: setup ## Kill every stage many times and show what came of it (half an hour)
+	python tests/kill_trials.py
+
+audit: setup ## Look the locked versions up among known vulnerabilities; needs an index that answers for them
+	python -m pip install --quiet pip-audit && python -m pip_audit --no-deps --disable-pip -r requirements/$(HARDWARE).txt
 
 format: setup ## Put the code into the house format
 	ruff check --fix .

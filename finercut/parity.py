@@ -65,7 +65,8 @@ def _logits(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, Tensor]:
     uncached = torch.cat([model(window[None], use_cache=False).logits.cpu() for window in windows])
     output = model(windows[:, :N_PROMPT_TOKENS], use_cache=True)
     cached = [output.logits.cpu()]
-    for token in windows[:, N_PROMPT_TOKENS:N_CACHED_TOKENS].split(1, dim=1):
+    for position in range(N_PROMPT_TOKENS, min(N_CACHED_TOKENS, windows.shape[1])):
+        token = windows[:, position : position + 1]
         output = model(token, past_key_values=output.past_key_values, use_cache=True)
         cached.append(output.logits.cpu())
     return uncached, torch.cat(cached, dim=1)

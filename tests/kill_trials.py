@@ -92,6 +92,7 @@ def run(stage: str, root: Path, kill_after_s: float | None = None, **environment
     """
     log = root / ".finercut" / f"{stage}.log"
     log.parent.mkdir(exist_ok=True)
+    log.write_text("")
     process = _forks.Process(target=_work, args=(stage, str(root), str(log), environment))
     started = time.monotonic()
     process.start()
@@ -328,19 +329,30 @@ def registration_trials(base: Path, root: Path, n: int, seed: int) -> Iterator[T
         yield Trial(REGISTRATION, finished, left, same=_versions(root) == complete, whole=whole, redone=0)
 
 
-def _versions(root: Path) -> list[str | None]:
+def _versions(root: Path) -> list[str]:
     """What the versions that count hold: those with the alias or with the tag that is set last."""
+    # In a process of its own: MLflow keeps its connection to a store, and this one is replaced between trials.
+    found = root / ".finercut" / "versions.json"
+    found.parent.mkdir(exist_ok=True)
+    reader = _forks.Process(target=_write_versions, args=(str(root), str(found)))
+    reader.start()
+    reader.join()
+    return json.loads(found.read_text())
+
+
+def _write_versions(root: str, file: str) -> None:
     from mlflow import MlflowClient
 
     from finercut import registry
 
-    client = MlflowClient(_store(root)["MLFLOW_TRACKING_URI"])
+    client = MlflowClient(_store(Path(root))["MLFLOW_TRACKING_URI"])
     versions = [client.get_model_version(v.name, v.version) for v in client.search_model_versions()]
     counting = [v for v in versions if v.aliases or registry.PRUNED_MD5 in v.tags]
-    return [
+    held = [
         f"{v.aliases} {v.tags.get(registry.PRUNED_MD5)} {digest(Path(_folder(client, v)) / 'checkpoint')}"
         for v in counting
     ]
+    Path(file).write_text(json.dumps(held))
 
 
 def _folder(client, version) -> str:

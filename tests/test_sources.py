@@ -427,7 +427,7 @@ def test_only_config_tokenizer_and_safetensors_leave_the_hub(outcomes, tiny_mode
         (("org/coded", "main"), "ValueError: org/coded (mine) needs Python code of its own"),
         (("org/absent", "main"), "ValueError: no repository http"),
         (("org/forbidden", "main"), "RuntimeError: http://127.0.0.1"),
-        (("org/broken", "main"), "RuntimeError: http://127.0.0.1"),
+        (("org/broken", "main"), "NoAnswer: http://127.0.0.1"),
     ],
 )
 def test_what_the_hub_refuses_is_explained(outcomes, asked, message):
@@ -453,7 +453,7 @@ def test_an_unreachable_hub_is_one_line(tmp_path):
         timeout=300,
     )
     (outcome,) = json.loads(done.stdout.splitlines()[-1])
-    assert outcome.startswith("RuntimeError: cannot reach http://127.0.0.1:9/org/good: check the network")
+    assert outcome.startswith("NoAnswer: cannot reach http://127.0.0.1:9/org/good: check the network")
 
 
 def test_offline_mode_is_named(tmp_path):

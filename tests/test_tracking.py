@@ -17,7 +17,7 @@ def lost_server(monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "lost")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     yield
-    tracking._given_up.clear()
+    tracking._series.clear()
 
 
 def test_without_a_run_mlflow_is_not_even_imported():
@@ -43,5 +43,5 @@ def test_a_lost_server_is_warned_about_once_and_does_not_stop_the_stage(lost_ser
     with caplog.at_level(logging.WARNING, "finercut"):
         for step in range(3):
             tracking.log_metrics({"search.divergence": 0.5}, step)
-    assert [r.message.partition(" (")[0] for r in caplog.records] == ["MLflow took no live metrics"]
+    assert [r.message.partition(" (")[0] for r in caplog.records] == ["MLflow takes no live metrics"]
     assert time.monotonic() - started < 30
