@@ -256,7 +256,9 @@ def behind(differences: Sequence[float], n_all: int, error_probability: float) -
 def t_tail(t: float, degrees: int) -> float:
     """P(T > t) of Student's t, t >= 0: Simpson's rule over the angle whose tangent is t / sqrt(degrees)."""
     n_steps = 400
-    low, high = math.atan(t / math.sqrt(degrees)), math.pi / 2
+    low = math.atan(t / math.sqrt(degrees))
+    # Beyond that there is less than exp(-72) of it.
+    high = min(math.pi / 2, low + 12 / math.sqrt(degrees))
     width = (high - low) / n_steps
     heights = (abs(math.cos(low + i * width)) ** (degrees - 1) for i in range(n_steps + 1))
     weights = (1 if i in (0, n_steps) else 4 if i % 2 else 2 for i in range(n_steps + 1))
