@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from finercut.blocks import Blocks
 from finercut.divergence import DIVERGENCES
 from finercut.families import layout_of
-from finercut.race import Race
+from finercut.race import MODES, Race
 from finercut.sublayers import Candidate, FrontExclusion, Sublayer, candidates, open_candidates, parse, protected
 from finercut.sweep import SEGMENT_TOKENS, Sweep, micro_batch
 from finercut.trajectory import Removal
@@ -58,8 +58,8 @@ def search(
         progress: called after every part of the calibration set.
 
     Raises:
-        ValueError: more is to be removed than there is, no candidate's output is finite, or the two sets' windows are
-            of different lengths.
+        ValueError: more is to be removed than there is, no candidate's output is finite, the two sets' windows are of
+            different lengths, or there is no such mode.
     """
     layout = layout_of(model.config)
     n_blocks = len(model.get_submodule(layout.blocks))
@@ -69,7 +69,8 @@ def search(
     n_open = len(open_candidates(pool, [], kept))
     if n_removals > n_open:
         raise ValueError(f"cannot remove {n_removals} of {n_open} candidates ({len(pool) - n_open} are protected)")
-
+    if mode not in MODES:
+        raise ValueError(f"a search's mode is {', '.join(MODES[:-1])} or {MODES[-1]}, not {mode!r}")
     if calibration.shape[1] != held_out.shape[1]:
         raise ValueError(
             f"calibration windows have {calibration.shape[1]} tokens, held-out windows {held_out.shape[1]}; "
