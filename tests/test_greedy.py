@@ -11,8 +11,9 @@ from finercut.checkpoint import masked
 from finercut.divergence import DIVERGENCES
 from finercut.families import PRE_NORM
 from finercut.greedy import search
+from finercut.race import MODES
 from finercut.sublayers import candidates
-from finercut.sweep import CPU_MICRO_BATCH, Sweep
+from finercut.sweep import CPU_MICRO_BATCH, MicroBatch, Sweep
 from finercut.workers import Workers
 
 
@@ -44,7 +45,7 @@ def brute_force(model, tokens, n_removals, divergence="js", kinds="both"):
 def test_removals_and_values_equal_brute_force(model, tokens, kinds):
     n_removals = {"both": 4, "blocks": 2}.get(kinds, 3)
     expected = brute_force(model, tokens, n_removals, kinds=kinds)
-    found = list(search(model, tokens, tokens, n_removals, kinds=kinds, abandon=False))
+    found = list(search(model, tokens, tokens, n_removals, kinds=kinds, mode="brute"))
     assert [r.sublayer for r in found] == [name for name, _ in expected]
     for removal, (_, values) in zip(found, expected, strict=True):
         assert removal.values == pytest.approx(values, rel=1e-4, abs=1e-6)
@@ -53,14 +54,57 @@ def test_removals_and_values_equal_brute_force(model, tokens, kinds):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_abandoning_changes_neither_removals_nor_divergences(model, tokens, divergence):
-    every = list(search(model, tokens, tokens, 5, divergence=divergence, abandon=False))
+    every = list(search(model, tokens, tokens, 5, divergence=divergence, mode="brute"))
     some = list(search(model, tokens, tokens, 5, divergence=divergence))
     assert [(r.sublayer, r.divergence) for r in some] == [(r.sublayer, r.divergence) for r in every]
     assert sum(r.sublayer_passes for r in some) < sum(r.sublayer_passes for r in every)
     for fewer, all_ in zip(some, every, strict=True):
         assert fewer.values.keys() | fewer.abandoned.keys() == all_.values.keys()
+        assert fewer.margin is None
         for name, bound in fewer.abandoned.items():
             assert fewer.divergence < bound <= all_.values[name] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["lazy", "racing"])
+def test_lazy_and_racing_find_the_removals_of_brute_force_with_less_work_and_say_what_they_took_on_trust(
+    model, tokens, mode
+):
+    every = list(search(model, tokens, tokens, 5, mode="brute"))
+    exact = list(search(model, tokens, tokens, 5))
+    some = list(search(model, tokens, tokens, 5, mode=mode, error_probability=0.1))
+    assert [(r.sublayer, r.divergence) for r in some] == [(r.sublayer, r.divergence) for r in every]
+    assert sum(r.sublayer_passes for r in some) < sum(r.sublayer_passes for r in exact)
+    assert sum(r.head_tokens for r in some) < sum(r.head_tokens for r in exact)
+    for fewer, all_ in zip(some, every, strict=True):
+        assert fewer.mode == mode
+        judged = fewer.stale | fewer.dropped
+        assert fewer.values.keys() | fewer.abandoned.keys() | judged.keys() == all_.values.keys()
+        assert fewer.margin == (min(judged.values()) - fewer.divergence if judged else None)
+        assert fewer.error_probability == (0.1 if fewer.dropped else 0)
+    assert any(r.stale for r in some)
+
+
+def test_the_head_is_not_run_on_the_rest_of_a_window_once_a_candidate_is_over_its_limit(model, tokens):
+    windows = tokens.reshape(2, -1)  # 72 tokens: 5 segments
+    with torch.inference_mode():
+        blocks = Blocks(model, PRE_NORM, windows[:1])
+        sizes = MicroBatch(tokens=1024, logits=16 * 400, divergence_logits=5 * 400)
+        sweep = Sweep(blocks, windows, DIVERGENCES["js"], Workers(model.device), sizes)
+    first, second, third = candidates(4)[:3]
+    whole = sweep.totals({1: {first: math.inf, second: math.inf, third: math.inf}})[1]
+    assert [len(segments) for segments in whole.values()] == [5, 5, 5]
+    over_two = sum(whole[second][:2]) * 1.0001
+    cut = sweep.totals({1: {first: 0.0, second: over_two, third: math.inf}})[1]
+    assert [len(segments) for segments in cut.values()] == [1, 3, 5]
+    for candidate, segments in cut.items():
+        assert segments == pytest.approx(whole[candidate][: len(segments)], rel=1e-5)
+
+
+def test_micro_batches_change_the_last_bits_at_most(model, tokens):
+    usual = list(search(model, tokens, tokens, 3))
+    small = list(search(model, tokens, tokens, 3, micro_batch_tokens=20))
+    assert [r.sublayer for r in small] == [r.sublayer for r in usual]
+    assert [r.divergence for r in small] == pytest.approx([r.divergence for r in usual], rel=1e-5)
 
 
 def test_held_out_divergence_is_measured_on_the_held_out_tokens(model, tokens):
@@ -70,27 +114,50 @@ def test_held_out_divergence_is_measured_on_the_held_out_tokens(model, tokens):
     assert first.held_out_divergence == pytest.approx(values[first.sublayer], rel=1e-4)
 
 
-def test_continuing_gives_what_an_undisturbed_search_gives(model, tokens):
-    undisturbed = list(search(model, tokens, tokens, 5))
-    continued = list(search(model, tokens, tokens, 5, earlier=undisturbed[:2]))
-    assert continued == undisturbed[2:]
+@pytest.mark.parametrize("mode", MODES)
+def test_continuing_gives_what_an_undisturbed_search_gives(model, tokens, mode):
+    undisturbed = list(search(model, tokens, tokens, 5, mode=mode))
+    for n_earlier in (1, 3):
+        earlier = undisturbed[:n_earlier]
+        assert list(search(model, tokens, tokens, 5, mode=mode, earlier=earlier)) == undisturbed[n_earlier:]
 
 
 def test_prefix_reuse_runs_a_candidate_from_its_own_depth_only(model, tokens):
     # One window: the candidate that is n sublayers from the end costs n - 1 passes, 0 + 1 + ... + 7 = 28 in all.
-    (first,) = search(model, tokens[:1], tokens[:1], 1, abandon=False)
+    (first,) = search(model, tokens[:1], tokens[:1], 1, mode="brute")
     assert first.sublayer_passes == 28
     assert first.brute_force_sublayer_passes == 8 * 7
 
 
-def test_equal_candidates_go_shallower_first(tokens):
+@pytest.mark.parametrize("mode", MODES)
+def test_sublayers_that_change_nothing_go_first_and_shallower_ones_before_deeper(tokens, mode):
     model = random_llama()
     with torch.no_grad():
         for index in (1, 2):
             model.model.layers[index].self_attn.o_proj.weight.zero_()
-    first, second = search(model, tokens, tokens, 2)
+    first, second, third = search(model, tokens, tokens, 3, mode=mode)
     assert (first.sublayer, second.sublayer) == ("1.attention", "2.attention")
-    assert first.divergence == pytest.approx(0, abs=1e-6)
+    assert first.divergence == second.divergence == pytest.approx(0, abs=1e-6)
+    assert third.divergence > 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_window_and_one_candidate_are_enough(model, tokens, mode):
+    (only,) = search(model, tokens[:1], tokens[:1], 1, mode=mode, protect=["0.block", "1.block", "2.block", "3.mlp"])
+    assert only.sublayer == "3.attention"
+    assert only.divergence == pytest.approx(only.held_out_divergence)
+
+
+def test_windows_of_two_lengths_and_modes_that_do_not_exist_are_refused(model, tokens):
+    with pytest.raises(ValueError, match="calibration windows have 24 tokens, held-out windows 12"):
+        next(search(model, tokens, tokens[:, :12], 1))
+    with pytest.raises(ValueError, match="mode is exact, lazy, racing or brute, not 'fast'"):
+        next(search(model, tokens, tokens, 1, mode="fast"))
+
+
+def test_nothing_is_left_to_remove_when_all_is_protected(model, tokens):
+    with pytest.raises(ValueError, match=r"cannot remove 1 of 0 candidates \(8 are protected\)"):
+        next(search(model, tokens, tokens, 1, protect=[f"{i}.block" for i in range(4)]))
 
 
 def test_protected_sublayers_stay(model, tokens):

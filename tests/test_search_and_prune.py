@@ -119,6 +119,32 @@ search.run(params.Params.model_validate(yaml.safe_load(sys.stdin)))
 """
 
 
+@pytest.mark.parametrize("mode", ["exact", "lazy", "racing"])
+def test_a_search_cut_anywhere_continues_to_the_same_bytes(project, mode):
+    chosen = with_changes(search__mode=mode)
+    search.run(chosen)
+    undisturbed = paths.TRAJECTORY.read_bytes()
+    lines = undisturbed.splitlines(keepends=True)
+    assert read_trajectory(paths.TRAJECTORY).provenance.mode == mode
+    (in_progress,) = paths.WORK.rglob(paths.TRAJECTORY.name)
+    for n_whole, n_torn in ((0, 40), (1, 0), (2, 100), (4, 1)):
+        in_progress.write_bytes(b"".join(lines[:n_whole]) + lines[n_whole][:n_torn])
+        assert search.run(chosen).resumed_after == max(0, n_whole - 1)
+        assert paths.TRAJECTORY.read_bytes() == undisturbed
+
+
+def test_modes_do_not_continue_each_other_and_the_report_says_what_was_taken_on_trust(project):
+    exact = search.run(settings())
+    lazy = search.run(with_changes(search__mode="lazy"))
+    assert lazy.resumed_after == 0
+    assert lazy.removals == exact.removals
+    assert (exact.mode, exact.least_margin, exact.error_probability) == ("exact", None, 0)
+    assert lazy.mode == "lazy"
+    margins = [r.margin for r in read_trajectory(paths.TRAJECTORY).removals if r.margin is not None]
+    assert lazy.least_margin == min(margins)
+    assert lazy.evaluations < exact.evaluations
+
+
 def test_a_killed_search_continues_to_the_same_bytes(project):
     chosen = settings()
     text = yaml.safe_dump(chosen.model_dump(mode="json", by_alias=True))
