@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from finercut.divergence import DIVERGENCES
 from finercut.families import layout_of
 from finercut.race import Race
 from finercut.sublayers import Candidate, FrontExclusion, Sublayer, candidates, open_candidates, parse, protected
-from finercut.sweep import micro_batch
+from finercut.sweep import SEGMENT_TOKENS, micro_batch
 from finercut.trajectory import Removal
 from finercut.workers import Workers
 
@@ -31,7 +32,9 @@ def search(
     protect: Iterable[str] = (),
     exclude: float | None = None,
     earlier: Iterable[Removal] = (),
-    abandon: bool = True,
+    mode: str = "exact",
+    error_probability: float = 0.05,
+    micro_batch_tokens: int | None = None,
     ranks: Ranks = ALONE,
     progress: Callable[[], Any] = lambda: None,
 ) -> Iterator[Removal]:
@@ -50,7 +53,10 @@ def search(
         protect: names of sublayers and blocks that stay.
         exclude: the authors' rule for the front blocks, see `FrontExclusion`; None for none.
         earlier: removals of the same search made before; it continues after them.
-        abandon: give candidates up once they cannot be the least. The removals are the same either way.
+        mode: what candidates are given up for before they are evaluated to the end, see `Race`: exact, lazy, racing;
+            or brute, for nothing.
+        error_probability: racing: the chance, at most, that a step's removal is not what lazy would have found.
+        micro_batch_tokens: tokens that go through a sublayer at once; None for what fits.
         ranks: the processes that share the windows; each is given all of both sets, and yields the same removals.
         progress: called after every part of the calibration set.
 
@@ -82,37 +88,68 @@ def search(
     deciding, unseen = range(len(calibration)), range(len(calibration), len(tokens))
     with torch.inference_mode():
         blocks = Blocks(model, layout, tokens[:1])
-    sizes = ranks.least(micro_batch(model.config, model.device, *tokens.shape))
+    sizes = ranks.least(micro_batch(model.config, model.device, *tokens.shape, micro_batch_tokens))
     sweep = SharedSweep(ranks, blocks, tokens, DIVERGENCES[divergence], Workers(model.device), sizes, lost)
+    known = {parse(name): totals for removal in earlier for name, totals in removal.by_window.items()}
 
     for step in range(len(gone) + 1, n_removals + 1):
         choice = [c for c in open_candidates(pool, gone, kept, exclusion) if _leaves_an_attention(c, gone, n_blocks)]
         if not choice:
             raise ValueError(f"nothing may be removed after {step - 1} removals: the rest is protected or excluded")
-        race = Race(choice, len(deciding), sweep.n_segments, abandon)
+        race = Race(choice, len(deciding), sweep.n_segments, mode, known, error_probability)
         n_passes = 0
         for part in race.parts():
             race.record(sweep.totals(part))
             n_passes += sum(sweep.passes(c) for row in part.values() for c in row)
             progress()
-        outcome = race.outcome()
-        best = min(outcome.values, key=lambda c: (outcome.values[c], c), default=None)
-        if best is None or outcome.values[best] == float("inf"):
-            raise ValueError(f"no candidate's output is finite after {step - 1} removals; try float32")
-        n_sublayers = sum(map(len, (unit.kinds for unit in blocks.units))) - len(sweep.removed)
+        best = _least(race.outcome().values, step)
+        n_sublayers = len(sweep.sublayers)
         sweep.remove(best.sublayers)
         gone.append(best)
-        yield Removal(
-            step=step,
-            sublayer=str(best),
-            divergence=outcome.values[best] / calibration.numel(),
+        known |= race.now_known()
+        yield _removal(
+            step,
+            best,
+            race,
+            calibration.numel(),
             held_out_divergence=sum(sweep.divergences(unseen)) / held_out.numel(),
-            values={str(c): value / calibration.numel() for c, value in outcome.values.items()},
-            abandoned={str(c): value / calibration.numel() for c, value in outcome.abandoned.items()},
-            evaluations=len(choice),
+            head_tokens=race.segments * SEGMENT_TOKENS,
             sublayer_passes=n_passes,
             brute_force_sublayer_passes=len(calibration) * sum(n_sublayers - len(c.sublayers) for c in choice),
         )
+
+
+def _least(values: Mapping[Candidate, float], step: int) -> Candidate:
+    best = min(values, key=lambda c: (values[c], c), default=None)
+    if best is None or values[best] == math.inf:
+        raise ValueError(f"no candidate's output is finite after {step - 1} removals; try float32")
+    return best
+
+
+def _removal(step: int, best: Candidate, race: Race, n_tokens: int, **counted: Any) -> Removal:
+    outcome = race.outcome()
+
+    def means(totals: Mapping[Candidate, float]) -> dict[str, float]:
+        return {str(c): total / n_tokens for c, total in totals.items()}
+
+    judged = means(outcome.stale | outcome.dropped)
+    divergence = outcome.values[best] / n_tokens
+    return Removal(
+        step=step,
+        sublayer=str(best),
+        divergence=divergence,
+        mode=race.mode,
+        values=means(outcome.values),
+        abandoned=means(outcome.abandoned),
+        stale=means(outcome.stale),
+        dropped=means(outcome.dropped),
+        margin=min(judged.values()) - divergence if judged else None,
+        largest_fall=outcome.largest_fall / n_tokens,
+        error_probability=race.error_probability if outcome.dropped else 0.0,
+        by_window={str(c): totals for c, totals in race.now_known().items() if race.done[c]},
+        evaluations=race.evaluations,
+        **counted,
+    )
 
 
 def _leaves_an_attention(candidate: Candidate, gone: Iterable[Candidate], n_blocks: int) -> bool:

@@ -106,6 +106,14 @@ class Search(Section):
     """Sublayers and blocks that must stay: 0.block, 12.attention."""
     exclude: Annotated[float, Field(ge=0, lt=1)] | None
     """The authors' rule that keeps the front blocks out of reach at first (they use 0.4); null switches it off."""
+    mode: Literal["exact", "lazy", "racing"]
+    """What candidates are given up for before they are evaluated to the end. exact: for a divergence that is already
+    above another's; the removals are those of brute force. lazy: also for their divergence in earlier steps. racing:
+    also when a t-test on part of the calibration set says that they are behind."""
+    error_probability: Share
+    """Racing: the chance, at most, that the test drops the right candidate, in each step."""
+    micro_batch_tokens: PositiveInt | Literal["auto"]
+    """Tokens that go through a sublayer at once; auto: what fits the caches of a CPU, the free memory of a GPU."""
     removals: PositiveInt | Share
     """How far the search goes: candidates removed, as a number or as a share. Budgets up to here need no new search."""
     dtype: Dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from finercut.trajectory import Trajectory
 
 _KEPT, _REMOVED = "#d7dee6", "#c8452f"
 _CALIBRATION, _HELD_OUT = "#2f6db5", "#e08a1e"
+_METHODS = ("#7a7f87", "#2b2b2b", "#2f6db5", "#e08a1e", "#c8452f")
 
 
 def removal_map(trajectory: Trajectory, path: Path, title: str) -> None:
@@ -56,6 +58,22 @@ def divergence_curves(trajectory: Trajectory, path: Path) -> None:
     axes.tick_params(axis="x", labelrotation=90, labelsize=7)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def cost_curves(growth: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], path: Path) -> None:
+    """Seconds of CPU that a search takes as one dimension of the model grows: a panel each, a line a method."""
+    figure = Figure(figsize=(3.1 * len(growth), 3.6), layout="constrained")
+    for axes, (name, methods) in zip(figure.subplots(1, len(growth), sharey=True), growth.items(), strict=True):
+        for (method, points), marker, colour in zip(methods.items(), "osv^D", _METHODS, strict=False):
+            axes.plot(*zip(*points, strict=True), marker=marker, ms=4, color=colour, label=method)
+        axes.set(xlabel=name.replace("n_", "").replace("_", " "), xscale="log", yscale="log")
+        axes.set_xticks(sorted({size for points in methods.values() for size, _ in points}))
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("CPU seconds a search")
+    figure.axes[0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 

@@ -22,45 +22,53 @@ Totals = Mapping[int, Mapping[Candidate, Segments]]
 """What a part, or the share of it that one process has computed, came to."""
 
 
+Known = Mapping[Candidate, Sequence[float]]
+"""What candidates came to on each window when they were last evaluated there; 0 where they never were."""
+
+MODES = ("exact", "lazy", "racing", "brute")
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What the candidates of one step came to, in divergence summed over the windows."""
+    """What the candidates of one step came to, in divergence summed over the windows. Each is in one of the four."""
 
     values: dict[Candidate, float]
     """Those evaluated on every window."""
     abandoned: dict[Candidate, float]
-    """Those given up on the way, with what they had come to: they are at least that."""
-    not_evaluated: dict[Candidate, float]
-    """Those never begun, with the bound that kept them out."""
+    """Those given up because of what they had come to. It is the least they can be."""
+    stale: dict[Candidate, float]
+    """Those given up, or never begun, because of what they had come to in earlier steps: the bound that decided."""
     dropped: dict[Candidate, float]
-    """Those of the abandoned that the test gave up, with how far it estimated them to be behind."""
+    """Those given up by the test, with the estimate of their value."""
+    largest_fall: float
+    """The most by which a value of an earlier step turned out to be above the one of this step."""
 
 
 @dataclass
 class Race:
-    """One step's candidates on their way through the windows.
+    """One step's candidates on their way through the windows. What makes a candidate be given up, by mode:
 
-    A candidate is given up as soon as what it has come to is more than another's whole value. That is exact:
-    divergences are sums of terms that are never negative. The least value, and every value equal to it, is found.
-    Two things that are not exact can be added.
+    - brute: nothing.
+    - exact: what it has come to is more than another's whole value. Divergences are sums of terms that are never
+      negative, so the least value, and every value equal to it, is found.
+    - lazy: also, what it came to in earlier steps on the windows it has not seen in this one. Divergence mostly grows
+      as more is removed, so that is nearly a lower bound.
+    - racing: also, a paired t-test says that it is `behind`.
     """
 
     candidates: Sequence[Candidate]
     n_windows: int
     n_segments: int
     """In a window."""
-    abandon: bool = True
-    first: Candidate | None = None
-    """Evaluated before the others: a bound for them, and the lower the better."""
-    earlier: Mapping[Candidate, Sequence[float]] = field(default_factory=dict)
-    """Lazy: what candidates came to on each window in earlier steps, 0 where that is not known. Taken for lower bounds
-    of what they would come to now, since divergence mostly grows as more is removed."""
-    error_probability: float | None = None
-    """Racing: a candidate is also given up when a paired t-test says that it is `behind`."""
+    mode: str = "exact"
+    known: Known = field(default_factory=dict)
+    """From earlier steps."""
+    error_probability: float = 0.0
+    """Racing: the chance, at most, that the test drops the candidate which is the least, in this step."""
 
     def __post_init__(self) -> None:
         self.done: dict[Candidate, dict[int, Segments]] = {c: {} for c in sorted(self.candidates)}
-        self.dropped: dict[Candidate, float] = {}
+        self.dropped: set[Candidate] = set()
         self.best = math.inf
         self.leader: Candidate | None = None
 
@@ -70,11 +78,11 @@ class Race:
         First the one that is likely to be the least, to the end. Then all that are under way, on 1, 1, 2, 4, ...
         windows: most are given up early, the rest go through together.
         """
-        if not self.abandon:
+        if self.mode == "brute":
             yield self._part(list(self.done), self.n_windows)
             return
-        if self.first is not None:
-            yield self._part([self.first], self.n_windows)
+        if first := self._likely_least():
+            yield self._part([first], self.n_windows)
         n_windows = 1
         for number in range(n_parts(self.n_windows)):
             if alive := self._alive():
@@ -90,37 +98,64 @@ class Race:
         for candidate in sorted({c for row in totals.values() for c in row}):
             if self._complete(candidate) and self._sum(candidate) < self.best:
                 self.best, self.leader = self._sum(candidate), candidate
-        if self.error_probability is not None:
-            self._drop_those_behind(self.error_probability)
+        if self.mode == "racing" and self.leader is not None:
+            self.dropped.update(c for c in self._alive() if self._behind(c))
 
     def outcome(self) -> Outcome:
-        begun = {c: self._sum(c) for c, done in self.done.items() if done}
+        values = {c: self._sum(c) for c in self.done if self._complete(c)}
+        given_up = {c: self._sum(c) for c in self.done if c not in values}
+        abandoned = {c: total for c, total in given_up.items() if total > self.best}
         return Outcome(
-            values={c: total for c, total in begun.items() if self._complete(c)},
-            abandoned={c: total for c, total in begun.items() if not self._complete(c)},
-            not_evaluated={c: self._bound(c) for c in self.done if c not in begun},
-            dropped=dict(self.dropped),
+            values=values,
+            abandoned=abandoned,
+            stale={c: self._bound(c) for c in given_up if c not in abandoned and c not in self.dropped},
+            dropped={c: self._estimate(c) for c in given_up if c not in abandoned and c in self.dropped},
+            largest_fall=max((self._fall(c) for c in values), default=0.0),
         )
 
-    def by_window(self, candidate: Candidate) -> list[float]:
-        """What a candidate has come to on each window, now or else earlier: `earlier` for the next step.
+    def now_known(self) -> dict[Candidate, list[float]]:
+        """`known` for the next step. Of a window that was not evaluated to its end, the larger: both are bounds."""
+        now: dict[Candidate, list[float]] = {}
+        for candidate, done in self.done.items():
+            now[candidate] = list(self._known(candidate))
+            for window, segments in done.items():
+                total = math.fsum(segments)
+                whole = len(segments) == self.n_segments
+                now[candidate][window] = total if whole else max(total, now[candidate][window])
+        return now
 
-        A window it was given up in counts with the more of the two: both are bounds.
-        """
-        before = self.earlier.get(candidate, [0.0] * self.n_windows)
-        now = {w: math.fsum(segments) for w, segments in self.done[candidate].items()}
-        whole = {w for w, segments in self.done[candidate].items() if len(segments) == self.n_segments}
-        return [now[w] if w in whole else max(now.get(w, 0.0), before[w]) for w in range(self.n_windows)]
+    @property
+    def evaluations(self) -> int:
+        """Candidates begun."""
+        return sum(1 for done in self.done.values() if done)
+
+    @property
+    def segments(self) -> int:
+        """Evaluated, over all candidates and windows."""
+        return sum(len(segments) for done in self.done.values() for segments in done.values())
+
+    def _known(self, candidate: Candidate) -> Sequence[float]:
+        return self.known.get(candidate, (0.0,) * self.n_windows)
+
+    def _earlier(self, candidate: Candidate) -> Sequence[float]:
+        """What counts as a lower bound on each window."""
+        return self._known(candidate) if self.mode in ("lazy", "racing") else (0.0,) * self.n_windows
+
+    def _likely_least(self) -> Candidate | None:
+        """The one that was least when last evaluated: its value will be a low bound for the others."""
+        means = {
+            c: math.fsum(self._known(c)) / n for c in self.done if (n := sum(total > 0 for total in self._known(c)))
+        }
+        return min(means, key=lambda c: (means[c], c), default=None)
 
     def _part(self, candidates: Sequence[Candidate], n_windows: int) -> Part:
-        """The next `n_windows` of each candidate: those it has never seen first, they tell most."""
+        """The next windows of each candidate. Lazy: those it has never seen first, they tell most."""
         part: dict[int, dict[Candidate, float]] = {}
         for candidate in candidates:
-            before = self.earlier.get(candidate, [0.0] * self.n_windows)
+            earlier, room = self._earlier(candidate), self._room(candidate)
             left = [w for w in range(self.n_windows) if w not in self.done[candidate]]
-            room = self._room(candidate)
-            for window in sorted(left, key=lambda w: (before[w] > 0, w))[:n_windows]:
-                part.setdefault(window, {})[candidate] = room + before[window]
+            for window in sorted(left, key=lambda w: earlier[w] > 0)[:n_windows]:
+                part.setdefault(window, {})[candidate] = room + earlier[window]
         return part
 
     def _alive(self) -> list[Candidate]:
@@ -146,9 +181,10 @@ class Race:
         return self._sum(candidate) - leaders
 
     def _room(self, candidate: Candidate) -> float:
-        if not self.abandon or self.best == math.inf:
+        """How much more than its bound a candidate may come to."""
+        if self.mode == "brute" or self.best == math.inf:
             return math.inf
-        # A little more than there is: rounding must not stop a candidate that would come to exactly as much.
+        # A little more than that: rounding must not stop a candidate that would come to exactly as much.
         return self.best * (1 + 1e-12) - self._bound(candidate)
 
     def _sum(self, candidate: Candidate, windows: Iterable[int] | None = None) -> float:
@@ -157,9 +193,9 @@ class Race:
         return math.fsum(x for w in (done if windows is None else windows) for x in done[w])
 
     def _bound(self, candidate: Candidate) -> float:
-        """What is known of a candidate's whole value: windows seen as they are, the others as they were earlier."""
+        """What a candidate has come to, with what it came to earlier on the windows it has not seen."""
         done = self.done[candidate]
-        unseen = (x for w, x in enumerate(self.earlier.get(candidate, ())) if w not in done)
+        unseen = (total for window, total in enumerate(self._earlier(candidate)) if window not in done)
         return math.fsum((*(x for segments in done.values() for x in segments), *unseen))
 
     def _complete(self, candidate: Candidate) -> bool:
@@ -169,21 +205,28 @@ class Race:
         """Whether every window a candidate has seen was evaluated to its end."""
         return all(len(segments) == self.n_segments for segments in self.done[candidate].values())
 
-    def _drop_those_behind(self, error_probability: float) -> None:
-        if self.leader is None:
-            return
-        n_all = self.n_windows * self.n_segments
-        # Each of the candidates might lead when one is tested, after each of the parts.
+    def _fall(self, candidate: Candidate) -> float:
+        known = self._known(candidate)
+        return math.fsum(known) - self._sum(candidate, [w for w, total in enumerate(known) if total])
+
+    def _differences(self, candidate: Candidate) -> list[float]:
+        """From the leader, on each segment seen."""
+        leaders = self.done[self.leader]
+        return [
+            ours - theirs
+            for window, segments in self.done[candidate].items()
+            for ours, theirs in zip(segments, leaders[window], strict=True)
+        ]
+
+    def _behind(self, candidate: Candidate) -> bool:
+        # The chance is shared out over all tests that could hit one candidate: any other might lead, in every part.
         n_tests = len(self.done) * (2 * n_parts(self.n_windows) + 1)
-        for candidate in self._alive():
-            theirs = self.done[self.leader]
-            differences = [
-                ours - leaders
-                for window, segments in self.done[candidate].items()
-                for ours, leaders in zip(segments, theirs[window], strict=True)
-            ]
-            if behind(differences, n_all, error_probability / n_tests):
-                self.dropped[candidate] = math.fsum(differences) / len(differences) * n_all
+        n_all = self.n_windows * self.n_segments
+        return behind(self._differences(candidate), n_all, self.error_probability / n_tests)
+
+    def _estimate(self, candidate: Candidate) -> float:
+        differences = self._differences(candidate)
+        return self.best + math.fsum(differences) / len(differences) * self.n_windows * self.n_segments
 
 
 def n_parts(n_windows: int) -> int:

@@ -77,6 +77,15 @@ class Shares(Report):
 
 
 class SearchReport(Report):
+    mode: str
+    """exact, lazy or racing."""
+    least_margin: float | None
+    """Lazy and racing: the least by which a candidate that was not evaluated to the end, nor shown to be worse, was
+    taken to be worse than the one removed; nats per token. null where every removal is exact."""
+    largest_fall: float
+    """The most by which a candidate's divergence fell from one step to a later one: lazy takes it never to."""
+    error_probability: float
+    """Racing: the chance, at most, that some test dropped the right candidate; summed over the steps."""
     divergence: str
     """js, kl, ..."""
     n_candidates: int
@@ -88,7 +97,7 @@ class SearchReport(Report):
     curves_part: bool
     """Held-out divergence is more than 1.5 times the calibration's: the search fits its calibration set."""
     evaluations: int
-    """Candidates evaluated, to the end or until abandoned, over all steps."""
+    """Candidates evaluated, to the end or until given up, over all steps."""
     sublayer_passes: int
     """(sublayer, calibration window) forwards done."""
     brute_force_sublayer_passes: int

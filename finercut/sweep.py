@@ -48,11 +48,19 @@ CPU_MICRO_BATCH = MicroBatch(tokens=1024, logits=2**21, divergence_logits=2**18)
 GPU_TOKENS = 2**15
 
 
-def micro_batch(config: PreTrainedConfig, device: torch.device, n_windows: int, n_tokens: int) -> MicroBatch:
-    """What fits: on a GPU, from the memory that will be left beside the trunk, the branches and the references."""
+def micro_batch(
+    config: PreTrainedConfig, device: torch.device, n_windows: int, n_tokens: int, wanted: int | None = None
+) -> MicroBatch:
+    """What fits: on a GPU, from the memory that will be left beside the trunk, the branches and the references.
+
+    Args:
+        wanted: tokens, instead.
+    """
+    text = config.get_text_config()
+    if wanted is not None:
+        return MicroBatch(wanted, wanted * text.vocab_size, wanted * text.vocab_size)
     if device.type != "cuda":
         return CPU_MICRO_BATCH
-    text = config.get_text_config()
     free, _ = torch.cuda.mem_get_info(device)
     element_bytes = torch.empty(0, dtype=config.dtype).element_size()
     # The trunk has a state for every sublayer and window, so have the branches.
@@ -107,6 +115,11 @@ class Sweep:
         new = frozenset(sublayers)
         self.removed |= new
         self._run_trunk(min(self._start[s] for s in new))
+
+    @property
+    def sublayers(self) -> frozenset[Sublayer]:
+        """Those that are left."""
+        return self._start.keys() - self.removed
 
     def passes(self, candidate: Candidate) -> int:
         """Sublayers a branch without `candidate` goes through on one window."""

@@ -39,6 +39,9 @@ class Provenance(Line):
     """Its kind: cpu, cuda."""
     torch_version: str
     transformers_version: str
+    mode: str
+    error_probability: float | None
+    """Of racing."""
     code_sha256: str
     """Of the modules that search."""
 
@@ -59,11 +62,30 @@ class Removal(Line):
     """Of the model after this removal, on the calibration tokens."""
     held_out_divergence: float
     """The same on the held-out tokens."""
+    mode: str
+    """exact, lazy or racing: what candidates are given up for before they are evaluated to the end."""
     values: dict[str, float]
     """Divergence of every candidate evaluated to the end."""
     abandoned: dict[str, float]
     """Candidates given up once they could not be the least, with what they had come to by then."""
+    stale: dict[str, float]
+    """Lazy and racing: candidates given up for what they had come to in earlier steps, with that bound."""
+    dropped: dict[str, float]
+    """Racing: candidates given up by the test, with the estimate of their divergence."""
+    margin: float | None
+    """How far above `divergence` the least of `stale` and `dropped` is; null where the removal is exact."""
+    largest_fall: float
+    """The most by which a candidate's value of an earlier step was above that of this step: what is in `stale` may be
+    that much too high."""
+    error_probability: float
+    """Racing: of the test having dropped the least candidate in this step; 0 where it dropped none."""
+    by_window: dict[str, list[float]]
+    """What each candidate evaluated in this step has come to on each calibration window, now or earlier, summed over
+    tokens; 0 where it was never evaluated. The next step starts from it."""
     evaluations: int
+    """Candidates evaluated, to the end or not."""
+    head_tokens: int
+    """Tokens whose logits were computed, over all candidates."""
     sublayer_passes: int
     """(sublayer, calibration window) forwards of this step."""
     brute_force_sublayer_passes: int

@@ -103,6 +103,8 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
         device=device.type,
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,
+        mode=settings.mode,
+        error_probability=settings.error_probability if settings.mode == "racing" else None,
         code_sha256=_code_sha256(),
     )
     in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
@@ -117,7 +119,8 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
     started = time.monotonic()
     if resumed_after < n_removals:
         model = _load(settings, device)
-        with tqdm(desc="search", unit="part", disable=None if ranks.first else True) as bar:
+        unseen = None if ranks.first else True
+        with tqdm(desc="search", unit="removal", initial=resumed_after, total=n_removals, disable=unseen) as bar:
             for removal in greedy.search(
                 model,
                 tokens.calibration,
@@ -127,13 +130,21 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
                 kinds=settings.candidates,
                 protect=settings.protect,
                 exclude=settings.exclude,
+                mode=settings.mode,
+                error_probability=settings.error_probability,
+                micro_batch_tokens=None if settings.micro_batch_tokens == "auto" else settings.micro_batch_tokens,
                 earlier=found.removals,
                 ranks=ranks,
-                progress=bar.update,
+                progress=bar.refresh,
             ):
-                if ranks.first:
-                    trajectory.append(in_progress, removal)
-                    _tell(removal, n_removals, time.monotonic() - started, resumed_after)
+                if not ranks.first:
+                    continue
+                trajectory.append(in_progress, removal)
+                bar.set_postfix(
+                    divergence=f"{removal.divergence:.4f}", saved=f"{work_saved(removal):.0%}", refresh=False
+                )
+                bar.update()
+                _tell(removal, n_removals, time.monotonic() - started, resumed_after)
     if not ranks.first:
         return None
     finished = trajectory.read_trajectory(in_progress).first(n_removals)
@@ -178,24 +189,34 @@ def _code_sha256() -> str:
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
+def work_saved(removal: trajectory.Removal) -> float:
+    """Share of brute force's sublayer passes that a step did without."""
+    return 1 - removal.sublayer_passes / removal.brute_force_sublayer_passes
+
+
 def _tell(removal: trajectory.Removal, n_removals: int, seconds: float, resumed_after: int) -> None:
-    saved = 1 - removal.sublayer_passes / removal.brute_force_sublayer_passes
+    n_open = sum(map(len, (removal.values, removal.abandoned, removal.stale, removal.dropped)))
     eta_s = seconds / (removal.step - resumed_after) * (n_removals - removal.step)
     logger.info(
-        "search: %d/%d removed %s, divergence %.4f, held-out %.4f, %.0f %% of brute force saved, about %.0f s left",
+        "search: %d/%d removed %s, divergence %.4f, held-out %.4f, %d of %d candidates evaluated, %.0f %% of brute "
+        "force saved, about %.0f s left",
         removal.step,
         n_removals,
         removal.sublayer,
         removal.divergence,
         removal.held_out_divergence,
-        100 * saved,
+        removal.evaluations,
+        n_open,
+        100 * work_saved(removal),
         eta_s,
     )
     tracking.log_metrics(
         {
             "search.divergence": removal.divergence,
             "search.held_out_divergence": removal.held_out_divergence,
-            "search.work_saved": saved,
+            "search.evaluations": removal.evaluations,
+            "search.work_saved": work_saved(removal),
+            "search.eta_s": eta_s,
         },
         step=removal.step,
     )
@@ -212,7 +233,12 @@ def _report(
     finished: Trajectory, settings: SearchParams, n_candidates: int, resumed_after: int, seconds: float
 ) -> SearchReport:
     last = finished.removals[-1]
+    margins = [r.margin for r in finished.removals if r.margin is not None]
     return SearchReport(
+        mode=settings.mode,
+        least_margin=min(margins, default=None),
+        largest_fall=max(r.largest_fall for r in finished.removals),
+        error_probability=sum(r.error_probability for r in finished.removals),
         divergence=settings.divergence,
         n_candidates=n_candidates,
         n_removals=len(finished.removals),

@@ -54,6 +54,10 @@ def calibrate() -> CalibrateReport:
 
 def search() -> SearchReport:
     return SearchReport(
+        mode="exact",
+        least_margin=None,
+        largest_fall=0.0,
+        error_probability=0.0,
         divergence="js",
         n_candidates=8,
         n_removals=2,

@@ -44,7 +44,7 @@ def brute_force(model, tokens, n_removals, divergence="js", kinds="both"):
 def test_removals_and_values_equal_brute_force(model, tokens, kinds):
     n_removals = {"both": 4, "blocks": 2}.get(kinds, 3)
     expected = brute_force(model, tokens, n_removals, kinds=kinds)
-    found = list(search(model, tokens, tokens, n_removals, kinds=kinds, abandon=False))
+    found = list(search(model, tokens, tokens, n_removals, kinds=kinds, mode="brute"))
     assert [r.sublayer for r in found] == [name for name, _ in expected]
     for removal, (_, values) in zip(found, expected, strict=True):
         assert removal.values == pytest.approx(values, rel=1e-4, abs=1e-6)
@@ -53,7 +53,7 @@ def test_removals_and_values_equal_brute_force(model, tokens, kinds):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_abandoning_changes_neither_removals_nor_divergences(model, tokens, divergence):
-    every = list(search(model, tokens, tokens, 5, divergence=divergence, abandon=False))
+    every = list(search(model, tokens, tokens, 5, divergence=divergence, mode="brute"))
     some = list(search(model, tokens, tokens, 5, divergence=divergence))
     assert [(r.sublayer, r.divergence) for r in some] == [(r.sublayer, r.divergence) for r in every]
     assert sum(r.sublayer_passes for r in some) < sum(r.sublayer_passes for r in every)
@@ -78,7 +78,7 @@ def test_continuing_gives_what_an_undisturbed_search_gives(model, tokens):
 
 def test_prefix_reuse_runs_a_candidate_from_its_own_depth_only(model, tokens):
     # One window: the candidate that is n sublayers from the end costs n - 1 passes, 0 + 1 + ... + 7 = 28 in all.
-    (first,) = search(model, tokens[:1], tokens[:1], 1, abandon=False)
+    (first,) = search(model, tokens[:1], tokens[:1], 1, mode="brute")
     assert first.sublayer_passes == 28
     assert first.brute_force_sublayer_passes == 8 * 7
 

@@ -25,6 +25,8 @@ def provenance(**changes) -> Provenance:
             "device": "cpu",
             "torch_version": "t",
             "transformers_version": "t",
+            "mode": "exact",
+            "error_probability": None,
             "code_sha256": "3" * 64,
         }
         | changes
@@ -39,8 +41,16 @@ def removal(step: int, sublayer: str, **changes) -> Removal:
             "divergence": 0.1 * step,
             "held_out_divergence": 0.1 * step,
             "values": {sublayer: 0.1 * step},
+            "mode": "exact",
             "abandoned": {},
+            "stale": {},
+            "dropped": {},
+            "margin": None,
+            "largest_fall": 0.0,
+            "error_probability": 0.0,
+            "by_window": {sublayer: [0.1 * step]},
             "evaluations": 1,
+            "head_tokens": 1,
             "sublayer_passes": 1,
             "brute_force_sublayer_passes": 2,
         }
