@@ -22,7 +22,7 @@ from finercut.sublayers import KINDS, Sublayer
 
 @dataclass(frozen=True)
 class Unit:
-    """What is run as one: a sublayer, or a whole block where its sublayers read the same stream."""
+    """What is run as one: a sublayer, or a whole block where it is not one sublayer after the other."""
 
     block: int
     kinds: tuple[str, ...]
@@ -45,7 +45,7 @@ class Blocks:
         self.blocks = list(model.get_submodule(layout.blocks))
         self._views: dict[tuple[int, frozenset[str]], nn.Module] = {}
         self._arguments = self._capture(tokens)
-        kinds = [(kind,) for kind in KINDS] if self._sequential(tokens) else [KINDS]
+        kinds = [(kind,) for kind in KINDS] if layout.sequential else [KINDS]
         self.units = [Unit(i, k) for i in range(len(self.blocks)) for k in kinds]
 
     def view(self, block: int, without: frozenset[str]) -> nn.Module:
@@ -66,18 +66,23 @@ class Blocks:
                 return states
             gone = frozenset(KINDS) - set(unit.kinds)
         args, kwargs = self._arguments[unit.block]
-        return self.view(unit.block, gone)(states, *args, **kwargs)
+        return _states(self.view(unit.block, gone)(states, *args, **kwargs))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) ids -> (batch, tokens, hidden): what the first block is given."""
-        catch = _Catch()
-        self._around(catch)(tokens, use_cache=False)
+        catch = _StandIn(self._in_tuple)
+        self._run(self._around(catch), tokens)
         return catch.states
 
     def logits(self, states: Tensor) -> Tensor:
         """(batch, tokens, hidden) after the last block -> (batch, tokens, vocab), all by the model's own code."""
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        return self._around(_Inject(states))(ids, use_cache=False).logits
+        return self._run(self._around(_StandIn(self._in_tuple, states)), ids).logits
+
+    def _run(self, model: nn.Module, tokens: Tensor) -> Any:
+        # Routers' logits are there for a loss only, and a model none of whose routers ran fails at it.
+        routers = {"output_router_logits": False} if hasattr(self.model.config, "output_router_logits") else {}
+        return model(tokens, use_cache=False, **routers)
 
     def _around(self, only: nn.Module) -> nn.Module:
         """The model with `only` in place of all of its blocks; shares its weights."""
@@ -94,24 +99,22 @@ class Blocks:
         """What the model passes each block besides the states: masks, position embeddings."""
         captured: list[tuple[tuple, dict[str, Any]]] = []
 
-        def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             captured.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            self._in_tuple = isinstance(output, tuple)
 
-        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self.blocks]
+        hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.blocks]
         try:
-            self.model(tokens, use_cache=False)
+            self._run(self.model, tokens)
         finally:
             for hook in hooks:
                 hook.remove()
         return captured
 
-    def _sequential(self, tokens: Tensor) -> bool:
-        """Whether a block is its attention followed by its MLP; otherwise the two read the same stream."""
-        states = self.embed(tokens)
-        args, kwargs = self._arguments[0]
-        attention, mlp = (self.view(0, frozenset({kind})) for kind in reversed(KINDS))
-        one_by_one = mlp(attention(states, *args, **kwargs), *args, **kwargs)
-        return torch.equal(one_by_one, self.blocks[0](states, *args, **kwargs))
+
+def _states(output: Any) -> Tensor:
+    """What a block hands on: with some families the first of several."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _shallow(module: nn.Module) -> nn.Module:
@@ -121,20 +124,15 @@ def _shallow(module: nn.Module) -> nn.Module:
     return copied
 
 
-class _Catch(nn.Module):
-    """Stands for all blocks and keeps what they are given."""
+class _StandIn(nn.Module):
+    """Stands for all blocks: keeps what they are given, and hands on `states` if there are any."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.states = hidden_states
-        return hidden_states
-
-
-class _Inject(nn.Module):
-    """Stands for all blocks and hands over what they would give."""
-
-    def __init__(self, states: Tensor) -> None:
+    def __init__(self, in_tuple: bool, states: Tensor | None = None) -> None:
         super().__init__()
+        self.in_tuple = in_tuple
         self.states = states
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.states is None:
+            self.states = hidden_states
+        return (self.states,) if self.in_tuple else self.states

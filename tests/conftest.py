@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import servers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -98,10 +99,36 @@ def mlflow_store(_mlflow_directory, monkeypatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def prefect_server():
-    """A Prefect server of its own for the tests; its address, for other processes."""
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
+def postgres():
+    """A PostgreSQL with the databases `mlflow` and `prefect`."""
+    with servers.postgres(("mlflow", "prefect")) as server:
+        yield server
 
-    with prefect_test_harness(server_startup_timeout=120):
-        yield PREFECT_API_URL.value()
+
+@pytest.fixture(scope="session")
+def s3_store(tmp_path_factory):
+    """An S3-compatible store with the buckets `dvc` and `mlflow`."""
+    with servers.s3(tmp_path_factory.mktemp("s3")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory, postgres, s3_store):
+    """The address of an MLflow server on PostgreSQL, with its artifacts in the S3 store."""
+    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow-server"), postgres.uri("mlflow"), s3_store) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory, postgres):
+    """The address of a Prefect server on PostgreSQL, which flows of this process run against."""
+    from prefect.context import refresh_global_settings_context
+
+    database = postgres.uri("prefect", driver="postgresql+asyncpg")
+    with (
+        servers.prefect_server(tmp_path_factory.mktemp("prefect-server"), database) as address,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("PREFECT_API_URL", address)
+        refresh_global_settings_context()  # Prefect read the environment when it was imported
+        yield address

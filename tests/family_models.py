@@ -1,0 +1,118 @@
+"""A tiny random model of every family, with each of its options on that changes what happens to the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+N_BLOCKS = 4
+WINDOW = 6
+"""Tokens a sliding window holds; prompts of the tests are longer."""
+
+_LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_OPT = {"ffn_dim": 96, "word_embed_proj_dim": 32, "tie_word_embeddings": True}
+
+# By name of the case: model type, and what differs from `_COMMON`.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
+    "mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 24, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, **_LAYER_TYPES, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"use_sliding_window": True, **_LAYER_TYPES, "attention_bias": True, "head_dim": 24}),
+    "gemma2": (
+        "gemma2",
+        {
+            **_LAYER_TYPES,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 24,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            **_LAYER_TYPES,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+            },
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "phi3": (
+        "phi3",
+        {"sliding_window": WINDOW, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gpt_neox": ("gpt_neox", {"use_parallel_residual": True, "attention_bias": True, "rotary_pct": 0.5}),
+    "gpt_neox sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": True, "rotary_pct": 0.5}),
+    "gpt2": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "tie_word_embeddings": True},
+    ),
+    "opt": ("opt", {**_OPT, "do_layer_norm_before": True}),
+    "opt post-norm": ("opt", {**_OPT, "do_layer_norm_before": False}),
+    "mixtral": (
+        "mixtral",
+        {"sliding_window": WINDOW, "num_local_experts": 4, **_EXPERTS},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "num_experts": 4,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            **_EXPERTS,
+        },
+    ),
+}
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": N_BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def random_model(model_type: str, **changes: Any) -> Any:
+    """A fresh random model of 4 blocks, norms and biases random too; the same one for the same arguments."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type](**_COMMON | changes)
+    generator = torch.Generator().manual_seed(0)
+    # Soft caps and GPT-2's reordered attention exist in this implementation only.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Large enough that every sublayer matters.
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.15)
+    return model
