@@ -34,6 +34,7 @@ test: setup ## Check style and run every test
 test-oldest: setup ## Test checkpoints and families with the lowest transformers that pyproject.toml admits
 	python -m pip install --quiet --upgrade --no-deps --target .venv/oldest "transformers==5.16.1" "huggingface-hub>=1.5,<2"
 	PYTHONPATH=.venv/oldest:$(CURDIR) pytest tests/test_families.py tests/test_probe.py tests/test_modeling.py -k "not vllm"
+
 trials: setup ## Kill every stage many times and show what came of it (half an hour)
 	python tests/kill_trials.py
 

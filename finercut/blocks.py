@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -121,6 +123,10 @@ def _shallow(module: nn.Module) -> nn.Module:
     """Another module with the same parameters and children, whose children can be replaced."""
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
+    if hasattr(module, "_hf_hook"):
+        # accelerate, which spreads a model over devices, puts a forward on the instance that is bound to it.
+        copied._old_forward = MethodType(module._old_forward.__func__, copied)
+        copied.forward = partial(module.forward.func, copied)
     return copied
 
 

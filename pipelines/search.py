@@ -119,13 +119,8 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
     started = time.monotonic()
     if resumed_after < n_removals:
         model = _load(settings, device)
-        with tqdm(
-            desc="search",
-            unit="removal",
-            initial=resumed_after,
-            total=n_removals,
-            disable=None if ranks.first else True,
-        ) as bar:
+        unseen = None if ranks.first else True
+        with tqdm(desc="search", unit="removal", initial=resumed_after, total=n_removals, disable=unseen) as bar:
             for removal in greedy.search(
                 model,
                 tokens.calibration,

@@ -107,7 +107,7 @@ def test_the_search_gives_the_divergences_of_masking(case, tokens, kinds):
     tokens = tokens[:2]
     whole = case.model(tokens).logits
     gone: set[Sublayer] = set()
-    for removal in search(case.model, tokens, tokens, n_removals=2, kinds=kinds, abandon=False):
+    for removal in search(case.model, tokens, tokens, n_removals=2, kinds=kinds, mode="brute"):
         expected = {
             str(c): _mean_js(case, whole, tokens, gone | set(c.sublayers))
             for c in candidates(N_BLOCKS, kinds)

@@ -140,7 +140,7 @@ def test_code_of_a_models_own_is_found_and_searched_but_not_written(own, tokens)
             with masked(own, candidate.sublayers):
                 pruned = own(tokens[:1]).logits.log_softmax(-1)
             expected[str(candidate)] = (whole.exp() * (whole - pruned)).sum(-1).mean().item()
-    (removal,) = search(own, tokens[:1], tokens[:1], n_removals=1, divergence="kl", abandon=False)
+    (removal,) = search(own, tokens[:1], tokens[:1], n_removals=1, divergence="kl", mode="brute")
     assert removal.values == pytest.approx(expected, rel=1e-3)
     with pytest.raises(ValueError, match="cannot write a pruned own model: its code is not transformers'"):
         pruned_config(own.config, layout, [Sublayer(0, "mlp")], {})
