@@ -29,16 +29,16 @@ demo: setup ## Compress the model of params.yaml and show what came out
 
 test: setup ## Check style and run every test
 	ruff check .
-	pytest
+	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 format: setup ## Put the code into the house format
 	ruff check --fix .
 	ruff format .
 
 lock: setup ## Resolve the requirements anew, for CPU and CUDA
-	uv pip compile pyproject.toml --extra pipeline --extra cpu --extra dev --python-version 3.11 --upgrade \
+	uv pip compile pyproject.toml --extra pipeline --extra servers --extra cpu --extra dev --python-version 3.11 --upgrade \
 		--no-emit-find-links --no-emit-index-url --no-annotate -o requirements/cpu.txt
-	uv pip compile pyproject.toml --extra pipeline --extra cuda --extra dev --python-version 3.11 --upgrade \
+	uv pip compile pyproject.toml --extra pipeline --extra servers --extra cuda --extra dev --python-version 3.11 --upgrade \
 		--no-emit-find-links --no-emit-index-url --no-annotate -o requirements/cuda.txt
 
 ui: setup ## Browse the recorded runs at http://127.0.0.1:5000

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from finercut import modeling_finercut
-from finercut.families import Layout, base_architecture, layout_of
+from finercut.families import LAYOUT_KEY, Layout, base_architecture, check_supported, is_declared, layout_of
 from finercut.reports import Shares
 from finercut.sublayers import KINDS, Sublayer
 
@@ -55,19 +55,24 @@ def load_whole(
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: its family is not known, or its weights do not fit its config.
+        ValueError: it cannot be pruned, or its weights do not fit its config.
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: run `finercut fetch` first")
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    layout_of(config)
+    check_supported(AutoConfig.from_pretrained(directory, local_files_only=True))
     model, info = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, local_files_only=True, output_loading_info=True
     )
     wrong = info["missing_keys"] or info["mismatched_keys"]
     if wrong:
         raise ValueError(f"the weights in {directory} do not fit its config: {sorted(map(str, wrong))[:3]}")
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    if not is_declared(model.config):
+        # Imported for those alone; it masks sublayers itself.
+        from finercut.probe import find_layout
+
+        setattr(model.config, LAYOUT_KEY, find_layout(model).to_dict())
+    return model
 
 
 def load_pruned(
@@ -93,12 +98,17 @@ def removed_sublayers(config: PreTrainedConfig) -> list[Sublayer]:
 
 
 @contextmanager
-def masked(model: PreTrainedModel, removed: Iterable[Sublayer]) -> Iterator[PreTrainedModel]:
+def masked(
+    model: PreTrainedModel, removed: Iterable[Sublayer], layout: Layout | None = None
+) -> Iterator[PreTrainedModel]:
     """Run the whole `model` with the outputs of some sublayers replaced by zeros, as the authors do.
 
     Nothing is taken out and the KV cache is filled as ever, so this is what a pruned model is checked against.
+
+    Args:
+        layout: the model's family's where none is given.
     """
-    layout = layout_of(model.config)
+    layout = layout or layout_of(model.config)
     blocks = model.get_submodule(layout.blocks)
     hooks = []
     for sublayer in removed:
@@ -198,7 +208,7 @@ def pruned_config(
     architecture = modeling_finercut.PREFIX + base_architecture(config.model_type)
     config_class = getattr(modeling_finercut, architecture).config_class
     settings = config.to_dict()
-    for name in ("model_type", "transformers_version"):
+    for name in ("model_type", "transformers_version", LAYOUT_KEY):
         settings.pop(name, None)
     settings["architectures"] = [architecture]
     settings["auto_map"] = {

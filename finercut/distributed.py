@@ -12,9 +12,9 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from finercut.blocks import Blocks
-from finercut.race import Total
-from finercut.sublayers import Candidate
-from finercut.sweep import Sweep
+from finercut.race import Part, Totals
+from finercut.sweep import MicroBatch, Sweep
 
 Value = TypeVar("Value")
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -63,6 +62,11 @@ class Ranks:
                 "run it again to continue"
             ) from error
         return values
+
+    def least(self, sizes: MicroBatch) -> MicroBatch:
+        """What fits everywhere: results depend on it in the last bits, so all take the same."""
+        everyone = [astuple(each) for each in self.gather(sizes)]
+        return MicroBatch(*map(min, zip(*everyone, strict=True)))
 
 
 ALONE = Ranks()
@@ -111,11 +115,16 @@ def start(n_processes: int, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = min(error.failures.items(), key=lambda failed: _consequence(failed[1].exitcode))
         how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed ({failure.exitcode})"
         raise RuntimeError(
             f"process {rank} of {n_processes} {how}; what was found is kept: run it again to continue"
         ) from error
+
+
+def _consequence(exitcode: int) -> tuple[bool, int]:
+    """Sorts the process that was the reason first: the others lost it, or the launcher ended them."""
+    return exitcode == -signal.SIGTERM, exitcode
 
 
 class SharedSweep(Sweep):
@@ -127,27 +136,20 @@ class SharedSweep(Sweep):
         self.ranks = ranks
 
     def divergences(self, windows: Sequence[int]) -> list[float]:
-        mine = self._mine(windows)
-        return self._in_order(windows, super().divergences([self._here(windows[at]) for at in mine]))
+        mine = [window for window in windows if self._is_mine(window)]
+        found = super().divergences([window // self.ranks.size for window in mine])
+        everyone = _merged(self.ranks.gather(dict(zip(mine, found, strict=True))))
+        return [everyone[window] for window in windows]
 
-    def totals(
-        self, candidates: Sequence[Candidate], windows: Sequence[int], limits: Sequence[Sequence[float]]
-    ) -> list[list[Total]]:
-        by_window: list[tuple[Total, ...]] = []
-        if mine := self._mine(windows):
-            own_limits = [[row[at] for at in mine] for row in limits]
-            totals = super().totals(candidates, [self._here(windows[at]) for at in mine], own_limits)
-            by_window = list(zip(*totals, strict=True))
-        return [list(row) for row in zip(*self._in_order(windows, by_window), strict=True)]
+    def totals(self, part: Part) -> Totals:
+        mine = [window for window in part if self._is_mine(window)]
+        found = super().totals({window // self.ranks.size: part[window] for window in mine}) if mine else {}
+        everyone = _merged(self.ranks.gather(dict(zip(mine, found.values(), strict=True))))
+        return {window: everyone[window] for window in part}
 
-    def _mine(self, windows: Sequence[int]) -> list[int]:
-        """Where in `windows` this process's ones are."""
-        return [at for at, window in enumerate(windows) if window % self.ranks.size == self.ranks.rank]
+    def _is_mine(self, window: int) -> bool:
+        return window % self.ranks.size == self.ranks.rank
 
-    def _here(self, window: int) -> int:
-        return window // self.ranks.size
 
-    def _in_order(self, windows: Sequence[int], mine: Sequence[Value]) -> list[Value]:
-        """Every process's values of its own windows -> those of all `windows`."""
-        by_rank = [iter(values) for values in self.ranks.gather(list(mine))]
-        return [next(by_rank[window % self.ranks.size]) for window in windows]
+def _merged(shares: Iterable[dict[int, Value]]) -> dict[int, Value]:
+    return {window: value for share in shares for window, value in share.items()}

@@ -6,9 +6,10 @@ its sake alone (norms). Members are named as attributes of the block.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -19,6 +20,8 @@ class Branch:
     core: str
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    n_outputs: int | None = None
+    """Of the core, the first being what it adds. None: 2 of an attention (its weights are the other), 1 of an MLP."""
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -42,6 +45,29 @@ class Layout:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Layout:
+        """
+        Raises:
+            ValueError: it is not what `to_dict` writes.
+        """
+        try:
+            branches = {kind: Branch(**values[kind]) for kind in ("attention", "mlp")}
+            branches = {k: replace(b, before=tuple(b.before), after=tuple(b.after)) for k, b in branches.items()}
+            return cls(**values | branches)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{LAYOUT_KEY} in config.json is not a layout: {error}. Write it as {EXAMPLE}") from error
+
+
+LAYOUT_KEY = "finercut_layout"
+"""Of a whole model's config.json: where an undeclared family keeps its sublayers, found or written by hand."""
+EXAMPLE = json.dumps(
+    {
+        "blocks": "model.layers",
+        "attention": {"core": "self_attn", "before": ["input_layernorm"]},
+        "mlp": {"core": "mlp", "before": ["post_attention_layernorm"]},
+    }
+)
 
 PRE_NORM = Layout(
     blocks="model.layers",
@@ -103,12 +129,58 @@ def layout_of(config: Any) -> Layout:
     """The layout of the whole model that `config` describes.
 
     Raises:
-        ValueError: a family that is not declared here.
+        ValueError: it cannot be pruned, and why; or its family is not declared.
     """
+    check_supported(config)
+    if found := getattr(config, LAYOUT_KEY, None):
+        return Layout.from_dict(found)
     if config.model_type not in FAMILIES:
-        raise ValueError(f"cannot prune a {config.model_type} model; known families: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"cannot prune a {config.model_type} model whose sublayers nobody looked for: `finercut fetch` does; "
+            f"known families: {', '.join(sorted(FAMILIES))}"
+        )
     family = FAMILIES[config.model_type]
     return family if isinstance(family, Layout) else family(config)
+
+
+def is_declared(config: Any) -> bool:
+    return hasattr(config, LAYOUT_KEY) or config.model_type in FAMILIES
+
+
+# Kinds of blocks whose state is not keys and values of past tokens.
+_RECURRENT = ("mamba", "linear_attention", "conv", "recurrent", "hybrid", "hybrid_sliding", "moe_mamba")
+
+
+def check_supported(config: Any) -> None:
+    """
+    Raises:
+        ValueError: a model of that kind cannot be pruned; says why, and what to do where there is something.
+    """
+    kind = f"cannot prune a {config.model_type} model"
+    if config.model_type.startswith("finercut_"):
+        raise ValueError(f"{kind}: it is pruned already; take the whole model")
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise ValueError(
+            f"{kind} that is quantised ({getattr(method, 'value', method)}): take the model it was made from, and "
+            "quantise after pruning"
+        )
+    if config.is_encoder_decoder:
+        raise ValueError(f"{kind}: it is an encoder and a decoder, and only decoders are searched")
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"{kind}: it is a language model ({config.get_text_config().model_type}) with other inputs around it; "
+            "save the language model by itself first (docs/families.md) and take that"
+        )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(
+            f"{kind}: its last {config.num_kv_shared_layers} attentions read the keys and values of earlier ones, "
+            "which could not be removed on their own"
+        )
+    if recurrent := sorted(set(getattr(config, "layer_types", None) or ()).intersection(_RECURRENT)):
+        raise ValueError(f"{kind}: some of its blocks keep a recurrent state ({', '.join(recurrent)})")
+    if config.is_heterogeneous:
+        raise ValueError(f"{kind} with a per_layer_config of its own: transformers does not act on it yet")
 
 
 def base_architecture(model_type: str) -> str:
@@ -119,29 +191,34 @@ def base_architecture(model_type: str) -> str:
 
 
 def register_configs() -> None:
-    """Make transformers' `AutoConfig` know the pruned families. May be called again.
+    """Make transformers' `AutoConfig` know the pruned models of every type it has. May be called again.
 
     Names only, as transformers keeps its own: the classes cannot be made while transformers is still being imported.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
     from finercut import modeling_finercut
 
-    for model_type in FAMILIES:
-        CONFIG_MAPPING_NAMES[f"finercut_{model_type}"] = modeling_finercut.PREFIX + CONFIG_MAPPING_NAMES[model_type]
+    for model_type, config_class in list(CONFIG_MAPPING_NAMES.items()):
+        if model_type.startswith("finercut_"):
+            continue
+        pruned = f"finercut_{model_type}"
+        CONFIG_MAPPING_NAMES[pruned] = modeling_finercut.PREFIX + config_class
         # Where transformers looks for the classes of a model type.
-        sys.modules[f"transformers.models.finercut_{model_type}"] = modeling_finercut
+        sys.modules[f"transformers.models.{model_type_to_module_name(pruned)}"] = modeling_finercut
 
 
 def register_models() -> None:
-    """Make transformers' `AutoModelForCausalLM` know the pruned families, by name too. May be called again."""
+    """Make transformers' `AutoModelForCausalLM` know the pruned models, by name too. May be called again."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from finercut.modeling_finercut import PREFIX
 
-    for model_type in FAMILIES:
+    for model_type, architecture in list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
+        if model_type.startswith("finercut_"):
+            continue
         pruned = f"finercut_{model_type}"
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[pruned] = PREFIX + base_architecture(model_type)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[pruned] = PREFIX + architecture
         # Made from the configs' names when that module was imported, which may have been before ours were among them.
         MODEL_FOR_CAUSAL_LM_MAPPING._reverse_config_mapping[CONFIG_MAPPING_NAMES[pruned]] = pruned

@@ -15,6 +15,7 @@ from finercut.divergence import DIVERGENCES
 from finercut.families import layout_of
 from finercut.race import Race
 from finercut.sublayers import Candidate, FrontExclusion, Sublayer, candidates, open_candidates, parse, protected
+from finercut.sweep import micro_batch
 from finercut.trajectory import Removal
 from finercut.workers import Workers
 
@@ -81,17 +82,18 @@ def search(
     deciding, unseen = range(len(calibration)), range(len(calibration), len(tokens))
     with torch.inference_mode():
         blocks = Blocks(model, layout, tokens[:1])
-    sweep = SharedSweep(ranks, blocks, tokens, DIVERGENCES[divergence], Workers(model.device), lost)
+    sizes = ranks.least(micro_batch(model.config, model.device, *tokens.shape))
+    sweep = SharedSweep(ranks, blocks, tokens, DIVERGENCES[divergence], Workers(model.device), sizes, lost)
 
     for step in range(len(gone) + 1, n_removals + 1):
         choice = [c for c in open_candidates(pool, gone, kept, exclusion) if _leaves_an_attention(c, gone, n_blocks)]
         if not choice:
             raise ValueError(f"nothing may be removed after {step - 1} removals: the rest is protected or excluded")
-        race = Race(choice, len(deciding), sweep.n_tokens, abandon)
+        race = Race(choice, len(deciding), sweep.n_segments, abandon)
         n_passes = 0
         for part in race.parts():
-            race.record(part, sweep.totals(part.candidates, part.windows, part.limits))
-            n_passes += len(part.windows) * sum(map(sweep.passes, part.candidates))
+            race.record(sweep.totals(part))
+            n_passes += sum(sweep.passes(c) for row in part.values() for c in row)
             progress()
         outcome = race.outcome()
         best = min(outcome.values, key=lambda c: (outcome.values[c], c), default=None)

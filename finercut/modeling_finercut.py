@@ -24,15 +24,23 @@ KINDS = ("attention", "mlp")
 
 
 class Removed(nn.Module):
-    """Stands where the core of a sublayer was, and adds nothing to the residual stream."""
+    """Stands where the core of a sublayer was, and adds nothing to the residual stream.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        n_outputs: of the core; the first is what it adds.
+    """
+
+    def __init__(self, kind: str, n_outputs: int) -> None:
         super().__init__()
         self.kind = kind
+        self.n_outputs = n_outputs
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nothing = hidden_states.new_zeros(())
-        return (nothing, None) if self.kind == "attention" else nothing
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Families name and order a core's arguments differently.
+        states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.is_floating_point())
+        # Of full shape: some families add to it in place, or reshape it.
+        nothing = torch.zeros_like(states)
+        return nothing if self.n_outputs == 1 else (nothing, *[None] * (self.n_outputs - 1))
 
     def extra_repr(self) -> str:
         return self.kind
@@ -48,9 +56,11 @@ def bypass(block: nn.Module, kind: str, layout: dict[str, Any]) -> dict[str, nn.
         The modules that were replaced, by name: putting them back undoes it.
     """
     branch = layout[kind]
+    # Attentions of transformers return their weights too. Checkpoints of 0.1.0 do not say so.
+    n_outputs = branch.get("n_outputs") or (2 if kind == "attention" else 1)
     replaced = {name: getattr(block, name) for name in (*branch["before"], branch["core"], *branch["after"])}
     for name in replaced:
-        setattr(block, name, Removed(kind) if name == branch["core"] else nn.Identity())
+        setattr(block, name, Removed(kind, n_outputs) if name == branch["core"] else nn.Identity())
     return replaced
 
 
@@ -66,6 +76,11 @@ def kept_attentions(config: transformers.PreTrainedConfig) -> list[int]:
     """Blocks that still have their attention: the n-th of them owns the n-th layer of the KV cache."""
     gone = {block for block, kind in removed_sublayers(config) if kind == "attention"}
     return [block for block in range(config.num_hidden_layers) if block not in gone]
+
+
+def cached_by(attention: nn.Module) -> list[nn.Module]:
+    """The modules of an attention that know its layer of the KV cache: mostly itself, sometimes one inside."""
+    return [module for module in attention.modules() if isinstance(getattr(module, "layer_idx", None), int)]
 
 
 def remove_sublayers(model: nn.Module) -> None:
@@ -86,11 +101,13 @@ def remove_sublayers(model: nn.Module) -> None:
     kept = kept_attentions(config)
     if not kept:
         raise ValueError("every attention is removed; a model without one cannot tell positions apart")
-    blocks = model.get_submodule(layout["blocks"])
+    # The same blocks for a model with and without its head.
+    blocks = model.base_model.get_submodule(layout["blocks"].removeprefix(f"{model.base_model_prefix}."))
     for index, kind in removed:
         bypass(blocks[index], kind, layout)
     for position, index in enumerate(kept):
-        getattr(blocks[index], layout["attention"]["core"]).layer_idx = position
+        for module in cached_by(getattr(blocks[index], layout["attention"]["core"])):
+            module.layer_idx = position
 
 
 class PrunedConfig:

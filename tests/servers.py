@@ -33,6 +33,8 @@ UNPRIVILEGED = "nobody"
 class Postgres:
     address: str
     password: str
+    programs: Path
+    """The directory of `psql` and its likes."""
 
     def uri(self, database: str, driver: str = "postgresql") -> str:
         return f"{driver}://postgres:{self.password}@{self.address}/{database}"
@@ -73,9 +75,9 @@ class S3:
 def postgres(databases: tuple[str, ...]) -> Iterator[Postgres]:
     # Not under pytest's folders, which only their owner may enter: PostgreSQL refuses to run as root.
     folder = Path(tempfile.mkdtemp(prefix="finercut-postgres-"))
-    server = Postgres(f"127.0.0.1:{free_port()}", secrets.token_hex(16))
     try:
         programs, identity = _postgres_programs(folder)
+        server = Postgres(f"127.0.0.1:{free_port()}", secrets.token_hex(16), programs)
         password_file = folder / "password"
         password_file.write_text(server.password)
         data = folder / "data"
@@ -158,6 +160,8 @@ def prefect_server(folder: Path, database: str) -> Iterator[str]:
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # How often a run that waits for another asks again.
+        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "2",
     }
     address = f"http://127.0.0.1:{port}/api"
     with running(command, folder / "prefect.log", answers(f"{address}/health"), env=os.environ | environment):

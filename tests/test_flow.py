@@ -51,14 +51,19 @@ def toy(tmp_path, mlflow_store, monkeypatch):
     """A committed repository of three toy stages, and the current directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    return make_toy()
+
+
+def make_toy(stages=STAGES):
+    """Fills the current directory; the settings it wrote."""
+    shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     shutil.copy(ROOT / ".dvcignore", ".")
     Path(".gitignore").write_text("/artifacts/\n/reports/\n")
     Path("speed_up.txt").write_text("1.25")
     settings = yaml.safe_load((ROOT / "params.yaml").read_text())
-    settings["register"]["name"] = settings["flow"]["experiment"] = tmp_path.name
+    settings["register"]["name"] = settings["flow"]["experiment"] = Path.cwd().name
     settings["flow"]["retries"] = {}
-    write(settings=settings, stages=STAGES)
+    write(settings=settings, stages=stages)
     subprocess.run(
         "git init -q && git add -A && git -c user.name=t -c user.email=t@t commit -qm toy", shell=True, check=True
     )

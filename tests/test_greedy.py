@@ -12,7 +12,7 @@ from finercut.divergence import DIVERGENCES
 from finercut.families import PRE_NORM
 from finercut.greedy import search
 from finercut.sublayers import candidates
-from finercut.sweep import Sweep
+from finercut.sweep import CPU_MICRO_BATCH, Sweep
 from finercut.workers import Workers
 
 
@@ -115,12 +115,13 @@ def test_the_last_attention_stays(model, tokens):
 
 def test_a_candidate_with_non_finite_output_is_never_removed(model, tokens):
     with torch.inference_mode():
-        sweep = Sweep(Blocks(model, PRE_NORM, tokens[:1]), tokens, DIVERGENCES["js"], Workers(model.device))
+        blocks = Blocks(model, PRE_NORM, tokens[:1])
+        sweep = Sweep(blocks, tokens, DIVERGENCES["js"], Workers(model.device), CPU_MICRO_BATCH)
         # What the branch without block 1's attention starts from; the others start before or after it.
         sweep.trunk[2] = torch.full_like(sweep.trunk[2], math.nan)
     pool = candidates(4)
-    rows = sweep.totals(pool, [0], [[math.inf]] * len(pool))
-    assert {str(c) for c, (total,) in zip(pool, rows, strict=True) if total.value == math.inf} == {"1.attention"}
+    totals = sweep.totals({0: dict.fromkeys(pool, math.inf)})[0]
+    assert {str(c) for c, segments in totals.items() if math.inf in segments} == {"1.attention"}
 
 
 def test_a_whole_model_with_non_finite_logits_is_refused(tokens):

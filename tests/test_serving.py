@@ -100,7 +100,8 @@ def test_no_process_outlives_the_one_that_started_it(pruned, tmp_path):
     )
     ends = {
         sign: psutil.Popen([sys.executable, script], stderr=subprocess.DEVNULL)
-        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+        # One that Python lets the process clean up after, and one that it does not.
+        for sign in (signal.SIGINT, signal.SIGKILL)
     }
     groups = {}
     for sign, process in ends.items():
@@ -157,6 +158,23 @@ def test_the_first_error_in_the_log_is_the_cause():
     )
     assert serving._cause(log) == "torch.OutOfMemoryError: tried to allocate 20 GiB"
     assert serving._cause("one\n\ntwo\n") == "one two"
+
+
+def test_the_cause_is_one_line_however_vllm_puts_it():
+    bare = (
+        "ERROR [core.py:2]     assert not config.scale_attn_by_inverse_layer_idx\n"
+        "ERROR [core.py:2]            ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^\n"
+        "ERROR [core.py:2] AssertionError\n"
+        "RuntimeError: Engine core initialization failed\n"
+    )
+    assert serving._cause(bare) == "AssertionError: assert not config.scale_attn_by_inverse_layer_idx"
+    invalid = (
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+        f"  Value error, Model architectures ['New'] are not supported. Supported: {['Old'] * 1000}\n"
+    )
+    cause = serving._cause(invalid)
+    assert cause.startswith("Model architectures ['New'] are not supported. Supported: ['Old', 'Old'")
+    assert len(cause) == serving.N_CHARACTERS + len(" ...")
 
 
 def test_missing_vllm_names_the_extras_to_install(monkeypatch):

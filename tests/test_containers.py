@@ -1,0 +1,184 @@
+"""What can be known of the container files without a container engine; docker/prove.py carries the Dockerfile out."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import servers
+import yaml
+from compose_spec import PyOptions
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docker"))
+import prove  # noqa: E402
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE = (ROOT / "compose.yaml").read_text()
+SERVICES = yaml.safe_load(COMPOSE)["services"]
+
+
+def tool(name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [Path(sys.executable).parent / name, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_the_linters_have_nothing_to_say():
+    said = tool("hadolint", "--failure-threshold", "warning", "Dockerfile")
+    assert said.returncode == 0, said.stdout
+    said = tool("compose-lint", "--fail-on", "high", "compose.yaml")
+    assert said.returncode == 0, said.stdout
+
+
+@pytest.mark.parametrize("file", ["compose.yaml", "docker/gpu.yaml"])
+def test_compose_files_follow_the_specification(file):
+    # Compose puts variables in before it reads anything else
+    text = re.sub(r"\$\{(\w+)(:[-?][^}]*)?\}", r"\1", (ROOT / file).read_text())
+    PyOptions(apply_merge=True).from_yaml(text).validate()
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "cuda"])
+def test_the_worker_runs_as_a_numbered_user_without_secrets(hardware):
+    arguments = {"HARDWARE": hardware}
+    steps = prove.chain(DOCKERFILE, "worker", arguments)
+    assert [argument for keyword, argument in steps if keyword == "USER"][-1] == "10001"
+    installs = [argument for keyword, argument in steps if keyword == "RUN" and "requirements/install" in argument]
+    assert [install.split()[-1] for install in installs] == ["lock", "project"]
+    assert all("--mount=type=secret" in install for install in installs)
+    assert ("gcc" in str(steps)) == (hardware == "cuda")
+    settings = " ".join(argument for keyword, argument in steps if keyword in ("ENV", "ARG"))
+    assert not re.search(r"PASSWORD|SECRET|TOKEN|KEY", settings)
+
+
+def test_the_context_is_what_is_named_and_no_more(tmp_path, monkeypatch):
+    for name in (
+        "README.md",
+        "finercut/a.py",
+        "finercut/__pycache__/a.pyc",
+        ".env",
+        ".dvc/config",
+        ".dvc/config.local",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(prove, "PROJECT", tmp_path)
+    seen = prove.context_files((ROOT / ".dockerignore").read_text())
+    assert sorted(map(str, seen)) == [".dvc/config", "README.md", "finercut/a.py"]
+
+
+def test_ports_are_bound_to_this_machine_and_passwords_have_no_defaults():
+    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    secret = re.findall(r"\$\{(\w*(?:PASSWORD|KEY))([^}]*)\}", COMPOSE)
+    assert {name for name, _ in secret} == {
+        "POSTGRES_PASSWORD",
+        "MLFLOW_DB_PASSWORD",
+        "PREFECT_DB_PASSWORD",
+        "S3_ACCESS_KEY",
+        "S3_SECRET_KEY",
+    }
+    assert {default for _, default in secret} == {":?"}  # required, and none given
+
+
+def test_every_service_starts_after_what_it_needs_is_healthy():
+    conditions = {name: service.get("depends_on", {}) for name, service in SERVICES.items()}
+    for needed in (needed for wanted in conditions.values() for needed in wanted.items()):
+        name, how = needed
+        ends_by_itself = SERVICES[name].get("restart") == "no"
+        assert how["condition"] == ("service_completed_successfully" if ends_by_itself else "service_healthy")
+        assert ends_by_itself or "healthcheck" in SERVICES[name]
+    assert set(conditions["worker"]) == {"deploy", "mlflow"}
+    assert set(conditions["mlflow"]) == {"postgres", "buckets"}
+    assert SERVICES["worker"]["build"]["target"] == "worker"  # whose image has a HEALTHCHECK
+    assert any(keyword == "HEALTHCHECK" for keyword, _ in prove.chain(DOCKERFILE, "worker", {}))
+
+
+def test_an_empty_workspace_becomes_a_repository_of_the_images_files_and_a_clone_stays_as_it_is(tmp_path):
+    image, empty, clone = (tmp_path / name for name in ("image", "empty", "clone"))
+    for directory in (image / "docker", image / ".dvc", image / ".venv", empty, clone):
+        directory.mkdir(parents=True)
+    (image / "docker/in-workspace").write_text((ROOT / "docker/in-workspace").read_text())
+    (image / "docker/in-workspace").chmod(0o755)
+    (image / "params.yaml").write_text("of the image")
+    (image / ".venv/python").touch()
+    subprocess.run("git init -q && echo mine > params.yaml", shell=True, cwd=clone, check=True)
+
+    def inside(workspace, *command):
+        environment = os.environ | {"FINERCUT_WORKSPACE": str(workspace)}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        return subprocess.run(
+            [image / "docker/in-workspace", *command], env=environment, check=True, capture_output=True, text=True
+        ).stdout
+
+    assert inside(empty, "git", "ls-files").split() == ["docker/in-workspace", "params.yaml"]
+    (image / "params.yaml").write_text("of a newer image")
+    (empty / "results").write_text("stay")
+    assert inside(empty, "git", "show", "HEAD:params.yaml") == "of a newer image"
+    assert (empty / "results").read_text() == "stay"
+    assert inside(empty, "git", "rev-list", "--count", "HEAD") == "2\n"
+    assert inside(clone, "cat", "params.yaml") == "mine\n"
+
+
+def test_the_health_check_tells_200_from_anything_else():
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/health" else 503)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Answers)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    said = [
+        subprocess.run([ROOT / "docker/healthy", url], check=False, capture_output=True).returncode
+        for url in (f"{address}/health", f"{address}/broken", "http://127.0.0.1:9/health")
+    ]
+    server.shutdown()
+    assert said[0] == 0
+    assert all(said[1:])
+
+
+def test_mlflow_and_prefect_each_own_a_database_and_cannot_enter_the_other():
+    with servers.postgres(()) as server:
+        host, port = server.address.split(":")
+        environment = os.environ | {
+            "PATH": f"{server.programs}:{os.environ['PATH']}",
+            "PGHOST": host,
+            "PGPORT": port,
+            "PGPASSWORD": server.password,
+            "MLFLOW_DB_PASSWORD": "canary1",
+            "PREFECT_DB_PASSWORD": "canary2",
+        }
+        subprocess.run([ROOT / "docker/databases.sh"], env=environment, check=True, capture_output=True)
+
+        def enters(user, password, database):
+            address = f"postgresql://{user}:{password}@{server.address}/{database}"
+            command = ["psql", "-qtA", "-d", address, "-c", "create table mine (); select current_user"]
+            return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+
+        assert enters("mlflow", "canary1", "mlflow").stdout == "mlflow\n"
+        assert enters("prefect", "canary2", "prefect").stdout == "prefect\n"
+        assert "permission denied for database" in enters("mlflow", "canary1", "prefect").stderr
+        assert "password authentication failed" in enters("mlflow", "canary2", "mlflow").stderr
+
+
+def test_buckets_are_created_once(s3_store):
+    command = [sys.executable, ROOT / "docker/create_buckets.py", "dvc", "new-bucket"]
+    for _ in range(2):
+        subprocess.run(command, env=os.environ | s3_store.environment, check=True)
+    assert {"dvc", "new-bucket"} <= {bucket["Name"] for bucket in s3_store.client().list_buckets()["Buckets"]}
