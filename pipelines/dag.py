@@ -67,19 +67,6 @@ def md5(output: Path) -> str:
     return found[0]
 
 
-def remote() -> str:
-    """The name of the DVC remote that is pushed to.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    with _repo() as repo:
-        name = repo.config["core"].get("remote")
-    if not name:
-        raise RuntimeError("nothing to push to: name a DVC remote with `dvc remote add --default NAME URL`")
-    return name
-
-
 def unused(n_commits: int) -> list[Path]:
     """Files of DVC's cache that neither the workspace nor one of the last commits uses."""
     said = _gc(n_commits, "--dry")
@@ -105,6 +92,19 @@ def _gc(n_commits: int, option: str) -> str:
         problem = next((x for x in done.stderr.splitlines() if x.startswith("ERROR: ")), "ERROR: no reason given")
         raise RuntimeError(f"DVC cannot collect its cache: {problem.removeprefix('ERROR: ')}")
     return done.stdout + done.stderr
+
+
+def remote() -> str:
+    """The name of the DVC remote that is pushed to.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    with _repo() as repo:
+        name = repo.config["core"].get("remote")
+    if not name:
+        raise RuntimeError("nothing to push to: name a DVC remote with `dvc remote add --default NAME URL`")
+    return name
 
 
 def revision() -> dict[str, str]:
