@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -81,6 +82,8 @@ def _work(stage: str, root: str, log: str, environment: dict[str, str]) -> None:
         os.dup2(file.fileno(), 2)
     from finercut import params
 
+    # The removals a search announces are what its second run must not make again.
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     importlib.import_module(f"pipelines.{stage}").run(params.load())
 
 
@@ -186,7 +189,7 @@ def trials(stage: str, base: Path, root: Path, n: int, seed: int) -> Iterator[Tr
             left=_left(after, earlier, complete),
             same=state(root, stage) == complete,
             whole=_whole(stage, after, earlier, complete),
-            redone=announced - found,
+            redone=max(0, announced - found),
         )
 
 
