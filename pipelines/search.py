@@ -116,6 +116,8 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
         logger.info(
             "search: %d of %d removals found from an earlier search", min(resumed_after, n_removals), n_removals
         )
+    if device.type == "cpu" and settings.dtype == "bfloat16" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+        logger.warning("search: this CPU does not multiply in bfloat16; search.dtype: float32 is several times faster")
     started = time.monotonic()
     if resumed_after < n_removals:
         model = _load(settings, device)
