@@ -62,11 +62,17 @@ def load_whole(
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: run `finercut fetch` first")
-    check_supported(read_config(directory))
+    config = read_config(directory)
+    check_supported(config)
     safetensors_shapes(directory)  # says more than transformers does of files that are damaged
     with quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **_attention(config),
         )
     wrong = info["missing_keys"] or info["mismatched_keys"]
     if wrong:
@@ -94,13 +100,18 @@ def load_pruned(
     model_type = read_object(directory / "config.json").get("model_type")
     if not str(model_type).startswith("finercut_"):
         raise ValueError(f"{directory} holds a {model_type} model, not a pruned one")
-    read_config(directory)
+    config = read_config(directory)
     safetensors_shapes(directory)
     with explained(f"{directory} is no pruned checkpoint, or a damaged one"):
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True
+            directory, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, **_attention(config)
         )
     return model.eval().to(device)
+
+
+def _attention(config: PreTrainedConfig) -> dict[str, str]:
+    # Transformers' default attention leaves soft caps out; vLLM's does not.
+    return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
 
 
 def removed_sublayers(config: PreTrainedConfig) -> list[Sublayer]:
