@@ -233,6 +233,8 @@ class PrunedTransformersModel(CheckedWeights):
         # vLLM has transformers make it, without its head and without memory, before its own layers take their places.
         base = MODEL_MAPPING_NAMES[config.model_type.removeprefix(f"{PREFIX.lower()}_")]
         AutoModel.register(type(config), getattr(modeling_finercut, PREFIX + base), exist_ok=True)
+        # The names that weights have in files are known to transformers once the class that reads them is made.
+        getattr(modeling_finercut, config.architectures[0])
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _create_attention_instances(self, prefix: str = "") -> None:
