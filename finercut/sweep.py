@@ -193,8 +193,9 @@ class Sweep:
             states, removed = batch
             states.copy_(self.blocks.run(unit, states, removed))
 
-        # A unit of which nothing is left changes nothing.
-        self.workers.map(run, [b for b in batches if len(b[0]) and not b[1].issuperset(unit.sublayers)])
+        # A sublayer that is gone changes nothing; a block that is run as one may have norms on the stream.
+        whole = len(unit.kinds) > 1
+        self.workers.map(run, [b for b in batches if len(b[0]) and (whole or not b[1].issuperset(unit.sublayers))])
 
     def _depth(self, candidate: Candidate) -> int:
         return self._start[candidate.sublayers[0]]
