@@ -16,6 +16,8 @@ logger = logging.getLogger("finercut")
 
 # A server that failed is asked again after this long: each question can cost the stage seconds.
 PAUSE_S = 60.0
+# What MLflow takes in one request.
+MOST_POINTS = 1000
 
 
 @dataclass
@@ -64,16 +66,19 @@ def _deliver(run_id: str, series: _Series) -> bool:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    n_points = len(series.points)
     try:
-        MlflowClient().log_batch(run_id, metrics=series.points)
+        while series.points:
+            MlflowClient().log_batch(run_id, metrics=series.points[:MOST_POINTS])
+            del series.points[:MOST_POINTS]
     except MlflowException as error:
         if not series.failing:
             logger.warning("MLflow takes no live metrics (%s); going on, they are kept", _first_line(error))
         series.failing, series.next_try = True, time.monotonic() + PAUSE_S
         return False
     if series.failing:
-        logger.info("MLflow answers again: %d live points delivered", len(series.points))
-    series.points, series.failing = [], False
+        logger.info("MLflow answers again: %d live points delivered", n_points)
+    series.failing = False
     return True
 
 
