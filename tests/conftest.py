@@ -10,6 +10,9 @@ import servers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One test a core: threads of several would wait for each other at every operation.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TEXT = [
     "The river rises in the mountains of the north and runs through three countries before it meets the sea.",
