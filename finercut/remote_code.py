@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,17 +71,27 @@ def trusts_code(directory: Path) -> bool:
             f"the Python files in {directory} are not those that were trusted when they were fetched, and are not run: "
             "run `finercut fetch` again, and the stages after it"
         )
-    # `owner/name--module.Class` is downloaded, whatever was looked at here.
-    if "--" in json.dumps([config.get("auto_map"), tokenizer.get("auto_map")]):
-        raise ValueError(
-            f"auto_map in {directory} names code of another repository (`--`), which nobody has looked at: put its "
-            "files beside config.json, and their names into auto_map"
-        )
+    for reference in _strings([config.get("auto_map"), tokenizer.get("auto_map")]):
+        # `owner/name--file.Class` is downloaded, and `/folder/file.Class` read, whatever was looked at here.
+        if not re.fullmatch(r"\w+\.\w+", reference):
+            raise ValueError(
+                f"auto_map in {directory} names {reference!r}, which is no `file.Class` beside config.json: code that "
+                "lies elsewhere is not run; put it there, and its name into auto_map"
+            )
     return True
 
 
 def _object(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All that are in a JSON value, at any depth; not the names of fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
 
 
 def pruned_class(whole: PreTrainedModel, whole_directory: Path, directory: Path) -> type[PreTrainedModel]:

@@ -100,11 +100,12 @@ def test_a_model_cannot_vouch_for_itself(own, canary):
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_of_another_repository_is_not_downloaded(own, canary, file):
+@pytest.mark.parametrize("reference", ["other/repository--code.Tokenizer", "/elsewhere/code.Tokenizer"])
+def test_code_that_lies_elsewhere_is_not_run(own, canary, file, reference):
     changed = json.loads((own / file).read_text())
-    changed["auto_map"] = {**changed.get("auto_map", {}), "AutoTokenizer": ["other/repository--code.Tokenizer", None]}
+    changed["auto_map"] = {**changed.get("auto_map", {}), "AutoTokenizer": [reference, None]}
     (own / file).write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="names code of another repository"):
+    with pytest.raises(ValueError, match=f"names '{reference}', which is no `file.Class` beside config.json"):
         fetch.run(trusting(own))
     assert not canary.exists()
 
