@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from finercut import modeling_finercut
 from finercut.families import LAYOUT_KEY, Layout, base_architecture, check_supported, is_declared, layout_of
 from finercut.model_files import explained, quiet, read_config, read_object
+from finercut.remote_code import code_sha256, note_trusted, pruned_class, trusts_code
 from finercut.reports import Shares
 from finercut.sublayers import KINDS, Sublayer
 from finercut.weights import safetensors_shapes
@@ -70,6 +71,7 @@ def load_whole(
             directory,
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=trusts_code(directory),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **_attention(config),
@@ -104,7 +106,12 @@ def load_pruned(
     safetensors_shapes(directory)
     with explained(f"{directory} is no pruned checkpoint, or a damaged one"):
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, **_attention(config)
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=trusts_code(directory),
+            ignore_mismatched_sizes=True,
+            **_attention(config),
         )
     return model.eval().to(device)
 
@@ -166,11 +173,15 @@ class Sizes:
         )
 
 
-def sizes(config: PreTrainedConfig) -> Sizes:
-    """Sizes of the whole model that `config` describes; no weights are read. Tied embeddings count once."""
+def sizes(config: PreTrainedConfig, trust_remote_code: bool = False) -> Sizes:
+    """Sizes of the whole model that `config` describes; no weights are read. Tied embeddings count once.
+
+    Args:
+        trust_remote_code: whether the code beside that config may be run, for models that need it.
+    """
     layout = layout_of(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     element_bytes = torch.empty(0, dtype=config.dtype or torch.float32).element_size()
@@ -190,7 +201,8 @@ def write_pruned(
     """Write the checkpoint of the whole model less `removed` into an empty directory.
 
     It loads with finercut imported, or with `trust_remote_code=True` through the one file it carries; transformers
-    alone refuses it. Block numbers are those of the whole model.
+    alone refuses it. That of a model with code of its own carries that code too, and loads in the second way only.
+    Block numbers are those of the whole model.
 
     Args:
         removed: in the order of removal.
@@ -202,40 +214,51 @@ def write_pruned(
     """
     whole = load_whole(whole_directory)
     layout = layout_of(whole.config)
-    config = pruned_config(whole.config, layout, removed, origin)
-    model_class = getattr(modeling_finercut, config.architectures[0])
+    trusted = trusts_code(whole_directory)
+    if trusted:
+        model_class = pruned_class(whole, whole_directory, directory)
+    else:
+        model_class = getattr(modeling_finercut, modeling_finercut.PREFIX + base_architecture(whole.config.model_type))
+    config = pruned_config(model_class, whole.config, layout, removed, origin)
     with torch.device("meta"):
         pruned = model_class(config)
     names = pruned.state_dict().keys()
     # The whole model's own tensors: nothing is copied in memory.
     pruned.load_state_dict({n: t for n, t in whole.state_dict().items() if n in names}, assign=True)
-    if not (whole_directory / "generation_config.json").is_file():
+    if whole.can_generate() and not (whole_directory / "generation_config.json").is_file():
         pruned.generation_config = whole.generation_config
     pruned.save_pretrained(directory)
     for file in whole_directory.iterdir():
         if file.is_file() and file.name not in _REWRITTEN and ".safetensors" not in file.name:
             shutil.copyfile(file, directory / file.name)
+    if trusted:
+        note_trusted(directory, code_sha256(directory))
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def pruned_config(
-    config: PreTrainedConfig, layout: Layout, removed: Sequence[Sublayer], origin: dict[str, Any]
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    layout: Layout,
+    removed: Sequence[Sublayer],
+    origin: dict[str, Any],
 ) -> PreTrainedConfig:
-    """The config of the pruned model: the base's, the skipped sublayers, and where the model comes from."""
+    """The config of the pruned model, which is of `model_class`: the whole one's `config`, the skipped sublayers, and
+    where the model comes from."""
     if not removed:
         raise ValueError("nothing to remove")
     skip: dict[str, dict[str, list[str]]] = {}
     for sublayer in sorted(removed):
         skip.setdefault(str(sublayer.block), {"skip": []})["skip"].append(sublayer.kind)
-    architecture = modeling_finercut.PREFIX + base_architecture(config.model_type)
-    config_class = getattr(modeling_finercut, architecture).config_class
+    config_class = model_class.config_class
     settings = config.to_dict()
     for name in ("model_type", "transformers_version", LAYOUT_KEY):
         settings.pop(name, None)
-    settings["architectures"] = [architecture]
+    settings["architectures"] = [model_class.__name__]
+    file = model_class.__module__.rpartition(".")[2]
     settings["auto_map"] = {
-        "AutoConfig": f"{MODELING_FILE.stem}.{config_class.__name__}",
-        "AutoModelForCausalLM": f"{MODELING_FILE.stem}.{architecture}",
+        "AutoConfig": f"{file}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{file}.{model_class.__name__}",
     }
     settings["finercut"] = {"layout": layout.to_dict(), **origin, "removals": [str(s) for s in removed]}
     return config_class(**settings, per_layer_config=skip)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from finercut.families import LAYOUT_KEY, check_supported, is_declared
+from finercut.remote_code import trusts_code
 from finercut.weights import INDEX, safetensors_files, safetensors_shapes
 
 logger = logging.getLogger("finercut")
@@ -78,14 +79,15 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
-    """The config of the model in `directory`; no code of the model's is run.
+    """The config of the model in `directory`; no code of the model's is run that is not trusted.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or needs such code.
     """
     read_object(directory / "config.json")
+    trusted = trusts_code(directory)
     with explained(f"{directory / 'config.json'} is not a model's config"):
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -94,8 +96,9 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it cannot be read, or makes nothing of a word.
     """
+    trusted = trusts_code(directory)
     with explained(f"the tokenizer in {directory} cannot be read"):
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
         n_tokens = len(tokenizer("finercut").input_ids)
     if not n_tokens:
         raise ValueError(f"the tokenizer in {directory} makes no tokens of a word: its files do not belong together")
@@ -161,7 +164,7 @@ def _check_weights(directory: Path, config: PreTrainedConfig, n_blocks: int) -> 
             config=config,
             device_map="meta",
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trusts_code(directory),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

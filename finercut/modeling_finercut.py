@@ -160,24 +160,32 @@ class PrunedModel:
         return saved
 
 
-def _config_class(name: str) -> type:
-    base = getattr(transformers, name.removeprefix(PREFIX))
+def pruned_config_class(base: type, module: str) -> type:
+    """`FinerCut<base>`, a class of the module of that name."""
     body = {
-        "__module__": __name__,
+        "__module__": module,
         "__annotations__": {"finercut": dict | None},
         "__doc__": f"`{base.__name__}` with the removals listed in `per_layer_config`, their origin in `finercut`.",
         "model_type": f"finercut_{base.model_type}",
         "finercut": None,
     }
-    return type(name, (PrunedConfig, base), body)
+    if not base.__module__.startswith("transformers."):
+        # Transformers writes an __init__ for classes without one, which would not call the base's.
+        body["__init__"] = lambda self, **settings: base.__init__(self, **settings)
+    return type(PREFIX + base.__name__, (PrunedConfig, base), body)
 
 
-def _model_class(name: str) -> type:
-    base = getattr(transformers, name.removeprefix(PREFIX))
+def pruned_model_class(base: type, config_class: type, module: str) -> type:
+    """`FinerCut<base>`, a class of the module of that name.
+
+    Args:
+        config_class: what `pruned_config_class` made of the base's.
+    """
+    name = PREFIX + base.__name__
     body = {
-        "__module__": __name__,
+        "__module__": module,
         "__doc__": f"`{base.__name__}` less the sublayers its config lists as skipped.",
-        "config_class": _class(PREFIX + base.config_class.__name__),
+        "config_class": config_class,
     }
     # Where a family's files and modules name weights differently, transformers looks the renaming up by class or type.
     renaming = get_checkpoint_conversion_mapping(base.__name__)
@@ -191,7 +199,12 @@ def _model_class(name: str) -> type:
 def _class(name: str) -> type:
     """The class of that name, made once: transformers compares config classes by identity."""
     if name not in globals():
-        globals()[name] = _config_class(name) if name.endswith("Config") else _model_class(name)
+        base = getattr(transformers, name.removeprefix(PREFIX))
+        if name.endswith("Config"):
+            globals()[name] = pruned_config_class(base, __name__)
+        else:
+            config_class = _class(PREFIX + base.config_class.__name__)
+            globals()[name] = pruned_model_class(base, config_class, __name__)
     return globals()[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,6 +62,21 @@ class HubModel(Section):
     """`owner/name`."""
     revision: str
     """Commit, branch or tag; the commit it stood for is recorded."""
+    trust_remote_code: str | None = None
+    """For models with Python code of their own, which is then run on this machine: `owner/name@commit`, the repository
+    and revision whose code somebody has read and trusts."""
+
+    @model_validator(mode="after")
+    def _trust_names_the_commit(self) -> HubModel:
+        if self.trust_remote_code is None:
+            return self
+        if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError("with trust_remote_code, revision must be the commit whose code is trusted, 40 hex digits")
+        if self.trust_remote_code != f"{self.repository}@{self.revision}":
+            raise ValueError(
+                f"trust_remote_code can only be {self.repository}@{self.revision}, after its code was read"
+            )
+        return self
 
 
 class LocalModel(Section):
@@ -68,6 +84,9 @@ class LocalModel(Section):
 
     kind: Literal["local"]
     path: File
+    trust_remote_code: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """For models with Python code of their own, which is then run on this machine: the sha256 of the Python files that
+    somebody has read and trusts, as `finercut fetch` names it when it refuses them."""
 
 
 class Fetch(Section):

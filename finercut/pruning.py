@@ -9,6 +9,7 @@ from finercut import paths
 from finercut.checkpoint import Sizes, sizes, write_pruned
 from finercut.model_files import read_config
 from finercut.params import Budget
+from finercut.remote_code import trusts_code
 from finercut.reports import PruneReport
 from finercut.staging import staged
 from finercut.sublayers import Sublayer
@@ -43,6 +44,10 @@ Speed-up depends on engine, hardware and load; it is measured in the registered 
 
 ## Load
 
+{loading}
+"""
+
+_LOADING = """\
 With [transformers](https://github.com/huggingface/transformers) and `pip install finercut`:
 
 ```python
@@ -60,8 +65,19 @@ Without finercut, `from_pretrained("PATH", trust_remote_code=True)` uses the one
 ```sh
 pip install "finercut[cuda]"     # or finercut[cpu]; vLLM finds the plugin by itself
 vllm serve PATH
+```"""
+
+_LOADING_OWN_CODE = """\
+The whole model runs by Python code of its own, which this directory carries. Read it, then
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
-"""
+
+vLLM has no model of it."""
 
 
 def prune(whole_directory: Path, trajectory: Trajectory, budget: Budget, directory: Path) -> PruneReport:
@@ -89,7 +105,8 @@ def prune(whole_directory: Path, trajectory: Trajectory, budget: Budget, directo
             f"the trajectory is of a model of {provenance.n_blocks} blocks, {whole_directory} has "
             f"{config.num_hidden_layers}: run `finercut search` again"
         )
-    measured = sizes(config)
+    own_code = trusts_code(whole_directory)
+    measured = sizes(config, trust_remote_code=own_code)
     n_removals = removals_within(trajectory, budget, measured.parameters, measured.n_parameters)
     taken = trajectory.first(n_removals)
     removed, last = taken.sublayers(), taken.removals[-1]
@@ -102,7 +119,8 @@ def prune(whole_directory: Path, trajectory: Trajectory, budget: Budget, directo
         "version": finercut.__version__,
     }
     with staged(directory) as partial:
-        write_pruned(whole_directory, removed, partial, origin, _card(taken, removed, measured, last))
+        card = _card(taken, removed, measured, last, own_code)
+        write_pruned(whole_directory, removed, partial, origin, card)
         # One of an earlier checkpoint must not vouch for this one, should the process end before the stage's last line.
         paths.report("prune").unlink(missing_ok=True)
     kv_bytes = measured.kv_bytes_per_token
@@ -124,7 +142,7 @@ def prune(whole_directory: Path, trajectory: Trajectory, budget: Budget, directo
     )
 
 
-def _card(taken: Trajectory, removed: list[Sublayer], measured: Sizes, last: Removal) -> str:
+def _card(taken: Trajectory, removed: list[Sublayer], measured: Sizes, last: Removal, own_code: bool) -> str:
     provenance = taken.provenance
     blocks = {
         kind: ", ".join(str(s.block) for s in sorted(removed) if s.kind == kind) or "none"
@@ -140,5 +158,6 @@ def _card(taken: Trajectory, removed: list[Sublayer], measured: Sizes, last: Rem
         n_sublayers=len(measured.parameters),
         shares=measured.shares(removed),
         last=last,
+        loading=_LOADING_OWN_CODE if own_code else _LOADING,
         **blocks,
     )

