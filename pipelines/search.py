@@ -105,6 +105,7 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
         transformers_version=transformers.__version__,
         mode=settings.mode,
         error_probability=settings.error_probability if settings.mode == "racing" else None,
+        first_windows=_first_windows(settings, fetched.n_parameters, len(tokens.calibration)),
         code_sha256=_code_sha256(),
     )
     in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
@@ -134,6 +135,7 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
                 exclude=settings.exclude,
                 mode=settings.mode,
                 error_probability=settings.error_probability,
+                first_windows=provenance.first_windows,
                 micro_batch_tokens=None if settings.micro_batch_tokens == "auto" else settings.micro_batch_tokens,
                 earlier=found.removals,
                 ranks=ranks,
@@ -196,6 +198,13 @@ def _load(settings: SearchParams, device: torch.device, n_parameters: int, ranks
         return load_whole(paths.MODEL, dtype, room=room)
     (gpu,) = room
     return load_whole(paths.MODEL, dtype, torch.device("cuda", gpu))
+
+
+def _first_windows(settings: SearchParams, n_parameters: int, n_windows: int) -> int:
+    """All where few candidates are begun and a part costs the transfer of all weights, however little it computes."""
+    weights_bytes = n_parameters * getattr(torch, settings.dtype).itemsize
+    streamed = settings.weights_gib is not None and weights_bytes > settings.weights_gib * 2**30
+    return n_windows if streamed and settings.mode == "lazy" else 1
 
 
 def _code_sha256() -> str:
