@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from finercut.sublayers import KINDS, Sublayer
 from finercut.weights import safetensors_shapes
 
 MODELING_FILE = Path(modeling_finercut.__file__)
+# Of a GPU's free memory, what weights may take; the rest is for what is computed. accelerate takes the same.
+WEIGHTS_SHARE = 0.9
 # Written here; everything else beside the weights is copied.
 _REWRITTEN = {"config.json", "README.md", MODELING_FILE.name}
 
@@ -49,17 +51,51 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def room_for(weights_bytes: int, free_bytes: Mapping[int, int]) -> dict[int, int]:
+    """Which of some GPUs take a model's weights: the first that holds them alone, or else all of them together.
+
+    Args:
+        free_bytes: by the GPU's number.
+
+    Returns:
+        Bytes that weights may take, of each GPU chosen.
+
+    Raises:
+        ValueError: together they do not hold the weights.
+    """
+    room = {gpu: int(WEIGHTS_SHARE * free) for gpu, free in free_bytes.items()}
+    for gpu, allowed in room.items():
+        if weights_bytes <= allowed:
+            return {gpu: allowed}
+    if weights_bytes > sum(room.values()):
+        raise _no_room(weights_bytes, room)
+    return room
+
+
+def _no_room(weights_bytes: int, room: Mapping[Any, int]) -> ValueError:
+    return ValueError(
+        f"the weights are {weights_bytes / 2**30:.3g} GiB, and there is room for "
+        f"{' + '.join(f'{allowed / 2**30:.3g}' for allowed in room.values())} GiB on the device: "
+        "set search.weights_gib, and they are streamed to it"
+    )
+
+
 def load_whole(
-    directory: Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    directory: Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    *,
+    room: Mapping[int | str, int] | None = None,
 ) -> PreTrainedModel:
     """The whole model, for evaluation.
 
     Args:
         dtype: `auto` keeps what the weights are stored as.
+        room: bytes of several devices that weights may take: accelerate spreads them over these, instead of `device`.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: it cannot be pruned, or its weights do not fit its config.
+        ValueError: it cannot be pruned, its weights do not fit its config, or there is no room for them.
     """
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"no model in {directory}: run `finercut fetch` first")
@@ -75,11 +111,17 @@ def load_whole(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **_attention(config),
+            **({} if room is None else {"device_map": "auto", "max_memory": dict(room)}),
         )
     wrong = info["missing_keys"] or info["mismatched_keys"]
     if wrong:
         raise ValueError(f"the weights in {directory} do not fit its config: {sorted(map(str, wrong))[:3]}")
-    model = model.eval().to(device)
+    if room is None:
+        model.to(device)
+    elif set(getattr(model, "hf_device_map", {}).values()) - room.keys():
+        # Blocks are not split, so some may be left over: accelerate would read them from the disk each time.
+        raise _no_room(sum(p.numel() * p.element_size() for p in model.parameters()), room)
+    model.eval()
     if not is_declared(model.config):
         # Imported for those alone; it masks sublayers itself.
         from finercut.probe import find_layout

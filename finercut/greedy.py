@@ -34,6 +34,7 @@ def search(
     earlier: Iterable[Removal] = (),
     mode: str = "exact",
     error_probability: float = 0.05,
+    first_windows: int = 1,
     micro_batch_tokens: int | None = None,
     ranks: Ranks = ALONE,
     progress: Callable[[], Any] = lambda: None,
@@ -56,6 +57,8 @@ def search(
         mode: what candidates are given up for before they are evaluated to the end, see `Race`: exact, lazy, racing;
             or brute, for nothing.
         error_probability: racing: the chance, at most, that a step's removal is not what lazy would have found.
+        first_windows: of the calibration set, in a step's first part; those after it grow from there. Fewer save work,
+            more save passes.
         micro_batch_tokens: tokens that go through a sublayer at once; None for what fits.
         ranks: the processes that share the windows; each is given all of both sets, and yields the same removals.
         progress: called after every part of the calibration set.
@@ -97,7 +100,7 @@ def search(
         choice = [c for c in open_candidates(pool, gone, kept, exclusion) if _leaves_an_attention(c, gone, n_blocks)]
         if not choice:
             raise ValueError(f"nothing may be removed after {step - 1} removals: the rest is protected or excluded")
-        race = Race(choice, len(deciding), sweep.n_segments, mode, known, error_probability)
+        race = Race(choice, len(deciding), sweep.n_segments, mode, known, error_probability, first_windows)
         n_passes = 0
         for part in race.parts():
             race.record(sweep.totals(part))

@@ -155,7 +155,8 @@ class Search(Section):
     """How far the search goes: candidates removed, as a number or as a share. Budgets up to here need no new search."""
     dtype: Dtype
     device: str
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto, cpu, cuda, cuda:1, ... auto: the GPUs where there are any, more than one if a process is alone and the
+    weights do not fit one."""
     weights_gib: PositiveFloat | None
     """Most of the device's memory that weights may take; a larger model is streamed from CPU memory, a sublayer at a
     time. null keeps all of them on the device."""

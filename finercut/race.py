@@ -65,6 +65,8 @@ class Race:
     """From earlier steps."""
     error_probability: float = 0.0
     """Racing: the chance, at most, that the test drops the candidate which is the least, in this step."""
+    first_windows: int = 1
+    """Of the first part."""
 
     def __post_init__(self) -> None:
         self.done: dict[Candidate, dict[int, Segments]] = {c: {} for c in sorted(self.candidates)}
@@ -75,15 +77,15 @@ class Race:
     def parts(self) -> Iterator[Part]:
         """What to evaluate next. Each part is to be recorded before the next one is asked for.
 
-        First the one that is likely to be the least, to the end. Then all that are under way, on 1, 1, 2, 4, ...
-        windows: most are given up early, the rest go through together.
+        First the one that is likely to be the least, to the end. Then all that are under way, on 1, 1, 2, 4, ... times
+        `first_windows`: most are given up early, the rest go through together.
         """
         if self.mode == "brute":
             yield self._part(list(self.done), self.n_windows)
             return
         if first := self._likely_least():
             yield self._part([first], self.n_windows)
-        n_windows = 1
+        n_windows = self.first_windows
         for number in range(n_parts(self.n_windows)):
             if alive := self._alive():
                 yield self._part(alive, n_windows)

@@ -66,9 +66,20 @@ def micro_batch(
     # The trunk has a state for every sublayer and window, so have the branches.
     states = 4 * text.num_hidden_layers * text.hidden_size * element_bytes
     left = max(0, free - n_windows * n_tokens * (states + 4 * text.vocab_size))
+    return _within(left, text, element_bytes)
+
+
+def _within(n_bytes: int, text: PreTrainedConfig, element_bytes: int) -> MicroBatch:
+    """What fits so many bytes. Powers of two, as a rule the same in the next run, when a little less is free."""
     per_token = (8 * text.hidden_size + 4 * text.intermediate_size) * element_bytes
-    logits = max(left // 3 // (4 * 6), SEGMENT_TOKENS * text.vocab_size)
-    return MicroBatch(tokens=min(GPU_TOKENS, left // 3 // per_token), logits=logits, divergence_logits=logits)
+    logits = max(_power_of_two(n_bytes // 3 // (4 * 6)), SEGMENT_TOKENS * text.vocab_size)
+    tokens = min(GPU_TOKENS, _power_of_two(n_bytes // 3 // per_token))
+    return MicroBatch(tokens=tokens, logits=logits, divergence_logits=logits)
+
+
+def _power_of_two(n: int) -> int:
+    """The largest that is not above n; 0 for 0."""
+    return 1 << n.bit_length() >> 1
 
 
 class Sweep:

@@ -43,6 +43,8 @@ class Provenance(Line):
     mode: str
     error_probability: float | None
     """Of racing."""
+    first_windows: int = 1
+    """Calibration windows of the first part of every step."""
     code_sha256: str
     """Of the modules that search."""
 

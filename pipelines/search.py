@@ -29,7 +29,7 @@ from finercut import (
     trajectory,
     workers,
 )
-from finercut.checkpoint import device_of, load_whole
+from finercut.checkpoint import device_of, load_whole, room_for
 from finercut.params import Params
 from finercut.params import Search as SearchParams
 from finercut.pictures import divergence_curves
@@ -105,6 +105,7 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
         transformers_version=transformers.__version__,
         mode=settings.mode,
         error_probability=settings.error_probability if settings.mode == "racing" else None,
+        first_windows=_first_windows(settings, fetched.n_parameters, len(tokens.calibration)),
         code_sha256=_code_sha256(),
     )
     in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
@@ -120,7 +121,7 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
         logger.warning("search: this CPU does not multiply in bfloat16; search.dtype: float32 is several times faster")
     started = time.monotonic()
     if resumed_after < n_removals:
-        model = _load(settings, device)
+        model = _load(settings, device, fetched.n_parameters, ranks)
         unseen = None if ranks.first else True
         with tqdm(desc="search", unit="removal", initial=resumed_after, total=n_removals, disable=unseen) as bar:
             for removal in greedy.search(
@@ -134,6 +135,7 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
                 exclude=settings.exclude,
                 mode=settings.mode,
                 error_probability=settings.error_probability,
+                first_windows=provenance.first_windows,
                 micro_batch_tokens=None if settings.micro_batch_tokens == "auto" else settings.micro_batch_tokens,
                 earlier=found.removals,
                 ranks=ranks,
@@ -181,13 +183,28 @@ def _inputs(settings: SearchParams) -> tuple[FetchReport, Tokens, int, int]:
     return fetched, tokens, n_candidates, n_removals
 
 
-def _load(settings: SearchParams, device: torch.device) -> PreTrainedModel:
+def _load(settings: SearchParams, device: torch.device, n_parameters: int, ranks: distributed.Ranks) -> PreTrainedModel:
     dtype = getattr(torch, settings.dtype)
-    if settings.weights_gib is None:
+    if settings.weights_gib is not None:
+        model = load_whole(paths.MODEL, dtype)
+        streaming.stream(model, device, int(settings.weights_gib * 2**30))
+        return model
+    if device.type != "cuda":
         return load_whole(paths.MODEL, dtype, device)
-    model = load_whole(paths.MODEL, dtype)
-    streaming.stream(model, device, int(settings.weights_gib * 2**30))
-    return model
+    # Other processes have the other GPUs.
+    gpus = range(torch.cuda.device_count()) if settings.device == "auto" and ranks.size == 1 else [device.index]
+    room = room_for(n_parameters * dtype.itemsize, {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus})
+    if len(room) > 1:
+        return load_whole(paths.MODEL, dtype, room=room)
+    (gpu,) = room
+    return load_whole(paths.MODEL, dtype, torch.device("cuda", gpu))
+
+
+def _first_windows(settings: SearchParams, n_parameters: int, n_windows: int) -> int:
+    """All where few candidates are begun and a part costs the transfer of all weights, however little it computes."""
+    weights_bytes = n_parameters * getattr(torch, settings.dtype).itemsize
+    streamed = settings.weights_gib is not None and weights_bytes > settings.weights_gib * 2**30
+    return n_windows if streamed and settings.mode == "lazy" else 1
 
 
 def _code_sha256() -> str:

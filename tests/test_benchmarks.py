@@ -1,5 +1,6 @@
 """The benchmark of the search, in its quick form."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -49,3 +50,17 @@ def test_the_sizes_that_grow_are_measured_once_each(benchmark):
         for s in shapes
     ]
     assert benchmark.growth(points, "hidden")["lazy"] == [(64, 64.0), (128, 128.0), (256, 256.0)]
+
+
+def test_a_job_that_fails_is_named(benchmark, tmp_path, capfd):
+    job = {"method": "lazy", "model": str(tmp_path / "none"), "dtype": "float32", "threads": 1}
+    with pytest.raises(SystemExit, match=r"lazy on .*/none failed with status 1, see above"):
+        benchmark.in_process(job)
+    assert "no model in" in capfd.readouterr().err
+
+
+def test_the_estimate_counts_the_forwards_of_every_job(benchmark):
+    # 8 sublayers, 2 removals, 3 windows: 3 * (8 + 7) forwards of 2 s, of which the authors' first step is 3 * 8
+    chosen = argparse.Namespace(windows=3, timed_steps=1, model_rounds=2)
+    others = 90 / 1.9 + 2 * (90 / 2.8 + 90 / 6.3 + 90 / 6.2)
+    assert benchmark.estimate_s(chosen, 2.0, 8) == pytest.approx(2 * 1.2 * 48 + others)

@@ -13,7 +13,7 @@ from finercut.families import PRE_NORM
 from finercut.greedy import search
 from finercut.race import MODES
 from finercut.sublayers import candidates
-from finercut.sweep import CPU_MICRO_BATCH, MicroBatch, Sweep
+from finercut.sweep import CPU_MICRO_BATCH, MicroBatch, Sweep, _within
 from finercut.workers import Workers
 
 
@@ -105,6 +105,18 @@ def test_micro_batches_change_the_last_bits_at_most(model, tokens):
     small = list(search(model, tokens, tokens, 3, micro_batch_tokens=20))
     assert [r.sublayer for r in small] == [r.sublayer for r in usual]
     assert [r.divergence for r in small] == pytest.approx([r.divergence for r in usual], rel=1e-5)
+
+
+def test_micro_batches_of_a_gpu_are_the_same_when_a_little_less_of_it_is_free(model):
+    # A token takes (8 * 128 + 4 * 192) * 2 bytes of a third of them, a logit 24 of another third.
+    n_bytes = 3 * (8 * 128 + 4 * 192) * 2 * 4096
+    assert n_bytes // 3 // 24 == 611669
+    least = MicroBatch(tokens=4096, logits=2**19, divergence_logits=2**19)
+    assert _within(n_bytes, model.config, 2) == _within(n_bytes + 7 * 2**20, model.config, 2) == least
+    assert _within(n_bytes - 3, model.config, 2).tokens == 2048
+    # whatever is free: one segment of logits; no more tokens than a GPU gains from
+    assert _within(0, model.config, 2) == MicroBatch(tokens=0, logits=16 * 400, divergence_logits=16 * 400)
+    assert _within(2**40, model.config, 2).tokens == 2**15
 
 
 def test_held_out_divergence_is_measured_on_the_held_out_tokens(model, tokens):

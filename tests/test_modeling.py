@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from finercut.checkpoint import describe, load_pruned, load_whole, masked, removed_sublayers, sizes, write_pruned
+from finercut.checkpoint import (
+    describe,
+    load_pruned,
+    load_whole,
+    masked,
+    removed_sublayers,
+    room_for,
+    sizes,
+    write_pruned,
+)
 from finercut.sublayers import parse
 
 REMOVALS = {
@@ -195,6 +204,23 @@ def test_a_whole_model_is_not_taken_for_a_pruned_one(tiny_model, some_pruned):
         load_pruned(tiny_model)
     with pytest.raises(ValueError, match="cannot prune a finercut_llama model"):
         load_whole(some_pruned)
+
+
+def test_weights_go_to_the_first_gpu_that_holds_them_or_to_all_together():
+    # a tenth of what is free is kept
+    assert room_for(90, {0: 100, 1: 100}) == {0: 90}
+    assert room_for(91, {0: 100, 1: 200}) == {1: 180}
+    assert room_for(91, {0: 100, 1: 100}) == {0: 90, 1: 90}
+    assert room_for(180, {2: 200}) == {2: 180}
+    with pytest.raises(ValueError, match=r"weights are 130 GiB, .* room for 72 \+ 36 GiB .*: set search.weights_gib"):
+        room_for(130 * 2**30, {0: 80 * 2**30, 1: 40 * 2**30})
+
+
+def test_a_model_whose_blocks_do_not_fit_the_devices_it_is_spread_over_is_refused(tiny_model, whole):
+    n_bytes = sum(p.nbytes for p in whole.parameters())
+    assert torch.equal(load_whole(tiny_model, room={"cpu": 4 * n_bytes}).lm_head.weight, whole.lm_head.weight)
+    with pytest.raises(ValueError, match="set search.weights_gib"):
+        load_whole(tiny_model, room={"cpu": n_bytes})
 
 
 # Runs where finercut cannot be imported.

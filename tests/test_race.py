@@ -92,6 +92,16 @@ def test_parts_are_of_1_1_2_and_4_windows_and_no_window_is_done_twice():
     assert seen == [[0], [1, 2, 3, 4, 5, 6, 7], [1], [2, 3], [4, 5, 6, 7]]
 
 
+def test_the_first_part_can_be_of_more_windows():
+    race = Race([A, B], 8, 1, first_windows=3)
+    seen = []
+    for part in race.parts():
+        seen.append(sorted(part))
+        race.record({w: {c: (1.0 + (c == B),) for c in row} for w, row in part.items()})
+    # A to the end; B, at 6 where A came to 8, goes on for as many again.
+    assert seen == [[0, 1, 2], [3, 4, 5, 6, 7], [3, 4, 5]]
+
+
 def test_the_one_that_was_least_goes_first_and_the_others_stop_where_they_pass_it():
     table = {A: flat(5, 1, 1, 1), B: flat(1, 1, 1, 1), C: flat(3, 3, 1, 1)}
     outcome, n_windows, _ = raced(table, known={A: [9, 9, 9, 9], B: [2, 2, 2, 2], C: [2, 3, 3, 3]})

@@ -58,7 +58,7 @@ def project(tmp_path, monkeypatch, tiny_model, tokens):
         sha256=weights_sha256(paths.MODEL),
         model_type="llama",
         n_blocks=4,
-        n_parameters=1,
+        n_parameters=543_872,
         weights_bytes=1,
         dtype="float32",
         vocab_size=400,
@@ -143,6 +143,17 @@ def test_modes_do_not_continue_each_other_and_the_report_says_what_was_taken_on_
     margins = [r.margin for r in read_trajectory(paths.TRAJECTORY).removals if r.margin is not None]
     assert lazy.least_margin == min(margins)
     assert lazy.evaluations < exact.evaluations
+
+
+def test_a_streamed_lazy_search_takes_all_windows_at_once_and_finds_the_same(project):
+    provenance, removals = {}, {}
+    for weights_gib, mode in ((None, "lazy"), (0.0015, "lazy"), (0.0015, "exact"), (1.0, "lazy")):
+        removals[weights_gib, mode] = search.run(
+            with_changes(search__mode=mode, search__weights_gib=weights_gib)
+        ).removals
+        provenance[weights_gib, mode] = read_trajectory(paths.TRAJECTORY).provenance
+    assert [each.first_windows for each in provenance.values()] == [1, 4, 1, 1]
+    assert len(set(map(tuple, removals.values()))) == 1
 
 
 def test_a_killed_search_continues_to_the_same_bytes(project):
