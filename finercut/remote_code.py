@@ -63,7 +63,7 @@ def trusts_code(directory: Path) -> bool:
     Raises:
         ValueError: they were trusted, and have changed since; or its configs name code that lies elsewhere.
     """
-    config, tokenizer = (_object(directory / name) for name in ("config.json", "tokenizer_config.json"))
+    config = _object(directory / "config.json")
     if TRUSTED_KEY not in config:
         return False
     if config[TRUSTED_KEY] != code_sha256(directory):
@@ -71,6 +71,7 @@ def trusts_code(directory: Path) -> bool:
             f"the Python files in {directory} are not those that were trusted when they were fetched, and are not run: "
             "run `finercut fetch` again, and the stages after it"
         )
+    tokenizer = _object(directory / "tokenizer_config.json")
     for reference in _strings([config.get("auto_map"), tokenizer.get("auto_map")]):
         # `owner/name--file.Class` is downloaded, and `/folder/file.Class` read, whatever was looked at here.
         if not re.fullmatch(r"\w+\.\w+", reference):
@@ -82,7 +83,11 @@ def trusts_code(directory: Path) -> bool:
 
 
 def _object(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _strings(value: Any) -> Iterator[str]:
