@@ -37,13 +37,16 @@ class MicroBatch:
     tokens: int
     """Through a sublayer."""
     logits: int
-    """By the head. Where they are fewer than a window's, a candidate can be given up within it."""
+    """By the head: of some tokens of several models. Between two such batches a candidate can be given up."""
     divergence_logits: int
     """In float32, with as many for each intermediate result."""
 
 
-# What the caches of a core hold: more spill out of them and win nothing. 1 MiB of float32 logits.
-CPU_MICRO_BATCH = MicroBatch(tokens=1024, logits=2**21, divergence_logits=2**18)
+# Of a CPU: as many as keep a core at its peak, few enough for every core to have some.
+CPU_TOKENS = 512
+CPU_HEAD_TOKENS = 128
+# What the caches of a core hold: 1 MiB in float32.
+CPU_DIVERGENCE_LOGITS = 2**18
 # Tokens beyond which a GPU gains nothing.
 GPU_TOKENS = 2**15
 
@@ -60,7 +63,7 @@ def micro_batch(
     if wanted is not None:
         return MicroBatch(wanted, wanted * text.vocab_size, wanted * text.vocab_size)
     if device.type != "cuda":
-        return CPU_MICRO_BATCH
+        return MicroBatch(CPU_TOKENS, CPU_HEAD_TOKENS * text.vocab_size, CPU_DIVERGENCE_LOGITS)
     free, _ = torch.cuda.mem_get_info(device)
     element_bytes = torch.empty(0, dtype=config.dtype).element_size()
     # The trunk has a state for every sublayer and window, so have the branches.
@@ -151,12 +154,14 @@ class Sweep:
         A sum that goes over its limit is not finished. A non-finite output is infinitely far.
         """
         ends = self._ends({window: list(row) for window, row in part.items()})
-        together = max(1, self.micro_batch.logits // (self.n_tokens * self.vocabulary))
-        jobs = [
-            (window, states, list(row.values())[i * together : (i + 1) * together])
-            for window, row in part.items()
-            for i, states in enumerate(ends[window].split(together))
-        ]
+        together = max(1, self.micro_batch.logits // (SEGMENT_TOKENS * self.vocabulary))
+        jobs = []
+        for window, row in part.items():
+            limits = iter(row.values())
+            jobs += [
+                (window, states, list(itertools.islice(limits, len(states))))
+                for states in _evenly(ends[window], together)
+            ]
         found = self.workers.map(lambda job: self._segments(*job), jobs)
         segments = itertools.chain.from_iterable(found)
         return {window: {candidate: next(segments) for candidate in row} for window, row in part.items()}
@@ -190,7 +195,7 @@ class Sweep:
                 n_plain = first_new
                 while n_plain > 0 and not set(unit.sublayers).isdisjoint(row[n_plain - 1].sublayers):
                     n_plain -= 1
-                batches += [(batch, self.removed) for batch in states[window][:n_plain].split(together)]
+                batches += [(batch, self.removed) for batch in _evenly(states[window][:n_plain], together)]
                 batches += [
                     (states[window][i : i + 1], self.removed.union(row[i].sublayers)) for i in range(n_plain, n_live)
                 ]
@@ -228,19 +233,19 @@ class Sweep:
     def _segments(self, window: int, states: Tensor, limits: Sequence[float]) -> list[Segments]:
         """Divergence of models that end in `states`, (models, tokens, hidden), on a window, summed over its segments.
 
-        The head is run on some tokens at a time, for the models whose sum is not over their limit yet.
+        The head is run on some tokens at a time, for the models whose sum is not over their limit yet: on more tokens
+        of each, the fewer they are.
         """
         segments: list[Segments] = [()] * len(states)
         under_way = list(range(len(states)))
-        n_tokens = self._head_tokens(len(states))
-        for start in range(0, self.n_tokens, n_tokens):
-            part = slice(start, start + n_tokens)
+        start = 0
+        while under_way and start < self.n_tokens:
+            part = slice(start, start + self._head_tokens(len(under_way)))
             sums = self._segment_sums(window, part, states[under_way, part])
             for model, new in zip(under_way, sums, strict=True):
                 segments[model] += tuple(x if x == x else math.inf for x in new)
             under_way = [model for model in under_way if not math.fsum(segments[model]) > limits[model]]
-            if not under_way:
-                break
+            start = part.stop
         return segments
 
     def _segment_sums(self, window: int, tokens: slice, states: Tensor) -> list[list[float]]:
@@ -256,3 +261,8 @@ class Sweep:
         ]
         segments = torch.cat(values, dim=-1).double().split(SEGMENT_TOKENS, dim=-1)
         return torch.stack([segment.sum(-1) for segment in segments], dim=-1).tolist()
+
+
+def _evenly(states: Tensor, together: int) -> Sequence[Tensor]:
+    """Pieces of at most `together`, as few and as equal as can be: many at once end at about the same time."""
+    return states.tensor_split(-(-len(states) // together)) if len(states) else ()

@@ -13,7 +13,7 @@ from finercut.families import PRE_NORM
 from finercut.greedy import search
 from finercut.race import MODES
 from finercut.sublayers import candidates
-from finercut.sweep import CPU_MICRO_BATCH, MicroBatch, Sweep, _within
+from finercut.sweep import MicroBatch, Sweep, _within
 from finercut.workers import Workers
 
 
@@ -84,11 +84,12 @@ def test_lazy_and_racing_find_the_removals_of_brute_force_with_less_work_and_say
     assert any(r.stale for r in some)
 
 
-def test_the_head_is_not_run_on_the_rest_of_a_window_once_a_candidate_is_over_its_limit(model, tokens):
+@pytest.mark.parametrize("head_tokens", [16, 48])
+def test_the_head_is_not_run_on_the_rest_of_a_window_once_a_candidate_is_over_its_limit(model, tokens, head_tokens):
     windows = tokens.reshape(2, -1)  # 72 tokens: 5 segments
     with torch.inference_mode():
         blocks = Blocks(model, PRE_NORM, windows[:1])
-        sizes = MicroBatch(tokens=1024, logits=16 * 400, divergence_logits=5 * 400)
+        sizes = MicroBatch(tokens=1024, logits=head_tokens * 400, divergence_logits=5 * 400)
         sweep = Sweep(blocks, windows, DIVERGENCES["js"], Workers(model.device), sizes)
     first, second, third = candidates(4)[:3]
     whole = sweep.totals({1: {first: math.inf, second: math.inf, third: math.inf}})[1]
@@ -195,7 +196,7 @@ def test_the_last_attention_stays(model, tokens):
 def test_a_candidate_with_non_finite_output_is_never_removed(model, tokens):
     with torch.inference_mode():
         blocks = Blocks(model, PRE_NORM, tokens[:1])
-        sweep = Sweep(blocks, tokens, DIVERGENCES["js"], Workers(model.device), CPU_MICRO_BATCH)
+        sweep = Sweep(blocks, tokens, DIVERGENCES["js"], Workers(model.device), MicroBatch(64, 64 * 400, 400))
         # What the branch without block 1's attention starts from; the others start before or after it.
         sweep.trunk[2] = torch.full_like(sweep.trunk[2], math.nan)
     pool = candidates(4)
