@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from finercut import modeling_finercut
+from finercut.configs import read_object
 from finercut.families import LAYOUT_KEY, Layout, base_architecture, check_supported, is_declared, layout_of
-from finercut.model_files import explained, quiet, read_config, read_object
+from finercut.model_files import explained, quiet, read_config
 from finercut.remote_code import code_sha256, note_trusted, pruned_class, trusts_code
 from finercut.reports import Shares
 from finercut.sublayers import KINDS, Sublayer
@@ -49,6 +50,17 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device multiplies in it; a CPU that does not is several times faster in float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cpu":
+        return torch.bfloat16
+    able = torch.cpu.get_capabilities()
+    # Of x86, of x86 with matrix tiles, of ARM.
+    return torch.bfloat16 if any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
 
 
 def room_for(weights_bytes: int, free_bytes: Mapping[int, int]) -> dict[int, int]:

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from finercut.configs import note, read_object
 from finercut.families import LAYOUT_KEY, check_supported, is_declared
 from finercut.remote_code import trusts_code
 from finercut.weights import INDEX, safetensors_files, safetensors_shapes
@@ -62,20 +62,6 @@ def explained(what: str) -> Iterator[None]:
             raise
         told = " ".join(str(error).split())[:200]
         raise ValueError(f"{what}: {type(error).__name__} {told}".strip()) from error
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """
-    Raises:
-        ValueError: it does not hold a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object")
-    return content
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -200,5 +186,4 @@ def _note_layout(directory: Path) -> None:
 
     layout = getattr(load_whole(directory).config, LAYOUT_KEY)
     logger.info("found the sublayers of this undeclared family: %s", json.dumps(layout))
-    file = directory / "config.json"
-    file.write_text(json.dumps(read_object(file) | {LAYOUT_KEY: layout}, indent=2) + "\n", encoding="utf-8")
+    note(directory, LAYOUT_KEY, layout)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from finercut.redaction import redacted
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+AnyDtype = Dtype | Literal["auto"]
 Divergence = Literal["js", "kl", "angular", "norm", "js_official"]
 Stage = Literal["fetch", "calibrate", "search", "prune", "evaluate", "throughput"]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -153,7 +154,8 @@ class Search(Section):
     """Tokens that go through a sublayer at once; auto: what fits the caches of a CPU, the free memory of a GPU."""
     removals: PositiveInt | Share
     """How far the search goes: candidates removed, as a number or as a share. Budgets up to here need no new search."""
-    dtype: Dtype
+    dtype: AnyDtype
+    """auto: bfloat16 where the device multiplies in it, else float32."""
     device: str
     """auto, cpu, cuda, cuda:1, ... auto: the GPUs where there are any, more than one if a process is alone and the
     weights do not fit one."""
@@ -197,8 +199,8 @@ class Evaluate(Section):
     tasks: list[Task]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     batch_size: PositiveInt
-    dtype: Dtype
-    """Of lm-eval and perplexity; the parity check is always float32."""
+    dtype: AnyDtype
+    """Of lm-eval and perplexity, as in search; the parity check is always float32."""
     device: str
     parity_tolerance: PositiveFloat
     """Largest difference of float32 logits between the masked whole and the pruned model."""

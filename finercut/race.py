@@ -151,14 +151,24 @@ class Race:
         return min(means, key=lambda c: (means[c], c), default=None)
 
     def _part(self, candidates: Sequence[Candidate], n_windows: int) -> Part:
-        """The next windows of each candidate. Lazy: those it has never seen first, they tell most."""
+        """The next windows of each candidate: lazy, those it has never seen first, they tell most; then those that
+        told most of the leader."""
+        told = self._told()
         part: dict[int, dict[Candidate, float]] = {}
         for candidate in candidates:
-            earlier, room = self._earlier(candidate), self._room(candidate)
+            earlier, limit = self._earlier(candidate), self._limit(candidate)
             left = [w for w in range(self.n_windows) if w not in self.done[candidate]]
-            for window in sorted(left, key=lambda w: earlier[w] > 0)[:n_windows]:
-                part.setdefault(window, {})[candidate] = room + earlier[window]
+            for window in sorted(left, key=lambda w: (earlier[w] > 0, -told[w]))[:n_windows]:
+                part.setdefault(window, {})[candidate] = limit
         return part
+
+    def _told(self) -> Sequence[float]:
+        """How much the leader came to on each window beyond what counted as its lower bound there. Racing, windows are
+        not chosen by what was found on them: its test takes them for a random sample."""
+        if self.leader is None or self.mode == "racing":
+            return (0.0,) * self.n_windows
+        earlier = self._earlier(self.leader)
+        return [self._sum(self.leader, [window]) - earlier[window] for window in range(self.n_windows)]
 
     def _alive(self) -> list[Candidate]:
         """Those that may still be the least and are not complete, by depth."""
@@ -182,9 +192,10 @@ class Race:
         leaders = 0.0 if self.leader is None else self._sum(self.leader, self.done[candidate])
         return self._sum(candidate) - leaders
 
-    def _room(self, candidate: Candidate) -> float:
-        """How much more than its bound a candidate may come to."""
-        if self.mode == "brute" or self.best == math.inf:
+    def _limit(self, candidate: Candidate) -> float:
+        """Exact: what a candidate may come to on its next windows until it is given up. Lazy, a window that was begun
+        is finished: the head costs less than the sublayers before it, and later steps know more."""
+        if self.mode != "exact" or self.best == math.inf:
             return math.inf
         # A little more than that: rounding must not stop a candidate that would come to exactly as much.
         return self.best * (1 + 1e-12) - self._bound(candidate)

@@ -7,12 +7,13 @@ in the model's config.json, and nobody else may; every later stage runs the code
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from finercut.configs import note, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,9 +53,7 @@ def code_sha256(directory: Path) -> str:
 
 def note_trusted(directory: Path, sha256: str) -> None:
     """Let later stages run the code of this hash."""
-    file = directory / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(config | {TRUSTED_KEY: sha256}, indent=2) + "\n", encoding="utf-8")
+    note(directory, TRUSTED_KEY, sha256)
 
 
 def trusts_code(directory: Path) -> bool:
@@ -63,7 +62,7 @@ def trusts_code(directory: Path) -> bool:
     Raises:
         ValueError: they were trusted, and have changed since; or its configs name code that lies elsewhere.
     """
-    config = _object(directory / "config.json")
+    config = read_object(directory / "config.json")
     if TRUSTED_KEY not in config:
         return False
     if config[TRUSTED_KEY] != code_sha256(directory):
@@ -71,8 +70,9 @@ def trusts_code(directory: Path) -> bool:
             f"the Python files in {directory} are not those that were trusted when they were fetched, and are not run: "
             "run `finercut fetch` again, and the stages after it"
         )
-    tokenizer = _object(directory / "tokenizer_config.json")
-    for reference in _strings([config.get("auto_map"), tokenizer.get("auto_map")]):
+    tokenizer = directory / "tokenizer_config.json"
+    configs = [config, *([read_object(tokenizer)] if tokenizer.is_file() else [])]
+    for reference in _strings([config.get("auto_map") for config in configs]):
         # `owner/name--file.Class` is downloaded, and `/folder/file.Class` read, whatever was looked at here.
         if not re.fullmatch(r"\w+\.\w+", reference):
             raise ValueError(
@@ -80,14 +80,6 @@ def trusts_code(directory: Path) -> bool:
                 "lies elsewhere is not run; put it there, and its name into auto_map"
             )
     return True
-
-
-def _object(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -163,6 +163,7 @@ class TaskResult(Report):
 class EvaluateReport(Report):
     note: str
     """What the tasks can and cannot say."""
+    dtype: str
     tasks: dict[str, TaskResult]
     mean_retention: float | None
     whole_perplexity: float

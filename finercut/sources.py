@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from finercut.configs import read_object
 from finercut.families import check_supported
 from finercut.params import Dtype, HubModel, LocalModel, PackageModel
 from finercut.remote_code import OUR_FILES, TRUSTED_KEY, code_sha256, note_trusted
@@ -284,7 +285,7 @@ def _choose(names: Collection[str], where: str, code: _Code) -> list[str]:
 def _check_config(file: Path, where: str, code: _Code) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from finercut.model_files import read_config, read_object
+    from finercut.model_files import read_config
 
     config = read_object(file)
     model_type = config.get("model_type")

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from finercut import paths
-from finercut.checkpoint import device_of, load_pruned, load_whole
+from finercut.checkpoint import device_of, dtype_of, load_pruned, load_whole
 from finercut.evaluation import Fit, LoadedTask, Score, compare, fit, load_tasks, score
 from finercut.model_files import read_config, read_tokenizer
 from finercut.params import Evaluate, Params
@@ -54,7 +54,7 @@ def run(params: Params) -> EvaluateReport:
         report.unlink(missing_ok=True)
     _pass_parity(check_parity(paths.MODEL, paths.PRUNED, held_out, settings.parity_tolerance, device))
 
-    dtype = getattr(torch, settings.dtype)
+    dtype = dtype_of(settings.dtype, device)
     # One model in memory at a time.
     whole_fit, whole = _measure("whole", load_whole(paths.MODEL, dtype, device), held_out, tasks, settings)
     pruned_fit, pruned = _measure("pruned", load_pruned(paths.PRUNED, dtype, device), held_out, tasks, settings)
@@ -62,6 +62,7 @@ def run(params: Params) -> EvaluateReport:
     retentions = [result.retention for result in results.values() if result.retention is not None]
     report = EvaluateReport(
         note=_note(tasks),
+        dtype=str(dtype).removeprefix("torch."),
         tasks=results,
         mean_retention=statistics.mean(retentions) if retentions else None,
         whole_perplexity=whole_fit.perplexity,

@@ -29,7 +29,7 @@ from finercut import (
     trajectory,
     workers,
 )
-from finercut.checkpoint import device_of, load_whole, room_for
+from finercut.checkpoint import device_of, dtype_of, load_whole, room_for
 from finercut.params import Params
 from finercut.params import Search as SearchParams
 from finercut.pictures import divergence_curves
@@ -86,6 +86,7 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
         transformers.utils.logging.disable_progress_bar()
     fetched, tokens, n_candidates, n_removals = _inputs(settings)
     device = device_of(settings.device, ranks.local_rank)
+    dtype = dtype_of(settings.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     provenance = Provenance(
@@ -99,13 +100,13 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
         candidates=settings.candidates,
         protect=sorted(settings.protect),
         exclude=settings.exclude,
-        dtype=settings.dtype,
+        dtype=str(dtype).removeprefix("torch."),
         device=device.type,
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,
         mode=settings.mode,
         error_probability=settings.error_probability if settings.mode == "racing" else None,
-        first_windows=_first_windows(settings, fetched.n_parameters, len(tokens.calibration)),
+        first_windows=_first_windows(settings, fetched.n_parameters * dtype.itemsize, len(tokens.calibration)),
         code_sha256=_code_sha256(),
     )
     in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
@@ -117,11 +118,11 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
         logger.info(
             "search: %d of %d removals found from an earlier search", min(resumed_after, n_removals), n_removals
         )
-    if device.type == "cpu" and settings.dtype == "bfloat16" and not torch.cpu.get_capabilities().get("avx512_bf16"):
+    if dtype == torch.bfloat16 != dtype_of("auto", device):
         logger.warning("search: this CPU does not multiply in bfloat16; search.dtype: float32 is several times faster")
     started = time.monotonic()
     if resumed_after < n_removals:
-        model = _load(settings, device, fetched.n_parameters, ranks)
+        model = _load(settings, dtype, device, fetched.n_parameters, ranks)
         unseen = None if ranks.first else True
         with tqdm(desc="search", unit="removal", initial=resumed_after, total=n_removals, disable=unseen) as bar:
             for removal in greedy.search(
@@ -183,8 +184,9 @@ def _inputs(settings: SearchParams) -> tuple[FetchReport, Tokens, int, int]:
     return fetched, tokens, n_candidates, n_removals
 
 
-def _load(settings: SearchParams, device: torch.device, n_parameters: int, ranks: distributed.Ranks) -> PreTrainedModel:
-    dtype = getattr(torch, settings.dtype)
+def _load(
+    settings: SearchParams, dtype: torch.dtype, device: torch.device, n_parameters: int, ranks: distributed.Ranks
+) -> PreTrainedModel:
     if settings.weights_gib is not None:
         model = load_whole(paths.MODEL, dtype)
         streaming.stream(model, device, int(settings.weights_gib * 2**30))
@@ -200,9 +202,8 @@ def _load(settings: SearchParams, device: torch.device, n_parameters: int, ranks
     return load_whole(paths.MODEL, dtype, torch.device("cuda", gpu))
 
 
-def _first_windows(settings: SearchParams, n_parameters: int, n_windows: int) -> int:
+def _first_windows(settings: SearchParams, weights_bytes: int, n_windows: int) -> int:
     """All where few candidates are begun and a part costs the transfer of all weights, however little it computes."""
-    weights_bytes = n_parameters * getattr(torch, settings.dtype).itemsize
     streamed = settings.weights_gib is not None and weights_bytes > settings.weights_gib * 2**30
     return n_windows if streamed and settings.mode == "lazy" else 1
 

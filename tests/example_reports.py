@@ -120,6 +120,7 @@ def evaluate(**changes) -> EvaluateReport:
     )
     settings = {
         "note": "Smoke tasks, not published benchmarks.",
+        "dtype": "bfloat16",
         "tasks": {"finercut_copying": task},
         "mean_retention": 0.75,
         "whole_perplexity": 10.0,

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from finercut.checkpoint import (
     describe,
+    dtype_of,
     load_pruned,
     load_whole,
     masked,
@@ -204,6 +205,22 @@ def test_a_whole_model_is_not_taken_for_a_pruned_one(tiny_model, some_pruned):
         load_pruned(tiny_model)
     with pytest.raises(ValueError, match="cannot prune a finercut_llama model"):
         load_whole(some_pruned)
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype"),
+    [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"bf16": True}, "bfloat16"),
+        ({"avx2": True, "avx512_bf16": False}, "float32"),
+    ],
+)
+def test_a_cpu_computes_in_float32_unless_it_multiplies_in_bfloat16(monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert dtype_of("auto", torch.device("cpu")) == getattr(torch, dtype)
+    assert dtype_of("auto", torch.device("meta")) == torch.bfloat16
+    assert dtype_of("float16", torch.device("cpu")) == torch.float16
 
 
 def test_weights_go_to_the_first_gpu_that_holds_them_or_to_all_together():

@@ -116,6 +116,22 @@ def test_a_window_is_left_where_the_limit_is_passed():
     assert outcome.abandoned == {B: 5.0}
 
 
+def test_lazy_finishes_a_window_that_it_began():
+    outcome, _, race = raced({A: [[1.0, 1.0, 1.0]], B: [[1.0, 4.0, 4.0]]}, mode="lazy", known={A: [1.0]})
+    assert outcome.values == {A: 3.0, B: 9.0}
+    assert race.now_known()[B] == [9.0]
+
+
+def test_windows_that_told_most_of_the_leader_come_first():
+    # 8 for the leader; 5 of them on window 2, where B comes to 9
+    _, _, race = raced({A: flat(1, 1, 5, 1), B: flat(1, 1, 9, 1)}, known={A: [1, 1, 1, 1]})
+    assert list(race.done[B]) == [2]
+    # Lazily it is what the leader has grown by: most on window 1, where the bound of B goes from 6 to 8.5, with 7 the least
+    known = {A: [4, 0.1, 1], B: [4, 1, 1]}
+    _, _, race = raced({A: flat(4, 2, 1), B: flat(4, 3.5, 1)}, mode="lazy", known=known)
+    assert list(race.done[B]) == [1]
+
+
 def test_brute_evaluates_everything():
     outcome, n_windows, _ = raced({A: flat(1, 1), B: flat(9, 9)}, mode="brute", known={A: [1, 1]})
     assert outcome.values == {A: 2, B: 18}

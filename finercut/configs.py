@@ -1,0 +1,27 @@
+"""The JSON files beside a model's weights: reading them, and noting in config.json what later stages must know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it does not hold a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def note(directory: Path, key: str, value: Any) -> None:
+    """Add `key` to the config.json in `directory`."""
+    file = directory / "config.json"
+    file.write_text(json.dumps(read_object(file) | {key: value}, indent=2) + "\n", encoding="utf-8")
