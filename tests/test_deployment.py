@@ -167,6 +167,7 @@ def test_cancelling_stops_the_stage_and_the_next_run_goes_on_from_there(deployed
     assert ended(run_id).is_cancelled()
     newest = runs(deployed)[0]
     assert newest.info.status == "KILLED"
+    assert "collect" not in newest.data.tags  # which would have kept its user waiting
 
     assert ended(start("nightly", overrides={"evaluate.seed": 8})).is_completed()
     newest = runs(deployed)[0]
