@@ -21,6 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelling
+from scheduled_runs import Expected, Planned, Site, follow, schedule
 from test_flow import ROOT, STAGES, gone, make_toy, processes_with, runs
 
 pytestmark = pytest.mark.timeout(1200)
@@ -55,14 +56,19 @@ def alerts():
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts):
-    """A clone of toy stages with two deployments on it, one of which skips what overlaps, and a worker."""
+def site(tmp_path_factory, s3_store):
     root = tmp_path_factory.mktemp("scheduled")
+    return Site(root, tmp_path_factory.mktemp("worker"), s3_store, f"{root.name}-soak", shared_memory=False)
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, site):
+    """A clone of toy stages with two deployments on it, one of which skips what overlaps, and a worker."""
+    root = site.workspace
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-        patch.setenv("FINERCUT_WORKSPACE", str(root))
         patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("worker-home")))
         document = yaml.safe_load((ROOT / "prefect.yaml").read_text())
         (nightly,) = document["deployments"]
@@ -73,12 +79,15 @@ def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts):
         Path("gate.sh").write_text(GATE)
         Path("params/other.yaml").write_text((ROOT / "params.yaml").read_text())
         gated = STAGES["evaluate"] | {"cmd": f"sh gate.sh && {STAGES['evaluate']['cmd']}", "params": ["evaluate.seed"]}
-        settings = make_toy(STAGES | {"evaluate": gated})
+        another = "grep error_probability params.yaml >> artifacts/pruned/model.safetensors"
+        prune = STAGES["prune"] | {"cmd": f"{STAGES['prune']['cmd']} && {another}"}
+        throughput = STAGES["throughput"] | {"deps": [*STAGES["throughput"]["deps"], "artifacts/pruned"]}
+        settings = make_toy({"prune": prune, "evaluate": gated, "throughput": throughput})
         said = [deploy(alerts[1]) for _ in range(2)]
         assert said[0] == said[1]
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--install-policy", "never"]
-        environment = os.environ | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
-        with servers.running(command, tmp_path_factory.mktemp("worker") / "log", lambda: True, env=environment):
+        log = tmp_path_factory.mktemp("worker-log") / "log"
+        with servers.running(command, log, lambda: True, env=os.environ | site.environment):
             yield settings["flow"]["experiment"]
 
 
@@ -202,3 +211,22 @@ def test_a_late_run_and_a_failed_one_raise_an_alert_without_secrets(deployed, al
     with get_client(sync_client=True) as client:
         shown = client.read_block_document_by_name("finercut-alerts", "webhook", include_secrets=False)
     assert address not in str(shown.data)
+
+
+def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_disk(deployed, site):
+    """`make soak` does the same many times, with real stages."""
+    named = {"register.name": site.name, "flow.experiment": site.name, "retention.versions": 1}
+
+    def run(error_probability, ending="registered", **others):
+        return Planned({"search.error_probability": error_probability}, named | others, ending)
+
+    plan = [
+        run(0.06),
+        run(0.07),
+        run(0.07, "refused", **{"register.min_speed_up": 1000}),
+        run(0.07, "evaluate", **{"flow.timeout_s.evaluate": 0.01}),
+    ]
+    expected = Expected({"search.error_probability": STAGES}, list(STAGES), n_kept=1)
+    done = list(follow(site, schedule(plan, in_s=20), expected))
+    assert [run.wrong + run.orphans + run.files for run in done] == [[]] * 4
+    assert len({run.disk.checkpoints for run in done}) == 1  # of two versions the older one's has gone
