@@ -24,6 +24,8 @@ from prefect.states import Cancelling
 from scheduled_runs import Expected, Planned, Site, follow, schedule
 from test_flow import ROOT, STAGES, gone, make_toy, processes_with, runs
 
+from pipelines import deployment
+
 pytestmark = pytest.mark.timeout(1200)
 PATIENCE_S = 400
 POOL = "finercut"
@@ -135,9 +137,23 @@ def test_the_form_offers_the_params_files_and_refuses_anything_else(deployed):
     with get_client(sync_client=True) as client:
         schema = client.read_deployment_by_name("finercut/nightly").parameter_openapi_schema
     assert schema["properties"]["params_file"]["anyOf"][0]["enum"] == ["params.yaml", "params/other.yaml"]
-    for wrong in ({"params_file": "params/secret.yaml"}, {"push": "often"}, {"overrides": 3}):
+    for wrong in ({"params_file": "params/secret.yaml"}, {"push": "often"}, {"overrides": 3}, {"typo": True}):
         with pytest.raises(PrefectHTTPStatusError, match=next(iter(wrong))):
             start("nightly", **wrong)
+
+
+def test_a_parameter_that_does_not_exist_is_named_before_anything_is_declared(deployed):
+    before = Path("prefect.yaml").read_text()
+    document = yaml.safe_load(before)
+    document["deployments"][0]["schedules"][0]["parameters"] = {"typo": True}
+    Path("prefect.yaml").write_text(yaml.safe_dump(document))
+    try:
+        with pytest.raises(
+            ValueError, match=r"^prefect\.yaml: deployment nightly: no parameter typo; there are params_"
+        ):
+            deployment.deploy()
+    finally:
+        Path("prefect.yaml").write_text(before)
 
 
 def test_runs_that_overlap_wait_or_are_skipped_and_share_an_accelerator(deployed):
