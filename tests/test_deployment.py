@@ -24,8 +24,6 @@ from prefect.states import Cancelling
 from scheduled_runs import Expected, Planned, Site, follow, schedule
 from test_flow import ROOT, STAGES, gone, make_toy, processes_with, runs
 
-from pipelines import deployment
-
 pytestmark = pytest.mark.timeout(1200)
 PATIENCE_S = 400
 POOL = "finercut"
@@ -142,18 +140,18 @@ def test_the_form_offers_the_params_files_and_refuses_anything_else(deployed):
             start("nightly", **wrong)
 
 
-def test_a_parameter_that_does_not_exist_is_named_before_anything_is_declared(deployed):
+def test_a_parameter_that_does_not_exist_is_named_before_anything_is_declared(deployed, alerts):
     before = Path("prefect.yaml").read_text()
     document = yaml.safe_load(before)
     document["deployments"][0]["schedules"][0]["parameters"] = {"typo": True}
     Path("prefect.yaml").write_text(yaml.safe_dump(document))
     try:
-        with pytest.raises(
-            ValueError, match=r"^prefect\.yaml: deployment nightly: no parameter typo; there are params_"
-        ):
-            deployment.deploy()
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            deploy(alerts[1])
     finally:
         Path("prefect.yaml").write_text(before)
+    told = "finercut deploy: prefect.yaml: deployment nightly: no parameter typo; there are params_file, overrides, "
+    assert failed.value.stderr.startswith(told)
 
 
 def test_runs_that_overlap_wait_or_are_skipped_and_share_an_accelerator(deployed):
