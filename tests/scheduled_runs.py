@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
@@ -179,8 +179,14 @@ class Site:
         """What lies in the folders for temporary files; in shared memory, files that no living process has mapped."""
         found = set(self._temporary.iterdir())
         if self.shared_memory:
-            found |= {p for p in SHARED_MEMORY.iterdir() if p.is_file() and p.stat().st_uid == os.getuid()} - _mapped()
+            found |= {Path(entry) for entry in os.scandir(SHARED_MEMORY) if _is_our_file(entry)} - _mapped()
         return found
+
+
+def _is_our_file(entry: os.DirEntry) -> bool:
+    with suppress(FileNotFoundError):
+        return entry.is_file() and entry.stat().st_uid == os.getuid()
+    return False
 
 
 def _mapped() -> set[Path]:
@@ -244,9 +250,9 @@ def follow(site: Site, scheduled: Mapping[UUID, Planned], expected: Expected) ->
         ended = [run for run in _flow_runs() if run.id in waiting and run.state.is_final()]
         for run in sorted(ended, key=lambda run: run.end_time):
             planned = waiting.pop(run.id)
-            record, disk, files = _record(site, run), _disk(site), site.temporary() - before
-            orphans = _orphans(site, run, strangers)
-            files &= site.temporary()
+            record, disk, new = _record(site, run), _disk(site), site.temporary() - before
+            orphans = _left(lambda run=run: _processes(site, run) - strangers)
+            files = _left(lambda new=new: new & site.temporary())
             before |= files
             yield Outcome(
                 planned=planned,
@@ -254,7 +260,7 @@ def follow(site: Site, scheduled: Mapping[UUID, Planned], expected: Expected) ->
                 disk=disk,
                 seconds=run.total_run_time.total_seconds(),
                 wrong=_differences(expected.after(planned), record),
-                orphans=[f"{p.pid} {' '.join(p.cmdline())[:200]}" for p in orphans],
+                orphans=[str(process) for process in orphans],
                 files=sorted(map(str, files)),
             )
             deadline = time.monotonic() + PATIENCE_S
@@ -329,8 +335,8 @@ def _n_bytes(folder: Path) -> int:
     return sum(sizes.values())
 
 
-def _orphans(site: Site, flow_run, strangers: set[psutil.Process]) -> list[psutil.Process]:
-    """Processes of the run that are still there after a while.
+def _processes(site: Site, flow_run) -> set[psutil.Process]:
+    """Of the run, which has ended.
 
     By the environment that the worker gives each run; vLLM's engines write over theirs, but work in the same folder,
     where whatever is older than the run's end cannot be of the next one.
@@ -344,9 +350,12 @@ def _orphans(site: Site, flow_run, strangers: set[psutil.Process]) -> list[psuti
             return here and process.create_time() < flow_run.end_time.timestamp()
         return False
 
+    return set(filter(of_the_run, psutil.process_iter()))
+
+
+def _left(look: Callable[[], set]) -> set:
+    """What is still found after a while."""
     deadline = time.monotonic() + GRACE_S
-    while found := [p for p in psutil.process_iter() if p not in strangers and of_the_run(p)]:
-        if time.monotonic() > deadline:
-            return found
+    while (found := look()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    return []
+    return found
