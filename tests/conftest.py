@@ -71,6 +71,15 @@ def random_llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
+def write_tiny(folder: Path) -> tuple[Path, Path]:
+    """A random 4-block Llama in Hugging Face layout, and a text to calibrate it on."""
+    model, text = folder / "model", folder / "text.txt"
+    random_llama().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    text.write_text("\n\n".join(TEXT * 6))
+    return model, text
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tokenizer) -> Path:
     """Directory of a random 4-block Llama in Hugging Face layout. Read it, do not write to it."""

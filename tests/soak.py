@@ -162,14 +162,10 @@ def _soak(folder: Path, store: servers.S3, planned: Sequence[Planned]) -> list[O
 def _make_clone(folder: Path, root: Path) -> dict:
     """A clone of the project with a tiny model, deployed; its params."""
     import yaml
-    from conftest import TEXT, make_tokenizer, random_llama
+    from conftest import write_tiny
     from test_end_to_end import ROOT, make_project, tiny_settings
 
-    random_llama().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    text = folder / "text.txt"
-    text.write_text("\n\n".join(TEXT * 6))
-    settings = tiny_settings(folder / "model", text)
+    settings = tiny_settings(*write_tiny(folder))
     document = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     (nightly,) = document["deployments"]
     root.mkdir()
