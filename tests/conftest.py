@@ -143,7 +143,8 @@ def s3_store(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory, postgres, s3_store):
     """The address of an MLflow server on PostgreSQL, with its artifacts in the S3 store."""
-    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow-server"), postgres.uri("mlflow"), s3_store) as address:
+    database = postgres.uri("mlflow", driver="postgresql+psycopg")
+    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow-server"), database, s3_store) as address:
         yield address
 
 

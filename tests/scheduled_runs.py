@@ -20,6 +20,8 @@ import psutil
 import servers
 
 PATIENCE_S = 1800
+# Between when a run is due and when the server must have made it.
+SCHEDULER_PATIENCE_S = 60
 # After a run has ended, its processes may take this long to be gone.
 GRACE_S = 30
 DEPLOYMENT = "finercut/nightly"
@@ -222,7 +224,7 @@ def schedule(plan: Sequence[Planned], in_s: float) -> dict[UUID, Planned]:
         deployment = client.read_deployment_by_name(DEPLOYMENT)
         created = client.create_deployment_schedules(deployment.id, wanted)
     planned = {made.id: run for made, run in zip(created, plan, strict=True)}
-    deadline = time.monotonic() + in_s + PATIENCE_S
+    deadline = time.monotonic() + in_s + SCHEDULER_PATIENCE_S
     while time.monotonic() < deadline:
         found = {run.id: planned[run.created_by.id] for run in _flow_runs() if run.created_by.id in planned}
         if len(found) == len(plan):

@@ -124,7 +124,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="finercut-soak-") as folder,
         servers.postgres(("mlflow", "prefect")) as postgres,
         servers.s3(Path(folder)) as store,
-        servers.mlflow_server(Path(folder), postgres.uri("mlflow"), store) as mlflow,
+        servers.mlflow_server(Path(folder), postgres.uri("mlflow", driver="postgresql+psycopg"), store) as mlflow,
         servers.prefect_server(Path(folder), postgres.uri("prefect", driver="postgresql+asyncpg")) as prefect,
     ):
         # Prefect reads the environment when it is imported.
