@@ -248,7 +248,7 @@ def follow(site: Site, scheduled: Mapping[UUID, Planned], expected: Expected) ->
     strangers, before = set(psutil.process_iter()), site.temporary()
     waiting, deadline = dict(scheduled), time.monotonic() + PATIENCE_S
     while waiting and time.monotonic() < deadline:
-        time.sleep(0.5)
+        time.sleep(2)
         ended = [run for run in _flow_runs() if run.id in waiting and run.state.is_final()]
         for run in sorted(ended, key=lambda run: run.end_time):
             planned = waiting.pop(run.id)
