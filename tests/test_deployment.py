@@ -243,4 +243,5 @@ def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_di
     expected = Expected({"search.error_probability": STAGES}, list(STAGES), n_kept=1)
     done = list(follow(site, schedule(plan, in_s=20), expected))
     assert [run.wrong + run.orphans + run.files for run in done] == [[]] * 4
-    assert len({run.disk.checkpoints for run in done}) == 1  # of two versions the older one's has gone
+    # Any of them may have been first; of two versions the older one's has gone.
+    assert len({run.disk.checkpoints for run in done} - {0}) == 1
