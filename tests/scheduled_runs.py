@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -170,6 +171,7 @@ class Site:
             "HOME": str(self.worker),
             "TMPDIR": str(self._temporary),
             "DVC_SITE_CACHE_DIR": str(self.worker / "dvc"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.worker / "torchinductor"),  # not among temporary files
             "PREFECT_WORKER_QUERY_SECONDS": "1",
         }
 
@@ -252,9 +254,9 @@ def follow(site: Site, scheduled: Mapping[UUID, Planned], expected: Expected) ->
         ended = [run for run in _flow_runs() if run.id in waiting and run.state.is_final()]
         for run in sorted(ended, key=lambda run: run.end_time):
             planned = waiting.pop(run.id)
-            record, disk, new = _record(site, run), _disk(site), site.temporary() - before
-            orphans = _left(lambda run=run: _processes(site, run) - strangers)
-            files = _left(lambda new=new: new & site.temporary())
+            record, disk = _record(site, run), _disk(site)
+            orphans = _left(partial(_processes, site, run, strangers))
+            files = _left(partial(_files, site, run, before))
             before |= files
             yield Outcome(
                 planned=planned,
@@ -337,7 +339,17 @@ def _n_bytes(folder: Path) -> int:
     return sum(sizes.values())
 
 
-def _processes(site: Site, flow_run) -> set[psutil.Process]:
+def _files(site: Site, flow_run, before: set[Path]) -> set[Path]:
+    """Temporary ones last touched before the run ended; what came later is of the next one."""
+    found = set()
+    for path in site.temporary() - before:
+        with suppress(FileNotFoundError):
+            if path.lstat().st_ctime < flow_run.end_time.timestamp():
+                found.add(path)
+    return found
+
+
+def _processes(site: Site, flow_run, strangers: set[psutil.Process]) -> set[psutil.Process]:
     """Of the run, which has ended.
 
     By the environment that the worker gives each run; vLLM's engines write over theirs, but work in the same folder,
@@ -352,7 +364,7 @@ def _processes(site: Site, flow_run) -> set[psutil.Process]:
             return here and process.create_time() < flow_run.end_time.timestamp()
         return False
 
-    return set(filter(of_the_run, psutil.process_iter()))
+    return set(filter(of_the_run, psutil.process_iter())) - strangers
 
 
 def _left(look: Callable[[], set]) -> set:
