@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-oldest format lock ui trials audit bench-search
+.PHONY: help setup demo test test-oldest format lock ui trials soak audit bench-search
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -37,6 +37,9 @@ test-oldest: setup ## Test checkpoints and families with the lowest transformers
 
 trials: setup ## Kill every stage many times and show what came of it (half an hour)
 	python tests/kill_trials.py
+
+soak: setup ## Let a schedule start 24 runs and show what each left behind (half an hour)
+	python tests/soak.py
 
 audit: setup ## Look the locked versions up among known vulnerabilities; needs an index that answers for them
 	python -m pip install --quiet pip-audit && python -m pip_audit --no-deps --disable-pip -r requirements/$(HARDWARE).txt

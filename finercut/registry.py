@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -225,11 +225,11 @@ class Registered:
     model_uri: str
 
 
-def find_version(run: Run, name: str, pruned_md5: str) -> Registered | None:
-    """The version of `name` that holds exactly this checkpoint."""
+def find_version(run: Run, name: str, pruned_md5: str, collected: Collection[str] = ()) -> Registered | None:
+    """The version of `name` that holds exactly this checkpoint; one of `collected` holds none."""
     with mlflow_errors(f"look for versions of {name}"):
         found = run.client.search_model_versions(f"name = '{name}'")
-    same = [v for v in found if v.tags.get(PRUNED_MD5) == pruned_md5]
+    same = [v for v in found if v.tags.get(PRUNED_MD5) == pruned_md5 and str(v.version) not in collected]
     return Registered(str(same[0].version), f"models:/{name}/{same[0].version}") if same else None
 
 

@@ -58,7 +58,7 @@ STAGES = {
     """,
     "register": """Register the pruned model in MLflow, if it passes the gate of params.yaml.
 
-    The version gets the alias `challenger` and its evidence; a checkpoint that is registered already stays as it is.
+    The version gets the alias `challenger` and its evidence; a checkpoint that a version holds already stays as it is.
 
     \b
     Reads     artifacts/pruned, reports/, dvc.lock
@@ -327,7 +327,7 @@ def collect(name: str | None, dry_run: bool) -> None:
 
     Checkpoints of old versions in MLflow (never one with an alias, nor the last run's), uploads that no version came
     of, files of DVC's cache that neither the workspace nor the last commits use, old work in .finercut. Evidence and
-    metrics of every version stay.
+    metrics of every version stay. Nothing goes while a stage is at work here.
 
     \b
     finercut collect --dry-run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from finercut.ledger import Ledger, State
 from finercut.params import Params
 from finercut.registry import mlflow_errors
 from finercut.reports import RegisterReport
+from finercut.staging import exclusive
 from pipelines import dag
 
 CHECKPOINT = "checkpoint"
@@ -37,17 +39,27 @@ def run(params: Params, name: str, dry_run: bool = False) -> list[Freed]:
     """Delete what `params.retention` does not keep.
 
     Raises:
-        RuntimeError: no such registered model, a registry that does not answer, or no DVC repository.
+        RuntimeError: no such registered model, or as `free` does.
+    """
+    return free(params, name, versions.connect(name), dry_run)
+
+
+def free(params: Params, name: str, client: MlflowClient, dry_run: bool = False) -> list[Freed]:
+    """As `run`, also where no version of `name` has been registered yet.
+
+    Raises:
+        RuntimeError: a registry that does not answer, no DVC repository, or a stage at work in this workspace: then
+            nothing has gone.
     """
     keep = params.retention
     before = datetime.now(UTC) - timedelta(days=keep.unfinished_days)
-    client = versions.connect(name)
-    return [
-        *_checkpoints(client, name, keep.versions, dry_run),
-        *_uploads(client, params.flow.experiment, name, before, dry_run),
-        *_cache(keep.commits, dry_run),
-        *_work(keep.versions, before.timestamp(), dry_run),
-    ]
+    with nullcontext() if dry_run else exclusive(paths.WORK):
+        return [
+            *_checkpoints(client, name, keep.versions, dry_run),
+            *_uploads(client, params.flow.experiment, name, before, dry_run),
+            *_cache(keep.commits, dry_run),
+            *_work(keep.versions, before.timestamp(), dry_run),
+        ]
 
 
 def _checkpoints(client: MlflowClient, name: str, n_kept: int, dry_run: bool) -> Iterator[Freed]:
@@ -126,7 +138,12 @@ def text(freed: list[Freed], dry_run: bool) -> str:
     """For people, with the total."""
     lines = [f"{_size(f.n_bytes):>10}  {f.what}" for f in freed]
     verb = "would be freed" if dry_run else "freed"
-    return "\n".join([*lines, f"{_size(sum(f.n_bytes for f in freed)):>10}  {verb}"])
+    return "\n".join([*lines, f"{_size(total(freed)):>10}  {verb}"])
+
+
+def total(freed: list[Freed]) -> int:
+    """Bytes."""
+    return sum(f.n_bytes for f in freed)
 
 
 def _size(n_bytes: int) -> str:

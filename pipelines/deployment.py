@@ -13,7 +13,7 @@ import yaml
 from prefect.automations import Automation, AutomationCore, CallWebhook, ChangeFlowRunState, DoNothing, EventTrigger
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentUpdate, GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import Posture
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
@@ -42,9 +42,12 @@ def deploy(webhook: str | None = None) -> str:
         webhook: an address that alerts are posted to; without one they are only events in Prefect's own feed
 
     Raises:
+        ValueError: prefect.yaml has parameters that the flow has not; nothing is declared.
         RuntimeError: Prefect refused prefect.yaml; the message is its last line.
     """
     deployments = yaml.safe_load(PREFECT_YAML.read_text(encoding="utf-8"))["deployments"]
+    for deployment in deployments:
+        _check_parameters(deployment)
     pools = {deployment["work_pool"]["name"] for deployment in deployments}
     accelerators = {deployment["parameters"]["accelerator"] for deployment in deployments}
     with get_client(sync_client=True) as client:
@@ -52,6 +55,8 @@ def deploy(webhook: str | None = None) -> str:
         for name in sorted(accelerators):
             _create_limit(client, name)
         _deploy_all()
+        for deployment in deployments:
+            _refuse_unknown_parameters(client, deployment["name"])
         automations = [_alert(_webhook_action(webhook)), _lost_runs()]
         for automation in automations:
             _put(client, automation)
@@ -87,6 +92,26 @@ def _deploy_all() -> None:
     if done.returncode:
         told = (done.stderr + done.stdout).strip().splitlines() or ["no output"]
         raise RuntimeError(f"prefect deploy: {told[-1]}")
+
+
+def _check_parameters(deployment: dict) -> None:
+    given = [
+        deployment["parameters"],
+        *(schedule.get("parameters", {}) for schedule in deployment.get("schedules", [])),
+    ]
+    known = compress.parameters.properties
+    if unknown := sorted({name for names in given for name in names} - set(known)):
+        raise ValueError(
+            f"{PREFECT_YAML}: deployment {deployment['name']}: no parameter {', '.join(unknown)}; "
+            f"there are {', '.join(known)}"
+        )
+
+
+def _refuse_unknown_parameters(client: SyncPrefectClient, name: str) -> None:
+    """Let the server refuse a run with a parameter that the flow has not; its own schema would let it begin."""
+    deployment = client.read_deployment_by_name(f"{compress.name}/{name}")
+    schema = deployment.parameter_openapi_schema | {"additionalProperties": False}
+    client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
 
 
 def _alert(action: CallWebhook | DoNothing) -> AutomationCore:

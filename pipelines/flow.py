@@ -1,4 +1,4 @@
-"""The Prefect flow: every stage of `dvc.yaml` through DVC, then registration, recorded as one MLflow run."""
+"""The Prefect flow: every stage of `dvc.yaml` through DVC, registration, collection, recorded as one MLflow run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from prefect import flow, get_run_logger, task
@@ -23,6 +24,7 @@ from finercut.params import Params, load
 from finercut.processes import GRACE_S, end_group
 from finercut.redaction import redacted
 from finercut.reports import RegisterReport
+from pipelines import collect as collection
 from pipelines import dag, register, settings, summary
 
 # DVC's advice after every stage, which is for people who run it by hand.
@@ -35,6 +37,7 @@ def compress(
     overrides: dict[str, JsonValue] | None = None,
     pull: bool = False,
     push: bool = False,
+    collect: bool = False,
     accelerator: str | None = None,
 ) -> RegisterReport:
     """Compress the model `params.yaml` names, in the current directory, and register the result.
@@ -46,6 +49,7 @@ def compress(
         overrides: fields of params_file to change for this run, {"prune.budget.amount": 0.3}
         pull: take what is missing from the DVC remote instead of computing it
         push: store every result in the DVC remote before the model is registered
+        collect: at the end, free the disk of what `retention` in params.yaml does not keep
         accelerator: the Prefect concurrency limit to hold, so that one run at a time uses the accelerator
 
     Raises:
@@ -61,10 +65,10 @@ def compress(
             raise ValueError("overrides need a params_file to start from")
         if push:
             dag.remote()
-        return _execute(load(), pull, push)
+        return _execute(load(), pull, push, collect)
 
 
-def _execute(params: Params, pull: bool, push: bool) -> RegisterReport:
+def _execute(params: Params, pull: bool, push: bool, collect: bool) -> RegisterReport:
     stages = dag.stages()
     mlflow_run = registry.open_run(
         params.flow.experiment,
@@ -73,7 +77,10 @@ def _execute(params: Params, pull: bool, push: bool) -> RegisterReport:
     )
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log.txt"
-        with registry.recorded(mlflow_run, log_file):
+        with (
+            registry.recorded(mlflow_run, log_file),
+            _collecting(params, mlflow_run) if collect else nullcontext(),
+        ):
             _link(mlflow_run)
             for stage in stages:
                 _reproduce.with_options(
@@ -200,6 +207,43 @@ def _register_task(params: Params, mlflow_run: registry.Run) -> RegisterReport:
         raise
     _publish_summary()
     return report
+
+
+@contextmanager
+def _collecting(params: Params, mlflow_run: registry.Run) -> Iterator[None]:
+    """Collects at the end, also of an execution that failed or was refused: what it left takes as much room.
+
+    How the execution ended is decided by then. That disk cannot be freed is therefore a failed task, a warning and a
+    tag of the run, and changes nothing else.
+    """
+    try:
+        yield
+    finally:
+        error = sys.exc_info()[1]
+        # Whoever cancels waits for the end.
+        if error is None or isinstance(error, Exception):
+            _collect(params, mlflow_run)
+
+
+def _collect(params: Params, mlflow_run: registry.Run) -> None:
+    logger = get_run_logger()
+    try:
+        outcome = f"freed {_collect_task(params, mlflow_run)} bytes"
+    except (ValueError, OSError, RuntimeError) as error:
+        outcome = redacted(f"failed: {error}")
+        logger.warning("the disk is not freed: %s; `finercut collect` does it later", error)
+    try:
+        mlflow_run.log_tags({"collect": outcome})
+    except RuntimeError as unrecorded:
+        logger.warning("what was collected is not recorded: %s", unrecorded)
+
+
+@task(name="collect", task_run_name="collect", cache_policy=NO_CACHE, persist_result=False)
+def _collect_task(params: Params, mlflow_run: registry.Run) -> int:
+    """Bytes that are free now."""
+    freed = collection.free(params, params.register_.name, mlflow_run.client)
+    get_run_logger().info("%s", collection.text(freed, dry_run=False))
+    return collection.total(freed)
 
 
 def _publish_summary() -> None:

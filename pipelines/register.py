@@ -1,7 +1,7 @@
 """Register the pruned model in MLflow if its reports pass the gate of `params.yaml`.
 
 Reads artifacts/pruned, every report and dvc.lock; writes reports/register.json. Not a stage of DVC, because it acts on
-the registry; the same checkpoint is never registered twice under one name.
+the registry; a checkpoint that a version holds is not registered again under the same name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from finercut import gate, paths, registry
+from finercut.ledger import Ledger
 from finercut.params import Params
 from finercut.reports import (
     CalibrateReport,
@@ -79,7 +80,9 @@ def _register(
         report = _report("refused", None, checks, name, mlflow_run)
     else:
         md5 = dag.md5(paths.PRUNED)
-        known = registry.find_version(mlflow_run, name, md5)
+        # A version whose checkpoint was collected does not hold it any more.
+        collected = Ledger(mlflow_run.client, name).read().collected
+        known = registry.find_version(mlflow_run, name, md5, collected)
         found = known or _new_version(stages, checks, name, md5, mlflow_run)
         report = _report("already registered" if known else "registered", found, checks, name, mlflow_run)
     report.write(paths.report("register"))

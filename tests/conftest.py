@@ -71,6 +71,15 @@ def random_llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
+def write_tiny(folder: Path) -> tuple[Path, Path]:
+    """A random 4-block Llama in Hugging Face layout, and a text to calibrate it on."""
+    model, text = folder / "model", folder / "text.txt"
+    random_llama().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    text.write_text("\n\n".join(TEXT * 6))
+    return model, text
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tokenizer) -> Path:
     """Directory of a random 4-block Llama in Hugging Face layout. Read it, do not write to it."""
@@ -134,7 +143,8 @@ def s3_store(tmp_path_factory):
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory, postgres, s3_store):
     """The address of an MLflow server on PostgreSQL, with its artifacts in the S3 store."""
-    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow-server"), postgres.uri("mlflow"), s3_store) as address:
+    database = postgres.uri("mlflow", driver="postgresql+psycopg")
+    with servers.mlflow_server(tmp_path_factory.mktemp("mlflow-server"), database, s3_store) as address:
         yield address
 
 

@@ -401,11 +401,9 @@ def _processes_in(root: Path) -> list[psutil.Process]:
 
 
 def _make_model(folder: Path) -> None:
-    from conftest import TEXT, make_tokenizer, random_llama
+    from conftest import write_tiny
 
-    random_llama().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    (folder / "text.txt").write_text("\n\n".join(TEXT * 6))
+    write_tiny(folder)
 
 
 def _told(trial: Trial) -> Trial:

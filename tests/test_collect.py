@@ -16,6 +16,7 @@ from example_versions import project
 from finercut import paths, versions
 from finercut.ledger import Ledger
 from finercut.reports import RegisterReport
+from finercut.staging import exclusive
 from pipelines import collect
 from pipelines.cli import main
 
@@ -192,3 +193,30 @@ def test_the_command_lists_what_would_go_with_its_bytes(here):
     said = CliRunner().invoke(main, ["collect", "--dry-run"])
     assert said.exit_code == 0
     assert said.stdout == "   1.0 MiB  1 files of DVC's cache\n   1.0 MiB  would be freed\n"
+
+
+def test_while_a_stage_is_at_work_here_nothing_goes(here):
+    for _ in range(2):
+        here.register()
+    here.client.delete_registered_model_alias(here.name, "challenger")
+    add("first")
+    add("second")
+    with exclusive(paths.WORK):
+        said = CliRunner().invoke(main, ["collect"])
+        assert said.exit_code == 1
+        assert said.stderr == (
+            f"finercut collect: process {os.getpid()} works in {Path.cwd()}: wait until it has ended, or end it\n"
+        )
+        assert folders(here, "1") == {"checkpoint", "evidence"}
+        assert in_cache() == {"first", "second"}
+        assert len(freed(here, dry_run=True)) == 2
+    assert len(freed(here)) == 2
+    assert in_cache() == {"second"}
+
+
+def test_before_the_first_version_the_workspace_is_freed_but_a_name_that_somebody_gives_must_exist(here):
+    add("first")
+    add("second")
+    with pytest.raises(RuntimeError, match=rf"^cannot find {here.name} in MLflow"):
+        freed(here)
+    assert [f.what for f in collect.free(here.params, here.name, here.client)] == ["1 files of DVC's cache"]

@@ -21,6 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelling
+from scheduled_runs import Expected, Planned, Site, follow, schedule
 from test_flow import ROOT, STAGES, gone, make_toy, processes_with, runs
 
 pytestmark = pytest.mark.timeout(1200)
@@ -55,14 +56,19 @@ def alerts():
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts):
-    """A clone of toy stages with two deployments on it, one of which skips what overlaps, and a worker."""
+def site(tmp_path_factory, s3_store):
     root = tmp_path_factory.mktemp("scheduled")
+    return Site(root, tmp_path_factory.mktemp("worker"), s3_store, f"{root.name}-soak", shared_memory=False)
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, site):
+    """A clone of toy stages with two deployments on it, one of which skips what overlaps, and a worker."""
+    root = site.workspace
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-        patch.setenv("FINERCUT_WORKSPACE", str(root))
         patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("worker-home")))
         document = yaml.safe_load((ROOT / "prefect.yaml").read_text())
         (nightly,) = document["deployments"]
@@ -73,12 +79,15 @@ def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts):
         Path("gate.sh").write_text(GATE)
         Path("params/other.yaml").write_text((ROOT / "params.yaml").read_text())
         gated = STAGES["evaluate"] | {"cmd": f"sh gate.sh && {STAGES['evaluate']['cmd']}", "params": ["evaluate.seed"]}
-        settings = make_toy(STAGES | {"evaluate": gated})
+        another = "grep error_probability params.yaml >> artifacts/pruned/model.safetensors"
+        prune = STAGES["prune"] | {"cmd": f"{STAGES['prune']['cmd']} && {another}"}
+        throughput = STAGES["throughput"] | {"deps": [*STAGES["throughput"]["deps"], "artifacts/pruned"]}
+        settings = make_toy({"prune": prune, "evaluate": gated, "throughput": throughput})
         said = [deploy(alerts[1]) for _ in range(2)]
         assert said[0] == said[1]
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--install-policy", "never"]
-        environment = os.environ | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
-        with servers.running(command, tmp_path_factory.mktemp("worker") / "log", lambda: True, env=environment):
+        log = tmp_path_factory.mktemp("worker-log") / "log"
+        with servers.running(command, log, lambda: True, env=os.environ | site.environment):
             yield settings["flow"]["experiment"]
 
 
@@ -126,9 +135,23 @@ def test_the_form_offers_the_params_files_and_refuses_anything_else(deployed):
     with get_client(sync_client=True) as client:
         schema = client.read_deployment_by_name("finercut/nightly").parameter_openapi_schema
     assert schema["properties"]["params_file"]["anyOf"][0]["enum"] == ["params.yaml", "params/other.yaml"]
-    for wrong in ({"params_file": "params/secret.yaml"}, {"push": "often"}, {"overrides": 3}):
+    for wrong in ({"params_file": "params/secret.yaml"}, {"push": "often"}, {"overrides": 3}, {"typo": True}):
         with pytest.raises(PrefectHTTPStatusError, match=next(iter(wrong))):
             start("nightly", **wrong)
+
+
+def test_a_parameter_that_does_not_exist_is_named_before_anything_is_declared(deployed, alerts):
+    before = Path("prefect.yaml").read_text()
+    document = yaml.safe_load(before)
+    document["deployments"][0]["schedules"][0]["parameters"] = {"typo": True}
+    Path("prefect.yaml").write_text(yaml.safe_dump(document))
+    try:
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            deploy(alerts[1])
+    finally:
+        Path("prefect.yaml").write_text(before)
+    told = "finercut deploy: prefect.yaml: deployment nightly: no parameter typo; there are params_file, overrides, "
+    assert failed.value.stderr.startswith(told)
 
 
 def test_runs_that_overlap_wait_or_are_skipped_and_share_an_accelerator(deployed):
@@ -167,6 +190,7 @@ def test_cancelling_stops_the_stage_and_the_next_run_goes_on_from_there(deployed
     assert ended(run_id).is_cancelled()
     newest = runs(deployed)[0]
     assert newest.info.status == "KILLED"
+    assert "collect" not in newest.data.tags  # which would have kept its user waiting
 
     assert ended(start("nightly", overrides={"evaluate.seed": 8})).is_completed()
     newest = runs(deployed)[0]
@@ -201,3 +225,23 @@ def test_a_late_run_and_a_failed_one_raise_an_alert_without_secrets(deployed, al
     with get_client(sync_client=True) as client:
         shown = client.read_block_document_by_name("finercut-alerts", "webhook", include_secrets=False)
     assert address not in str(shown.data)
+
+
+def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_disk(deployed, site):
+    """`make soak` does the same many times, with real stages."""
+    named = {"register.name": site.name, "flow.experiment": site.name, "retention.versions": 1}
+
+    def run(error_probability, ending="registered", **others):
+        return Planned({"search.error_probability": error_probability}, named | others, ending)
+
+    plan = [
+        run(0.06),
+        run(0.07),
+        run(0.07, "refused", **{"register.min_speed_up": 1000}),
+        run(0.07, "evaluate", **{"flow.timeout_s.evaluate": 0.01}),
+    ]
+    expected = Expected({"search.error_probability": STAGES}, list(STAGES), n_kept=1)
+    done = list(follow(site, schedule(plan, in_s=20), expected))
+    assert [run.wrong + run.orphans + run.files for run in done] == [[]] * 4
+    # Any of them may have been first; of two versions the older one's has gone.
+    assert len({run.disk.checkpoints for run in done} - {0}) == 1

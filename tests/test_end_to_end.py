@@ -89,29 +89,33 @@ def tiny_settings(model: Path, text: Path) -> dict:
     return settings
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, tiny_model, prefect_server):
-    """A clone in which `finercut run` has succeeded, committed with its dvc.lock."""
-    root = tmp_path_factory.mktemp("project")
+def make_project(root: Path, settings: dict, environment: dict[str, str]) -> Project:
+    """A repository with the project's own code and other settings, committed."""
     for name in COPIED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, root / name)
     for cached in ("cache", "tmp", "config.local"):
         shutil.rmtree(root / ".dvc" / cached, ignore_errors=True)
+    (root / "params.yaml").write_text(yaml.safe_dump(settings))
+    made = Project(root, environment)
+    made.git("init", "-q")
+    made.git("add", "-A")
+    made.git("commit", "-qm", "tiny")
+    return made
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_model, prefect_server):
+    """A clone in which `finercut run` has succeeded, committed with its dvc.lock."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text("\n\n".join(TEXT * 6))
-    (root / "params.yaml").write_text(yaml.safe_dump(tiny_settings(tiny_model, text)))
-
     store = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "MLFLOW_TRACKING_URI": store,
         "PREFECT_API_URL": prefect_server,
     }
-    made = Project(root, environment)
-    made.git("init", "-q")
-    made.git("add", "-A")
-    made.git("commit", "-qm", "tiny")
+    made = make_project(tmp_path_factory.mktemp("project"), tiny_settings(tiny_model, text), environment)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", store)
         mlflow.set_tracking_uri(store)

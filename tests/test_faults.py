@@ -113,9 +113,11 @@ def test_a_lost_mlflow_is_found_out_before_anything_is_done(toy):
 
 
 def test_a_database_that_does_not_answer_is_found_out_in_seconds_and_its_password_not_shown(toy):
-    lost = "postgresql://finercut:canary-password@127.0.0.1:9/mlflow"
+    lost = "postgresql+psycopg://finercut:canary-password@127.0.0.1:9/mlflow"
     done = finercut("register", cwd=toy, MLFLOW_TRACKING_URI=lost)
-    assert said(done).startswith("finercut register: cannot open a run in MLflow at postgresql://127.0.0.1:9/mlflow: ")
+    assert said(done).startswith(
+        "finercut register: cannot open a run in MLflow at postgresql+psycopg://127.0.0.1:9/mlflow: "
+    )
     assert "canary-password" not in done.stdout + done.stderr
     assert "will be retried" not in done.stderr
 

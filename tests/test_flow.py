@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlflow
@@ -16,8 +17,11 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 
+from finercut import paths
+from finercut.ledger import Ledger
 from finercut.params import load
 from finercut.reports import RegisterReport
+from finercut.staging import exclusive
 from pipelines import dag, register
 from pipelines.flow import compress, run_group
 
@@ -168,12 +172,10 @@ def test_a_failed_stage_is_named_with_its_last_line_and_nothing_runs_after_it(to
     log = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="log.txt")).read_text()
     assert "prune: toy stage model done" in log
     assert "evaluate: working" in log
-    with get_client(sync_client=True) as client:
-        flow_run = client.read_flow_run(run.data.tags["prefect.flow_run_id"])
-        tasks = {t.name: t for t in client.read_task_runs() if t.flow_run_id == flow_run.id}
+    flow_run, states = task_runs(run)
     assert flow_run.state.is_failed()
     assert "evaluate: finercut evaluate: parity is 0.5, too much" in flow_run.state.message
-    assert {name: t.state.name for name, t in tasks.items()} == {"prune": "Completed", "evaluate": "Failed"}
+    assert states == {"prune": "Completed", "evaluate": "Failed"}
 
 
 def test_a_stage_is_tried_again_as_often_as_params_say(toy):
@@ -192,6 +194,70 @@ def test_a_stage_that_takes_too_long_is_stopped_with_all_its_processes(toy):
         compress()
     assert time.monotonic() - started < 60
     assert gone("3141.5", within_s=0)
+
+
+def task_runs(run):
+    """Of a run of MLflow: its flow run in Prefect, and the states of its tasks."""
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_run(run.data.tags["prefect.flow_run_id"])
+        return flow_run, {t.name: t.state.name for t in client.read_task_runs() if t.flow_run_id == flow_run.id}
+
+
+def leave_searches(n):
+    """As many as `n` searches would, the oldest first."""
+    for number in range(n):
+        trajectory = paths.WORK / "search" / str(number) / "trajectory.jsonl"
+        trajectory.parent.mkdir(parents=True)
+        trajectory.write_text("1234567")
+        os.utime(trajectory, (number, number))
+
+
+def searches():
+    return {path.name for path in (paths.WORK / "search").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("ending", "ends"),
+    [
+        ("registered", nullcontext()),
+        ("refused", pytest.raises(register.Refused)),
+        ("failed", pytest.raises(RuntimeError, match=r"^throughput: ")),
+    ],
+)
+def test_however_a_flow_ends_it_frees_the_disk_and_ends_as_it_would_have(toy, ending, ends):
+    leave_searches(4)
+    if ending == "refused":
+        Path("speed_up.txt").write_text("0.9")
+    if ending == "failed":
+        write(stages=STAGES | {"throughput": {**STAGES["throughput"], "cmd": "exit 1"}})
+    with ends:
+        assert compress(collect=True).status == ending
+    assert searches() == {"1", "2", "3"}
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.data.tags["collect"] == "freed 7 bytes"
+    assert run.info.status == ("FINISHED" if ending == "registered" else "FAILED")
+    assert task_runs(run)[1]["collect"] == "Completed"
+
+
+def test_a_disk_that_cannot_be_freed_leaves_the_run_registered_and_is_told(toy):
+    leave_searches(4)
+    with exclusive(paths.WORK):
+        report = compress(collect=True)
+    assert report.status == "registered"
+    assert len(searches()) == 4
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["collect"].startswith(f"failed: process {os.getpid()} works in {Path.cwd()}: ")
+    flow_run, states = task_runs(run)
+    assert (flow_run.state.name, states["register"], states["collect"]) == ("Completed", "Completed", "Failed")
+
+
+def test_a_checkpoint_that_was_collected_is_a_new_version_when_it_is_made_again(toy):
+    first = compress()
+    book = Ledger(mlflow.MlflowClient(), first.name)
+    assert book.append(book.read(), "collected", first.version, first.run_id)
+    second = compress()
+    assert (second.status, second.version) == ("registered", "2")
 
 
 def test_cancelling_stops_the_stage_and_closes_the_run_as_killed(toy, prefect_server):

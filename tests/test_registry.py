@@ -133,6 +133,7 @@ def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(r
 
     assert registry.find_version(run, "tiny", "md5-1") == registered
     assert registry.find_version(run, "tiny", "md5-2") is None
+    assert registry.find_version(run, "tiny", "md5-1", collected={"1"}) is None
     told = versions.describe("models:/tiny@challenger")
     assert "tiny version 1" in told
     assert "challenger" in told
