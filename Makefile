@@ -27,8 +27,9 @@ $(READY): requirements/$(HARDWARE).txt requirements/install pyproject.toml
 demo: setup ## Compress the model of params.yaml and show what came out
 	finercut run
 
-test: setup ## Check style and run every test
+test: setup ## Check style, audit the lock and run every test
 	ruff check .
+	requirements/audit $(HARDWARE)
 	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-oldest: setup ## Test checkpoints and families with the lowest transformers that pyproject.toml admits
@@ -38,8 +39,8 @@ test-oldest: setup ## Test checkpoints and families with the lowest transformers
 trials: setup ## Kill every stage many times and show what came of it (half an hour)
 	python tests/kill_trials.py
 
-audit: setup ## Look the locked versions up among known vulnerabilities; needs an index that answers for them
-	python -m pip install --quiet pip-audit && python -m pip_audit --no-deps --disable-pip -r requirements/$(HARDWARE).txt
+audit: setup ## Look the locked versions up among known vulnerabilities; says so where there are no advisories to be had
+	requirements/audit $(HARDWARE)
 
 format: setup ## Put the code into the house format
 	ruff check --fix .

@@ -21,7 +21,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelling
-from test_flow import ROOT, STAGES, gone, make_toy, processes_with, runs
+from test_flow import gone, processes_with, runs
+from toy import ROOT, STAGES, make_toy
 
 pytestmark = pytest.mark.timeout(1200)
 PATIENCE_S = 400

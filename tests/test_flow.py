@@ -13,35 +13,13 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-import yaml
 from prefect.client.orchestration import get_client
+from toy import ROOT, STAGES, make_toy, write
 
 from finercut.params import load
 from finercut.reports import RegisterReport
 from pipelines import dag, register
 from pipelines.flow import compress, run_group
-
-ROOT = Path(__file__).parents[1]
-TOY = f"{sys.executable} {ROOT / 'tests' / 'example_reports.py'}"
-STAGES = {
-    "prune": {
-        "cmd": f"{TOY} model",
-        "params": ["search"],
-        "outs": ["artifacts/pruned", "reports/curve.csv"],
-        "metrics": [f"reports/{name}.json" for name in ("fetch", "calibrate", "search", "prune")],
-    },
-    "evaluate": {
-        "cmd": f"{TOY} evaluate",
-        "deps": ["artifacts/pruned"],
-        "metrics": ["reports/parity.json", "reports/evaluate.json"],
-    },
-    "throughput": {
-        "cmd": f"{TOY} throughput",
-        "deps": ["reports/parity.json", "speed_up.txt"],
-        "metrics": ["reports/throughput.json"],
-    },
-}
-
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -52,29 +30,6 @@ def toy(tmp_path, mlflow_store, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return make_toy()
-
-
-def make_toy(stages=STAGES):
-    """Fills the current directory; the settings it wrote."""
-    shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
-    shutil.copy(ROOT / ".dvcignore", ".")
-    Path(".gitignore").write_text("/artifacts/\n/reports/\n")
-    Path("speed_up.txt").write_text("1.25")
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
-    settings["register"]["name"] = settings["flow"]["experiment"] = Path.cwd().name
-    settings["flow"]["retries"] = {}
-    write(settings=settings, stages=stages)
-    subprocess.run(
-        "git init -q && git add -A && git -c user.name=t -c user.email=t@t commit -qm toy", shell=True, check=True
-    )
-    return settings
-
-
-def write(settings=None, stages=None):
-    if settings is not None:
-        Path("params.yaml").write_text(yaml.safe_dump(settings))
-    if stages is not None:
-        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
 
 
 def runs(experiment):

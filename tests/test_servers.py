@@ -9,7 +9,8 @@ from pathlib import Path
 import mlflow
 import pytest
 from prefect.client.orchestration import get_client
-from test_flow import ROOT, STAGES, make_toy, runs
+from test_flow import runs
+from toy import ROOT, STAGES, make_toy
 
 from pipelines.flow import compress
 
