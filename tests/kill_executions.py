@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import toy
 import yaml
-from kill_stages import CHEAP, ROOT, Trial, digest, forks, kill_tree, moments, run, state, still_in, wait_for
+from kill_stages import CHEAP, ROOT, Trial, digest, kill_tree, moments, run, start, state, status, still_in, wait_for
 
 REGISTRATION, REPRO, EXECUTION = "register", "dvc repro", "finercut run"
 FINERCUT = [sys.executable, "-m", "pipelines.cli"]
@@ -82,9 +82,7 @@ def _registered(root: Path) -> tuple[list[str], str]:
     # In a process of its own: MLflow keeps its connection to a store, and this one is replaced between trials.
     found = root / ".finercut" / "versions.json"
     found.parent.mkdir(exist_ok=True)
-    reader = forks.Process(target=_write_registered, args=(str(root), str(found)))
-    reader.start()
-    reader.join()
+    status(start(_write_registered, str(root), str(found)))
     return tuple(json.loads(found.read_text()))
 
 

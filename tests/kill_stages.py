@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -17,9 +18,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -34,8 +37,11 @@ TIMINGS = {
     "throughput": {"output_tokens_per_s", "ttft_s", "tpot_s", "speed_up"},
     "register": {"run_id", "status"},
 }
-forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload([f"pipelines.{stage}" for stage in (*CHEAP, "register")])
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload([f"pipelines.{stage}" for stage in (*CHEAP, "register")])
+
+# Starting a process asks all others for their status, which each tells once: a thread must not ask meanwhile.
+_one_at_a_time = threading.Lock()
 
 
 def outputs(stage: str) -> list[Path]:
@@ -94,19 +100,36 @@ def run(stage: str, root: Path, kill_after_s: float | None = None, since: str = 
     log = root / ".finercut" / f"{stage}.log"
     log.parent.mkdir(exist_ok=True)
     log.write_text("")
-    process = forks.Process(target=_work, args=(stage, str(root), str(log), environment))
-    process.start()
-    wait_for(since, log, process.is_alive)
+    process = start(_work, stage, str(root), str(log), environment)
+    wait_for(since, log, lambda: status(process, 0) is None)
     started = time.monotonic()
-    process.join(kill_after_s)
-    if process.exitcode is None:
+    if (code := status(process, kill_after_s)) is None:
         kill_tree(process.pid)
-        process.join()
-    if process.exitcode == -signal.SIGKILL:
+        code = status(process)
+    if code == -signal.SIGKILL:
         return None
-    if process.exitcode:
-        raise RuntimeError(f"{stage} failed: {log.read_text()[-2000:]}")
+    if code:
+        raise RuntimeError(f"{stage} failed ({code}): {log.read_text()[-2000:]}")
     return time.monotonic() - started
+
+
+def start(work: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Fork a process that has everything imported."""
+    with _one_at_a_time:
+        process = _forks.Process(target=work, args=arguments)
+        process.start()
+    return process
+
+
+def status(process: BaseProcess, within_s: float | None = None) -> int | None:
+    """What a process ended with; None if it has not, within the time."""
+    deadline = time.monotonic() + (math.inf if within_s is None else within_s)
+    while True:
+        with _one_at_a_time:
+            code = process.exitcode
+        if code is not None or time.monotonic() >= deadline:
+            return code
+        time.sleep(0.005)
 
 
 def wait_for(text: str, log: Path, alive: Callable[[], bool]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import kill_executions
 from kill_executions import EXECUTION, REGISTRATION, REPRO
-from kill_stages import CHEAP, Trial, forks, prepare, throughput_trial, trials
+from kill_stages import CHEAP, Trial, prepare, start, status, throughput_trial, trials
 
 HEADER = ("killed", "kills", "half-written", "other bytes", "removals redone", "outlived", "left behind")
 
@@ -64,9 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="finercut-trials-") as folder:
         work = Path(folder)
-        made = forks.Process(target=_make_model, args=(work,))
-        made.start()
-        made.join()
+        status(start(_make_model, work))
         prepare(work / "base", work / "model", work / "text.txt")
         drivers = {
             REGISTRATION: (kill_executions.prepare_registration, kill_executions.registration_trials, given.kills),
