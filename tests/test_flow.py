@@ -206,3 +206,18 @@ def test_lines_arrive_while_the_process_runs():
 def test_a_process_that_outlives_its_leader_is_ended():
     assert run_group(["sh", "-c", "sleep 1618.03 & exit 3"], os.environ, None, print) == 3
     assert gone("1618.03", within_s=0)
+
+
+def test_a_command_ends_with_all_it_started_when_its_starter_is_killed():
+    start = "import os; from pipelines.flow import run_group; run_group({!r}, os.environ, None, print)"
+    command = ["sh", "-c", "sleep 1414.2 & sleep 1414.2"]
+    starter = subprocess.Popen(
+        [sys.executable, "-c", start.format(command)], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    deadline = time.monotonic() + 120
+    while len([p for p in processes_with("1414.2") if p.name() == "sleep"]) < 2 and time.monotonic() < deadline:
+        assert starter.poll() is None
+        time.sleep(0.1)
+    starter.kill()
+    starter.wait()
+    assert gone("1414.2")
