@@ -80,8 +80,9 @@ def main() -> None:
             root = work / what.replace(" ", "-")
             if what in drivers:
                 prepare_driver, driver_trials, n = drivers[what]
-                prepare_driver(root.with_suffix(".base"))
-                found = driver_trials(root.with_suffix(".base"), root, n, given.seed)
+                before = work / f"{root.name}-before"
+                prepare_driver(before)
+                found = driver_trials(before, root, n, given.seed)
             else:
                 found = trials(what, work / "base", root, given.kills, given.seed)
             return [_told(trial) for trial in found]
