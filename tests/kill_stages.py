@@ -286,8 +286,12 @@ def _whole(stage: str, after: States, earlier: States, complete: States) -> bool
     return every_one and vouched
 
 
-def throughput_trial(base: Path, root: Path, after_s: float) -> Trial:
-    """Kill the process that measures, and it alone: its engines must end by themselves."""
+# What the stage logs while vLLM starts once more: one engine for the comparison, then two that are timed.
+ENGINES_START = ("throughput: model, vLLM", "throughput: pruned, vLLM")
+
+
+def throughput_trial(base: Path, root: Path, since: str, after_s: float) -> Trial:
+    """Kill the process that measures, and it alone, so long after it has logged `since`: its engines must end too."""
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(base, root)
     settings = yaml.safe_load((root / "params.yaml").read_text())
@@ -296,7 +300,11 @@ def throughput_trial(base: Path, root: Path, after_s: float) -> Trial:
     (root / "params.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "pipelines.cli", "throughput"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL)
+    log = root / ".finercut" / "throughput.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=root, env=environment, stderr=file)
+    wait_for(since, log, lambda: process.poll() is None)
     try:
         process.wait(after_s)
     except subprocess.TimeoutExpired:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import kill_executions
 from kill_executions import EXECUTION, REGISTRATION, REPRO
-from kill_stages import CHEAP, Trial, prepare, start, status, throughput_trial, trials
+from kill_stages import CHEAP, ENGINES_START, Trial, prepare, start, status, throughput_trial, trials
 
 HEADER = ("killed", "kills", "half-written", "other bytes", "removals redone", "outlived", "left behind")
 
@@ -90,7 +90,8 @@ def main() -> None:
         with ThreadPoolExecutor(max_workers=4) as pool:
             done = [trial for of_one in pool.map(killed, given.only) for trial in of_one]
         for number in range(given.throughput_kills):
-            done.append(_told(throughput_trial(work / "base", work / "throughput", 20 + 25 * number)))
+            since = ENGINES_START[number % len(ENGINES_START)]
+            done.append(_told(throughput_trial(work / "base", work / "throughput", since, after_s=10 + number)))
     print(table(done))
     print(json.dumps([vars(trial) for trial in done]))
     if not all(trial.same and trial.whole and trial.redone <= 1 for trial in done):
