@@ -58,8 +58,10 @@ COPY --chown=10001 requirements requirements
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,mode=0444 requirements/install "${HARDWARE}" lock
 COPY --chown=10001 . .
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,mode=0444 requirements/install "${HARDWARE}" project
+# The worker answers its own health check, and nobody else.
 ENV FINERCUT_WORKSPACE=/workspace \
-    HF_HOME=/home/finercut/.cache/huggingface
+    HF_HOME=/home/finercut/.cache/huggingface \
+    PREFECT_WORKER_WEBSERVER_HOST=127.0.0.1
 WORKDIR /workspace
 VOLUME /workspace
 HEALTHCHECK --interval=30s --timeout=10s --start-period=2m CMD ["/opt/finercut/docker/healthy", "http://127.0.0.1:8080/health"]

@@ -27,8 +27,9 @@ $(READY): requirements/$(HARDWARE).txt requirements/install pyproject.toml
 demo: setup ## Compress the model of params.yaml and show what came out
 	finercut run
 
-test: setup ## Check style and run every test
+test: setup ## Check style, audit the lock and run every test
 	ruff check .
+	requirements/audit $(HARDWARE)
 	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-oldest: setup ## Test checkpoints and families with the lowest transformers that pyproject.toml admits
@@ -41,8 +42,8 @@ trials: setup ## Kill every stage many times and show what came of it (half an h
 soak: setup ## Let a schedule start 24 runs and show what each left behind (half an hour)
 	python tests/soak.py
 
-audit: setup ## Look the locked versions up among known vulnerabilities; needs an index that answers for them
-	python -m pip install --quiet pip-audit && python -m pip_audit --no-deps --disable-pip -r requirements/$(HARDWARE).txt
+audit: setup ## Look the locked versions up among known vulnerabilities; says so where there are no advisories to be had
+	requirements/audit $(HARDWARE)
 
 format: setup ## Put the code into the house format
 	ruff check --fix .

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the cached run, after one warm-up")
     parser.add_argument("--commands", type=int, default=5, help="starts of each command, after one warm-up")
     options = parser.parse_args()
-    from test_flow import STAGES, make_toy
+    from toy import STAGES, make_toy
 
     finercut = [sys.executable, "-m", "pipelines.cli"]
     root = str(Path(__file__).parents[1])

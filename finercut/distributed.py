@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from finercut.sweep import MicroBatch, Sweep
 
 Value = TypeVar("Value")
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# Where the processes that `start` started find each other; those of torchrun do so at MASTER_ADDR.
+_MEETING = "FINERCUT_MEETING"
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,10 @@ def ranks() -> Iterator[Ranks]:
     # The launcher starts each in a session of its own. One that outlived a killed launcher would go on beside the next
     # search.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    dist.init_process_group("gloo")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=os.environ.get(_MEETING), rank=rank, world_size=size)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+        yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]))
     finally:
         dist.destroy_process_group()
 
@@ -99,21 +103,26 @@ def start(n_processes: int, arguments: Sequence[str]) -> None:
     Raises:
         RuntimeError: one of them failed; the others have been ended.
     """
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n_processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-    )
     # They share this machine's cores, and talk over nothing but its loopback.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n_processes)))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # torch's TCP store would listen on every interface: launcher and processes meet in files.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
-        elastic_launch(config, sys.executable)(*arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ[_MEETING] = f"file://{folder}/processes"
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=n_processes,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint=f"{folder}/launcher",
+                rdzv_configs={"store_type": "file"},
+                local_addr="localhost",
+                max_restarts=0,
+            )
+            elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         rank, failure = min(error.failures.items(), key=lambda failed: _consequence(failed[1].exitcode))
         how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed ({failure.exitcode})"

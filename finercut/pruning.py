@@ -64,7 +64,7 @@ Without finercut, `from_pretrained("PATH", trust_remote_code=True)` uses the one
 
 ```sh
 pip install "finercut[cuda]"     # or finercut[cpu]; vLLM finds the plugin by itself
-vllm serve PATH
+vllm serve PATH --host 127.0.0.1
 ```"""
 
 _LOADING_OWN_CODE = """\

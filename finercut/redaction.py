@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-_NAMES = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_?KEY|CREDENTIAL|AUTH", re.IGNORECASE)
+_NAMES = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_?KEY|CREDENTIAL|AUTH|WEBHOOK", re.IGNORECASE)
 _USER_INFO = re.compile(r"(?<=://)[^/\s'\"?#]*@")
 _QUERY = re.compile(r"([?&][\w.-]*(?:token|password|secret|key|signature|credential)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)
 # As the Hugging Face hub and AWS give them.

@@ -159,6 +159,8 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
     Raises:
         RuntimeError: the server does not answer (within seconds), or the experiment was deleted.
     """
+    # MLflow prints the run's address when it ends, with the password that is in it.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     set_tracking_uri(tracking_uri())
     shown = without_credentials(tracking_uri())
     with mlflow_errors("open a run"), impatient():

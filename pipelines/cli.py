@@ -311,7 +311,7 @@ def watch(uri: str, command: tuple[str, ...], directory: Path, interval_s: float
     and started anew. Ends when COMMAND does, with its status.
 
     \b
-    finercut watch models:/finercut-smollm2-135m@champion -- vllm serve {} --port 8000
+    finercut watch models:/finercut-smollm2-135m@champion -- vllm serve {} --host 127.0.0.1
     """
     from finercut.versions import Reference
     from pipelines import watch

@@ -21,7 +21,7 @@ from pydantic import JsonValue
 
 from finercut import registry
 from finercut.params import Params, load
-from finercut.processes import GRACE_S, end_group
+from finercut.processes import BOUND, GRACE_S, end_group
 from finercut.redaction import redacted
 from finercut.reports import RegisterReport
 from pipelines import collect as collection
@@ -168,15 +168,16 @@ def run_group(
 ) -> int:
     """Run `command` in a process group of its own, passing on its lines as they come; nothing of it outlives the call.
 
-    DVC starts the stage, and vLLM its engine: signalling DVC alone would leave them with the accelerator.
+    DVC starts the stage, and vLLM its engine: signalling DVC alone would leave them with the accelerator. They end with
+    this process too, however it ends.
 
     Raises:
         subprocess.TimeoutExpired: after `timeout_s`, the group being gone.
     """
     process = subprocess.Popen(
-        command,
+        [*BOUND, *command],
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -195,6 +196,7 @@ def run_group(
         return process.wait(timeout_s)
     finally:
         end_group(process)
+        process.stdin.close()
         reader.join(GRACE_S)
 
 

@@ -16,12 +16,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
+
+import psutil
 
 from finercut.processes import end_group
 
@@ -204,3 +207,14 @@ def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
+
+
+def open_to_others(process: psutil.Process) -> list[str]:
+    """Where a process and all it started listen, if more than this machine's own processes can reach it."""
+    found = []
+    for one in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            for socket_ in one.net_connections("inet"):
+                if socket_.status == psutil.CONN_LISTEN and not ip_address(socket_.laddr.ip).is_loopback:
+                    found.append(f"{socket_.laddr.ip}:{socket_.laddr.port} by {' '.join(one.cmdline())}")
+    return found

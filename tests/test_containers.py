@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -113,6 +114,7 @@ def test_an_empty_workspace_becomes_a_repository_of_the_images_files_and_a_clone
     (image / "docker/in-workspace").write_text((ROOT / "docker/in-workspace").read_text())
     (image / "docker/in-workspace").chmod(0o755)
     (image / "params.yaml").write_text("of the image")
+    (image / ".gitignore").write_text("/.finercut/\n")
     (image / ".venv/python").touch()
     subprocess.run("git init -q && echo mine > params.yaml", shell=True, cwd=clone, check=True)
 
@@ -123,13 +125,33 @@ def test_an_empty_workspace_becomes_a_repository_of_the_images_files_and_a_clone
             [image / "docker/in-workspace", *command], env=environment, check=True, capture_output=True, text=True
         ).stdout
 
-    assert inside(empty, "git", "ls-files").split() == ["docker/in-workspace", "params.yaml"]
+    assert inside(empty, "git", "ls-files").split() == [".gitignore", "docker/in-workspace", "params.yaml"]
     (image / "params.yaml").write_text("of a newer image")
     (empty / "results").write_text("stay")
     assert inside(empty, "git", "show", "HEAD:params.yaml") == "of a newer image"
     assert (empty / "results").read_text() == "stay"
     assert inside(empty, "git", "rev-list", "--count", "HEAD") == "2\n"
     assert inside(clone, "cat", "params.yaml") == "mine\n"
+
+
+def test_containers_that_start_at_once_make_one_workspace(tmp_path):
+    image, workspace = tmp_path / "image", tmp_path / "workspace"
+    for folder in (image / "docker", workspace):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "docker/in-workspace", image / "docker")
+    shutil.copy(ROOT / ".gitignore", image)
+    for number in range(200):  # git takes a while for them
+        (image / f"{number}.py").write_text(str(number))
+    environment = os.environ | {"FINERCUT_WORKSPACE": str(workspace)}
+    command = [image / "docker/in-workspace", "git", "status", "--porcelain"]
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(4)
+    ]
+    assert [container.communicate(timeout=120)[0] for container in started] == [""] * 4
+    assert [container.returncode for container in started] == [0] * 4
+    count = subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=workspace, capture_output=True, text=True)
+    assert count.stdout == "1\n"
 
 
 def test_the_health_check_tells_200_from_anything_else():

@@ -13,6 +13,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import servers
@@ -22,7 +23,8 @@ from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelling
 from scheduled_runs import Expected, Planned, Site, follow, schedule
-from test_flow import ROOT, STAGES, gone, make_toy, processes_with, runs
+from test_flow import gone, processes_with, runs
+from toy import ROOT, STAGES, make_toy
 
 pytestmark = pytest.mark.timeout(1200)
 PATIENCE_S = 400
@@ -56,13 +58,19 @@ def alerts():
 
 
 @pytest.fixture(scope="module")
+def health():
+    """Where the worker answers whether it is well."""
+    return f"http://127.0.0.1:{servers.free_port()}/health"
+
+
+@pytest.fixture(scope="module")
 def site(tmp_path_factory, s3_store):
     root = tmp_path_factory.mktemp("scheduled")
     return Site(root, tmp_path_factory.mktemp("worker"), s3_store, f"{root.name}-soak", shared_memory=False)
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, site):
+def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, health, site):
     """A clone of toy stages with two deployments on it, one of which skips what overlaps, and a worker."""
     root = site.workspace
     with pytest.MonkeyPatch.context() as patch:
@@ -86,8 +94,14 @@ def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, site):
         said = [deploy(alerts[1]) for _ in range(2)]
         assert said[0] == said[1]
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--install-policy", "never"]
+        command.append("--with-healthcheck")
+        environment = os.environ | site.environment
+        environment |= {
+            "PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1",  # as in the Dockerfile
+            "PREFECT_WORKER_WEBSERVER_PORT": str(urlsplit(health).port),
+        }
         log = tmp_path_factory.mktemp("worker-log") / "log"
-        with servers.running(command, log, lambda: True, env=os.environ | site.environment):
+        with servers.running(command, log, servers.answers(health), env=environment):
             yield settings["flow"]["experiment"]
 
 
@@ -129,6 +143,16 @@ def test_everything_is_declared_once_however_often_it_is_deployed(deployed):
         assert client.read_global_concurrency_limit_by_name("finercut-accelerator-0").limit == 1
         for name in ("finercut: a run failed, crashed or is late", "finercut: a run that went silent has crashed"):
             assert len(client.read_automations_by_name(name)) == 1
+
+
+def test_the_worker_passes_the_images_health_check_and_listens_to_this_machine_alone(deployed, health):
+    assert subprocess.run([ROOT / "docker/healthy", health], check=False).returncode == 0
+    (worker,) = [p for p in processes_with("--with-healthcheck") if health_port(p) == urlsplit(health).port]
+    assert servers.open_to_others(worker) == []
+
+
+def health_port(process):
+    return int(process.environ().get("PREFECT_WORKER_WEBSERVER_PORT", 0))
 
 
 def test_the_form_offers_the_params_files_and_refuses_anything_else(deployed):

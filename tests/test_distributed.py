@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import random_llama
+from servers import open_to_others
 from test_search_and_prune import settings
 
 from finercut import paths
@@ -139,6 +140,7 @@ def test_a_killed_process_ends_the_search_and_what_was_found_is_kept(fresh, alon
 
     launcher = subprocess.Popen(COMMAND, stderr=subprocess.DEVNULL)
     workers = _workers_after(launcher, n_removals=4)
+    assert open_to_others(psutil.Process(launcher.pid)) == []
     launcher.kill()
     launcher.wait()
     _, outlived = psutil.wait_procs(workers.values(), timeout=60)

@@ -19,16 +19,8 @@ import pytest
 import yaml
 from conftest import TEXT
 from hub_server import COMMIT, Hub, Repository, client_environment, serve
-from kill_trials import (
-    CHEAP,
-    ROOT,
-    outputs,
-    prepare,
-    prepare_registration,
-    registration_trials,
-    state,
-    trials,
-)
+from kill_executions import prepare_registration, registration_trials
+from kill_stages import CHEAP, ROOT, outputs, prepare, state, trials
 
 from finercut import paths, registry
 from finercut.params import load

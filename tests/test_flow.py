@@ -14,8 +14,8 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-import yaml
 from prefect.client.orchestration import get_client
+from toy import ROOT, STAGES, make_toy, write
 
 from finercut import paths
 from finercut.ledger import Ledger
@@ -24,28 +24,6 @@ from finercut.reports import RegisterReport
 from finercut.staging import exclusive
 from pipelines import dag, register
 from pipelines.flow import compress, run_group
-
-ROOT = Path(__file__).parents[1]
-TOY = f"{sys.executable} {ROOT / 'tests' / 'example_reports.py'}"
-STAGES = {
-    "prune": {
-        "cmd": f"{TOY} model",
-        "params": ["search"],
-        "outs": ["artifacts/pruned", "reports/curve.csv"],
-        "metrics": [f"reports/{name}.json" for name in ("fetch", "calibrate", "search", "prune")],
-    },
-    "evaluate": {
-        "cmd": f"{TOY} evaluate",
-        "deps": ["artifacts/pruned"],
-        "metrics": ["reports/parity.json", "reports/evaluate.json"],
-    },
-    "throughput": {
-        "cmd": f"{TOY} throughput",
-        "deps": ["reports/parity.json", "speed_up.txt"],
-        "metrics": ["reports/throughput.json"],
-    },
-}
-
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -56,29 +34,6 @@ def toy(tmp_path, mlflow_store, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return make_toy()
-
-
-def make_toy(stages=STAGES):
-    """Fills the current directory; the settings it wrote."""
-    shutil.copytree(ROOT / ".dvc", ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
-    shutil.copy(ROOT / ".dvcignore", ".")
-    Path(".gitignore").write_text("/artifacts/\n/reports/\n")
-    Path("speed_up.txt").write_text("1.25")
-    settings = yaml.safe_load((ROOT / "params.yaml").read_text())
-    settings["register"]["name"] = settings["flow"]["experiment"] = Path.cwd().name
-    settings["flow"]["retries"] = {}
-    write(settings=settings, stages=stages)
-    subprocess.run(
-        "git init -q && git add -A && git -c user.name=t -c user.email=t@t commit -qm toy", shell=True, check=True
-    )
-    return settings
-
-
-def write(settings=None, stages=None):
-    if settings is not None:
-        Path("params.yaml").write_text(yaml.safe_dump(settings))
-    if stages is not None:
-        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
 
 
 def runs(experiment):
@@ -317,3 +272,18 @@ def test_lines_arrive_while_the_process_runs():
 def test_a_process_that_outlives_its_leader_is_ended():
     assert run_group(["sh", "-c", "sleep 1618.03 & exit 3"], os.environ, None, print) == 3
     assert gone("1618.03", within_s=0)
+
+
+def test_a_command_ends_with_all_it_started_when_its_starter_is_killed():
+    start = "import os; from pipelines.flow import run_group; run_group({!r}, os.environ, None, print)"
+    command = ["sh", "-c", "sleep 1414.2 & sleep 1414.2"]
+    starter = subprocess.Popen(
+        [sys.executable, "-c", start.format(command)], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    deadline = time.monotonic() + 120
+    while len([p for p in processes_with("1414.2") if p.name() == "sleep"]) < 2 and time.monotonic() < deadline:
+        assert starter.poll() is None
+        time.sleep(0.1)
+    starter.kill()
+    starter.wait()
+    assert gone("1414.2")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import logging
 import os
+import re
 import zipfile
 from pathlib import Path
 
+import click
 import pytest
 
 from finercut import params, redaction, registry, sources
@@ -124,3 +126,19 @@ def test_a_params_file_with_a_credential_is_refused_without_showing_it(secrets, 
     with pytest.raises(ValueError, match=r"params\.yaml:1: there is a credential in this line") as raised:
         params.load(file)
     assert line[2:] not in str(raised.value)
+
+
+SERVERS = re.compile(r"(?:vllm serve [\w{]|-m vllm\.entrypoints|mlflow server|prefect server start)[^`\n]*")
+TOLD = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md"), *CODE]
+
+
+@pytest.mark.parametrize("command", [line for file in TOLD for line in SERVERS.findall(file.read_text())])
+def test_servers_we_tell_people_to_start_listen_on_loopback(command):
+    assert "--host 127.0.0.1" in command
+
+
+def test_mlflows_page_listens_on_loopback_unless_told_otherwise():
+    from mlflow.cli import cli
+
+    (host,) = [option for option in cli.get_command(click.Context(cli), "ui").params if option.name == "host"]
+    assert host.default == "127.0.0.1"

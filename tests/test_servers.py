@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 import pytest
 from prefect.client.orchestration import get_client
-from test_flow import ROOT, STAGES, make_toy, runs
+from test_flow import runs
+from toy import ROOT, STAGES, TOY, make_toy, write
 
 from pipelines.flow import compress
 
@@ -86,3 +90,61 @@ def test_without_a_remote_to_push_to_nothing_is_started(team):
     with pytest.raises(RuntimeError, match=r"^nothing to push to: name a DVC remote with `dvc remote add --default"):
         compress(push=True)
     assert not Path("reports").exists()
+
+
+# What a team's machine is given, with a made-up secret in each.
+SECRETS = {
+    "HF_TOKEN": "canary-hub",
+    "AWS_ACCESS_KEY_ID": "canary-access",
+    "AWS_SECRET_ACCESS_KEY": "canary-secret",
+    "PREFECT_API_KEY": "canary-prefect",
+    "PREFECT_API_AUTH_STRING": "admin:canary-auth",
+    "FINERCUT_WEBHOOK": "https://hooks.example.org/services/canary-webhook?token=canary-query",
+}
+SHOWN = "not-a-secret"
+
+
+def test_no_credential_is_kept_or_shown_by_a_run_whose_stages_print_and_fail_with_them(
+    team, monkeypatch, postgres, s3_store, mlflow_server, prefect_server
+):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.replace("//", "//me:canary-password@"))
+    monkeypatch.setenv("ORDINARY", SHOWN)
+    printing = STAGES["prune"] | {"cmd": f"env && env >&2 && {TOY} model"}
+    write(stages=STAGES | {"prune": printing})
+    said = [finercut("run")]
+    assert said[0].returncode == 0, said[0].stderr
+    cause = "cannot reach $MLFLOW_TRACKING_URI with $HF_TOKEN, tell $FINERCUT_WEBHOOK of $ORDINARY"
+    failing = STAGES["evaluate"] | {"cmd": f'echo "finercut evaluate: {cause}" >&2; exit 1'}
+    write(stages=STAGES | {"prune": printing, "evaluate": failing})
+    said.append(finercut("run"))
+    assert said[1].returncode == 1
+    assert SHOWN in said[1].stderr.splitlines()[-1]
+
+    kept = {f"stdout and stderr {n}": done.stdout + done.stderr for n, done in enumerate(said)}
+    kept |= {str(file): text_of(file.read_bytes()) for file in team.rglob("*") if file.is_file()}
+    for database in ("mlflow", "prefect"):
+        dump = [postgres.programs / "pg_dump", "--inserts", postgres.uri(database)]
+        kept[database] = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    client = s3_store.client()
+    for bucket in ("mlflow", "dvc"):
+        for key in objects(s3_store, bucket):
+            kept[f"s3://{bucket}/{key}"] = text_of(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+    assert {where: found for where, text in kept.items() if (found := re.findall(r"canary-\w+", text))} == {}
+    # the search would have found them: what was printed beside them is there
+    shown = {where for where, text in kept.items() if SHOWN in text}
+    assert {"stdout and stderr 0", "stdout and stderr 1", "mlflow", "prefect"} <= shown
+    assert any(where.startswith("s3://mlflow/") and where.endswith("/log.txt") for where in shown)
+
+
+def finercut(*arguments):
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def text_of(content):
+    """As it can be searched: databases and packed objects of git too."""
+    with suppress(zlib.error):
+        content = zlib.decompress(content)
+    return content.decode("utf-8", errors="replace")

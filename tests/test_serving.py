@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import random_llama
 from safetensors.torch import load_file, save_file
+from servers import open_to_others
 
 from finercut import paths, serving
 from finercut.checkpoint import load_whole, masked, write_pruned
@@ -72,6 +73,7 @@ def test_a_served_model_is_timed_and_caches_only_its_kept_attentions(pruned):
         n_tokens = 0.0625 * 2**30 / (2 * 2 * 2 * 32 * 4)
         assert engine.kv_cache_tokens == pytest.approx(n_tokens, rel=0.01)
         assert "cores" in engine.hardware
+        assert open_to_others(psutil.Process(engine.process.pid)) == []
     for measured in rounds:
         # A round lasts as long as its first tokens and the three after them, and a little
         seconds = 2 * 4 / measured.output_tokens_per_s
