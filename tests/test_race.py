@@ -126,7 +126,7 @@ def test_windows_that_told_most_of_the_leader_come_first():
     # 8 for the leader; 5 of them on window 2, where B comes to 9
     _, _, race = raced({A: flat(1, 1, 5, 1), B: flat(1, 1, 9, 1)}, known={A: [1, 1, 1, 1]})
     assert list(race.done[B]) == [2]
-    # Lazily it is what the leader has grown by: most on window 1. There the bound of B goes from 6 to 8.5; 7 is the least.
+    # Lazily it is what the leader has grown by: most on window 1, where the bound of B goes from 6 to 8.5 (7 is least).
     known = {A: [4, 0.1, 1], B: [4, 1, 1]}
     _, _, race = raced({A: flat(4, 2, 1), B: flat(4, 3.5, 1)}, mode="lazy", known=known)
     assert list(race.done[B]) == [1]
