@@ -156,7 +156,12 @@ def engine(directory: Path, settings: Throughput, one_process: bool = False) -> 
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if one_process:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        # vLLM leaves the sockets its processes meet at behind.
+        tempfile.TemporaryDirectory(prefix="vllm-") as sockets,
+    ):
+        environment["VLLM_RPC_BASE_PATH"] = sockets
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(directory.absolute()), settings.model_dump_json()],
             stdin=subprocess.PIPE,

@@ -171,7 +171,6 @@ class Site:
             "HOME": str(self.worker),
             "TMPDIR": str(self._temporary),
             "DVC_SITE_CACHE_DIR": str(self.worker / "dvc"),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.worker / "torchinductor"),  # not among temporary files
             "PREFECT_WORKER_QUERY_SECONDS": "1",
         }
 
@@ -181,7 +180,8 @@ class Site:
 
     def temporary(self) -> set[Path]:
         """What lies in the folders for temporary files; in shared memory, files that no living process has mapped."""
-        found = set(self._temporary.iterdir())
+        # torch has one folder there for what it compiled, however many runs use it.
+        found = {path for path in self._temporary.iterdir() if not path.name.startswith("torchinductor_")}
         if self.shared_memory:
             found |= {Path(entry) for entry in os.scandir(SHARED_MEMORY) if _is_our_file(entry)} - _mapped()
         return found

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -66,7 +67,19 @@ def test_vllm_computes_what_the_masked_whole_model_does_when_compiled(pruned, ti
         assert largest_difference(served, whole) > 0.1
 
 
-def test_a_served_model_is_timed_and_caches_only_its_kept_attentions(pruned):
+@pytest.fixture
+def temporary(monkeypatch):
+    """A folder for temporary files; not under pytest's, whose names are too long for sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def test_a_served_model_is_timed_caches_only_its_kept_attentions_and_leaves_no_socket(pruned, temporary):
+    def sockets():
+        return [path for path in temporary.rglob("*") if path.is_socket()]
+
     with serving.engine(pruned, SETTINGS) as engine:
         rounds = [engine.round(seed) for seed in range(2)]
         # 2 of 4 attentions, keys and values, 2 heads of 32 float32 each
@@ -74,6 +87,8 @@ def test_a_served_model_is_timed_and_caches_only_its_kept_attentions(pruned):
         assert engine.kv_cache_tokens == pytest.approx(n_tokens, rel=0.01)
         assert "cores" in engine.hardware
         assert open_to_others(psutil.Process(engine.process.pid)) == []
+        assert sockets()
+    assert not sockets()
     for measured in rounds:
         # A round lasts as long as its first tokens and the three after them, and a little
         seconds = 2 * 4 / measured.output_tokens_per_s
