@@ -62,5 +62,5 @@ def test_a_job_that_fails_is_named(benchmark, tmp_path, capfd):
 def test_the_estimate_counts_the_forwards_of_every_job(benchmark):
     # 8 sublayers, 2 removals, 3 windows: 3 * (8 + 7) forwards of 2 s, of which the authors' first step is 3 * 8
     chosen = argparse.Namespace(windows=3, timed_steps=1, model_rounds=2)
-    others = 90 / 1.9 + 2 * (90 / 2.8 + 90 / 6.3 + 90 / 6.2)
+    others = 90 / 1.6 + 2 * (90 / 2.1 + 90 / 3.8 + 90 / 3.8)
     assert benchmark.estimate_s(chosen, 2.0, 8) == pytest.approx(2 * 1.2 * 48 + others)
