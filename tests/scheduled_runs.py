@@ -180,8 +180,9 @@ class Site:
 
     def temporary(self) -> set[Path]:
         """What lies in the folders for temporary files; in shared memory, files that no living process has mapped."""
-        # torch has one folder there for what it compiled, however many runs use it.
-        found = {path for path in self._temporary.iterdir() if not path.name.startswith("torchinductor_")}
+        # Prefect and torch have one folder each there, however many runs use it.
+        shared = ("runner_storage", "torchinductor_")
+        found = {path for path in self._temporary.iterdir() if not path.name.startswith(shared)}
         if self.shared_memory:
             found |= {Path(entry) for entry in os.scandir(SHARED_MEMORY) if _is_our_file(entry)} - _mapped()
         return found
