@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -244,6 +245,7 @@ def _listen(requests: SimpleQueue[dict[str, Any] | None]) -> None:
     for line in open(0, "rb", buffering=0):  # noqa: SIM115
         requests.put(json.loads(line))
     # The pipe's other end is the parent's alone: it closes when the parent ends, whatever ended it.
+    shutil.rmtree(os.environ["VLLM_RPC_BASE_PATH"], ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

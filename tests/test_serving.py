@@ -108,7 +108,7 @@ def test_a_failed_engine_says_why(pruned, tmp_path):
         engine.continuations([[5, 6, 7]])
 
 
-def test_no_process_outlives_the_one_that_started_it(pruned, tmp_path):
+def test_nothing_outlives_the_process_that_started_it(pruned, tmp_path, temporary):
     script = tmp_path / "start.py"
     script.write_text(
         "from pathlib import Path; from finercut import serving; from finercut.params import Throughput\n"
@@ -130,6 +130,7 @@ def test_no_process_outlives_the_one_that_started_it(pruned, tmp_path):
         _, alive = psutil.wait_procs(group, timeout=30)
         running = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
         assert not running, f"after {sign.name}"
+    assert not list(temporary.glob("vllm-*"))
 
 
 def vllm_children(engine):
