@@ -35,7 +35,7 @@ from finercut.redaction import redacted
 logger = logging.getLogger("finercut")
 
 CHALLENGER = "challenger"
-# Set last: a version that has it was registered completely.
+# A version has it from the moment it exists, and exists only once everything is uploaded.
 PRUNED_MD5 = "finercut.pruned_md5"
 _CREDENTIALS = re.compile(r"//[^/?#\s]*@")
 
@@ -244,7 +244,7 @@ def register(
     tags: Mapping[str, str],
     pruned_md5: str,
 ) -> Registered:
-    """Make `checkpoint` a new version of `name` with the alias `challenger`.
+    """Make `checkpoint` a new version of `name`.
 
     The weights are uploaded once, from where they lie: nothing is loaded or copied beforehand. The version's folder
     holds `checkpoint/`, `evidence/` (the files given) and a wrapper for `mlflow.pyfunc`.
@@ -252,10 +252,13 @@ def register(
     with mlflow_errors(f"register {name}"):
         model_id = _upload(run, name, checkpoint, evidence, tags)
         run.log_metrics(metrics, model_id)
-        registered = _new_version(run, name, model_id, tags)
-        run.client.set_registered_model_alias(name, CHALLENGER, registered.version)
-        run.client.set_model_version_tag(name, registered.version, PRUNED_MD5, pruned_md5)
-    return registered
+        return _new_version(run, name, model_id, {**tags, PRUNED_MD5: pruned_md5})
+
+
+def challenge(run: Run, name: str, version: str) -> None:
+    """Make it the version that `challenger` stands at."""
+    with mlflow_errors(f"set the alias {CHALLENGER} of {name}"):
+        run.client.set_registered_model_alias(name, CHALLENGER, version)
 
 
 def _upload(run: Run, name: str, checkpoint: Path, evidence: Iterable[Path], tags: Mapping[str, str]) -> str:

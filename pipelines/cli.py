@@ -58,7 +58,7 @@ STAGES = {
     """,
     "register": """Register the pruned model in MLflow, if it passes the gate of params.yaml.
 
-    The version gets the alias `challenger` and its evidence; a checkpoint that a version holds already stays as it is.
+    The version gets its evidence and the alias `challenger`; where a version holds this checkpoint already, that one.
 
     \b
     Reads     artifacts/pruned, reports/, dvc.lock

@@ -1,7 +1,7 @@
 """Register the pruned model in MLflow if its reports pass the gate of `params.yaml`.
 
 Reads artifacts/pruned, every report and dvc.lock; writes reports/register.json. Not a stage of DVC, because it acts on
-the registry; a checkpoint that a version holds is not registered again under the same name.
+the registry; a checkpoint that a version holds is not registered again under the same name, but is the challenger.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def _register(
         collected = Ledger(mlflow_run.client, name).read().collected
         known = registry.find_version(mlflow_run, name, md5, collected)
         found = known or _new_version(stages, checks, name, md5, mlflow_run)
+        registry.challenge(mlflow_run, name, found.version)
         report = _report("already registered" if known else "registered", found, checks, name, mlflow_run)
     report.write(paths.report("register"))
     mlflow_run.log_file(paths.report("register"), "reports")

@@ -35,7 +35,7 @@ class Project:
     def register(
         self, checkpoint: Path = paths.PRUNED, *, evaluate=None, throughput=None, parity=None, **reports
     ) -> str:
-        """A version of `checkpoint`; its number.
+        """A version of `checkpoint`, the challenger; its number.
 
         Args:
             evaluate, throughput, parity: changes of the reports
@@ -56,7 +56,10 @@ class Project:
         example_reports.throughput(**throughput or {}).write(folder / "throughput.json")
         example_reports.parity(**parity or {}).write(folder / "parity.json")
         md5 = directory_md5(checkpoint)
-        return registry.register(self.run, self.name, checkpoint, sorted(folder.iterdir()), {"a": 1.0}, {}, md5).version
+        evidence = sorted(folder.iterdir())
+        version = registry.register(self.run, self.name, checkpoint, evidence, {"a": 1.0}, {}, md5).version
+        registry.challenge(self.run, self.name, version)
+        return version
 
     def aliases(self) -> dict[str, str]:
         return {a: str(v) for a, v in self.client.get_registered_model(self.name).aliases.items()}

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import toy
 import yaml
-from kill_stages import CHEAP, ROOT, Trial, digest, kill_tree, moments, run, start, state, status, still_in, wait_for
+from kill_stages import CHEAP, ROOT, Trial, digest, kill_tree, kills, run, start, state, status, still_in, wait_for
 
 REGISTRATION, REPRO, EXECUTION = "register", "dvc repro", "finercut run"
 FINERCUT = [sys.executable, "-m", "pipelines.cli"]
@@ -57,33 +58,42 @@ def registration_trials(base: Path, root: Path, n: int, seed: int) -> Iterator[T
     """
     _fresh(base, root)
     seconds = run(REGISTRATION, root, since="uploading", **_store(root))
-    complete, _ = _registered(root)
-    for moment in moments(n, f"{seed} register"):
-        while True:
-            _fresh(base, root)
-            ended_after = run(REGISTRATION, root, moment * seconds, "uploading", **_store(root))
-            if ended_after is None:
-                break
-            seconds = ended_after
-        reported = (root / "reports/register.json").exists()
-        versions, reached = _registered(root)
+    complete = _registered(root)
+
+    def attempt(_: int, kill_after_s: float) -> float | None:
+        _fresh(base, root)
+        return run(REGISTRATION, root, kill_after_s, "uploading", **_store(root))
+
+    for _ in kills(n, f"{seed} register", seconds, attempt):
+        after, reported = _registered(root), (root / "reports/register.json").exists()
         run(REGISTRATION, root, **_store(root))
-        again, _ = _registered(root)
         yield Trial(
             what=REGISTRATION,
-            left="report" if reported else reached,
-            same=again == complete,
-            whole=versions in ([], complete) and (not reported or versions == complete),
+            left="report" if reported else after.reached,
+            same=_registered(root) == complete,
+            whole=after == complete if reported else after.versions in ([], complete.versions),
         )
 
 
-def _registered(root: Path) -> tuple[list[str], str]:
-    """What the versions that count hold, those with the alias or the tag that is set last; and how far it came."""
+@dataclass(frozen=True)
+class Registered:
+    versions: list[str]
+    """What each holds."""
+    aliases: dict[str, str]
+    uploaded: bool
+
+    @property
+    def reached(self) -> str:
+        """How far the registration came."""
+        return "alias" if self.aliases else "version" if self.versions else "upload" if self.uploaded else "nothing"
+
+
+def _registered(root: Path) -> Registered:
     # In a process of its own: MLflow keeps its connection to a store, and this one is replaced between trials.
     found = root / ".finercut" / "versions.json"
     found.parent.mkdir(exist_ok=True)
     status(start(_write_registered, str(root), str(found)))
-    return tuple(json.loads(found.read_text()))
+    return Registered(**json.loads(found.read_text()))
 
 
 def _write_registered(root: str, file: str) -> None:
@@ -92,17 +102,13 @@ def _write_registered(root: str, file: str) -> None:
     from finercut import registry
 
     client = MlflowClient(_store(Path(root))["MLFLOW_TRACKING_URI"])
-    versions = [client.get_model_version(v.name, v.version) for v in client.search_model_versions()]
-    tagged = [v for v in versions if registry.PRUNED_MD5 in v.tags]
-    named = [v for v in versions if v.aliases]
-    uploads = client.search_logged_models([e.experiment_id for e in client.search_experiments()])
-    reached = {"tag": tagged, "alias": named, "version": versions, "upload": uploads, "nothing": [None]}
     held = [
-        f"{v.aliases} {v.tags.get(registry.PRUNED_MD5)} {digest(Path(_folder(client, v)) / 'checkpoint')}"
-        for v in versions
-        if v in tagged or v in named
+        f"{v.tags.get(registry.PRUNED_MD5)} {digest(Path(_folder(client, v)) / 'checkpoint')}"
+        for v in client.search_model_versions()
     ]
-    Path(file).write_text(json.dumps([held, next(name for name, there in reached.items() if there)]))
+    aliases = {alias: str(v) for m in client.search_registered_models() for alias, v in m.aliases.items()}
+    uploads = client.search_logged_models([e.experiment_id for e in client.search_experiments()])
+    Path(file).write_text(json.dumps({"versions": held, "aliases": aliases, "uploaded": bool(uploads)}))
 
 
 def _folder(client, version) -> str:
@@ -117,13 +123,12 @@ def execution_trials(base: Path, root: Path, n: int, seed: int) -> Iterator[Tria
     complete = _registered(root)
     results = _results(root)
     locked = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
-    for number, moment in enumerate(moments(n, f"{seed} run")):
-        alone = bool(number % 2)
-        while True:
-            _fresh(base, root)
-            if (ended_after := _execute(command, root, moment * seconds, since, alone)) is None:
-                break
-            seconds = ended_after
+
+    def attempt(number: int, kill_after_s: float) -> float | None:
+        _fresh(base, root)
+        return _execute(command, root, kill_after_s, since, alone=_is_alone(number))
+
+    for number in kills(n, f"{seed} run", seconds, attempt):
         outlived = [process for process in still_in(root, within_s=10) if not _is_prefects(process)]
         lock = root / "dvc.lock"
         vouched = yaml.safe_load(lock.read_text())["stages"] if lock.exists() else {}
@@ -133,12 +138,17 @@ def execution_trials(base: Path, root: Path, n: int, seed: int) -> Iterator[Tria
         _execute(command, root)
         same = _registered(root) == complete and _results(root) == results and not _changed(root, locked)
         yield Trial(
-            what=f"{EXECUTION}, alone" if alone else EXECUTION,
+            what=f"{EXECUTION}, alone" if _is_alone(number) else EXECUTION,
             left=f"{len(vouched)} of {len(locked)} stages",
             same=same,
             whole=whole,
             outlived=len(outlived),
         )
+
+
+def _is_alone(number: int) -> bool:
+    """Whether a kill hits the driver and nothing that it started."""
+    return number % 2 == 1
 
 
 def _is_prefects(process: psutil.Process) -> bool:
@@ -187,13 +197,12 @@ def repro_trials(base: Path, root: Path, n: int, seed: int) -> Iterator[Trial]:
     earlier = state(root, "search")
     seconds = _execute(command, root, since=since)
     complete, lock = state(root, "search"), _lock(root)
-    for number, moment in enumerate(moments(n, f"{seed} repro")):
-        alone = bool(number % 2)
-        while True:
-            _fresh(base, root)
-            if (ended_after := _execute(command, root, moment * seconds, since, alone)) is None:
-                break
-            seconds = ended_after
+
+    def attempt(number: int, kill_after_s: float) -> float | None:
+        _fresh(base, root)
+        return _execute(command, root, kill_after_s, since, alone=_is_alone(number))
+
+    for number in kills(n, f"{seed} repro", seconds, attempt):
         outlived = still_in(root, within_s=1)
         psutil.wait_procs(outlived, timeout=300)  # the second run would be told to wait
         after = state(root, "search")
@@ -202,7 +211,7 @@ def repro_trials(base: Path, root: Path, n: int, seed: int) -> Iterator[Trial]:
         whole = False not in found and _lock(root) in (_lock(base), lock)
         _execute(command, root)
         yield Trial(
-            what=f"{REPRO}, alone" if alone else REPRO,
+            what=f"{REPRO}, alone" if _is_alone(number) else REPRO,
             left=left,
             same=state(root, "search") == complete and _lock(root) == lock,
             whole=whole,

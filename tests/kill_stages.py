@@ -197,26 +197,37 @@ class Trial:
     """Processes that went on after the one that was killed."""
 
 
-def moments(n: int, seed: str) -> Iterator[float]:
-    """One in each n-th of an undisturbed run, as shares of it."""
+def kills(n: int, seed: str, seconds: float, attempt: Callable[[int, float], float | None]) -> Iterator[int]:
+    """Kill `n` times, once in each n-th of an undisturbed run; yields the number of each when it has happened.
+
+    Args:
+        seconds: that an undisturbed run takes
+        attempt: makes the run of a number and kills it after so many seconds; gives how long it took if it had ended by
+            then, and is made again
+    """
     draw = random.Random(seed)
-    return ((number + draw.random()) / n for number in range(n))
+    for number in range(n):
+        moment = (number + draw.random()) / n
+        while (ended_after := attempt(number, moment * seconds)) is not None:
+            seconds = ended_after
+        yield number
 
 
 def trials(stage: str, base: Path, root: Path, n: int, seed: int) -> Iterator[Trial]:
     """Kill `stage` `n` times, at moments spread over its work, with and without an earlier output in its place."""
     _fresh(base, root, stage)
     seconds = run(stage, root)
-    complete = state(root, stage)
-    for number, moment in enumerate(moments(n, f"{seed} {stage}")):
-        while True:
-            _fresh(base, root, stage)
-            if number % 2:
-                _earlier_output(stage, root)
-            earlier = state(root, stage)
-            if (ended_after := run(stage, root, kill_after_s=moment * seconds)) is None:
-                break
-            seconds = ended_after  # it was faster this time, and there was nobody left to kill
+    complete, earlier = state(root, stage), {}
+
+    def attempt(number: int, kill_after_s: float) -> float | None:
+        nonlocal earlier
+        _fresh(base, root, stage)
+        if number % 2:
+            _earlier_output(stage, root)
+        earlier = state(root, stage)
+        return run(stage, root, kill_after_s)
+
+    for _ in kills(n, f"{seed} {stage}", seconds, attempt):
         after = state(root, stage)
         announced = (root / ".finercut" / f"{stage}.log").read_text().count("removed ")
         run(stage, root)

@@ -78,6 +78,7 @@ class Expected:
         self.versions: dict[str, str] = {}
         self.n_versions = 0
         self.last: str | None = None
+        self.challenger: str | None = None
         self.kept: set[str] = set()
 
     def after(self, run: Planned) -> Record:
@@ -92,8 +93,8 @@ class Expected:
         if run.ending in ("registered", "refused"):
             register, made = self._register(run)
         newest = {str(number) for number in range(max(1, self.n_versions - self.n_kept + 1), self.n_versions + 1)}
-        challenger = str(self.n_versions) if self.n_versions else None
-        self.kept &= newest | {challenger, self.last}
+        self.challenger = self.last or self.challenger
+        self.kept &= newest | {self.challenger, self.last}
         passed = run.ending == "registered"
         return Record(
             prefect="COMPLETED" if passed else "FAILED",
@@ -103,7 +104,7 @@ class Expected:
             version=self.last if passed else None,
             made=(self.last,) if made else (),
             collected=True,
-            challenger=challenger,
+            challenger=self.challenger,
             checkpoints=_in_order(self.kept),
         )
 

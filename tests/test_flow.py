@@ -85,13 +85,13 @@ def test_an_execution_is_one_finished_run_with_every_figure_and_a_registered_ver
     assert {"evidence/dvc.lock", "evidence/evaluate.json"} <= stored
 
 
-def test_a_second_execution_runs_nothing_logs_every_figure_again_and_registers_nothing(toy):
+def test_a_second_execution_runs_nothing_logs_every_figure_again_and_makes_no_version_but_a_challenger(toy):
     first = compress()
     client = mlflow.MlflowClient()
     client.delete_registered_model_alias(toy["register"]["name"], "challenger")
     second = compress()
     assert (second.status, second.version) == ("already registered", first.version)
-    assert client.get_registered_model(toy["register"]["name"]).aliases == {}
+    assert client.get_registered_model(toy["register"]["name"]).aliases == {"challenger": first.version}
 
     run = runs(toy["flow"]["experiment"])[0]
     assert run.info.run_id == second.run_id != first.run_id

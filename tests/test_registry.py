@@ -113,6 +113,7 @@ def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(r
         run, "tiny", tiny_model, [evidence], {"throughput/speed_up": 1.25}, {"parent": "toy", "gate": "passed"}, "md5-1"
     )
     assert registered == Registered("1", "models:/tiny/1")
+    registry.challenge(run, "tiny", "1")
 
     found = run.client.get_model_version_by_alias("tiny", "challenger")
     assert str(found.version) == "1"
@@ -150,16 +151,19 @@ def continuation(directory, prompt):
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_the_newest_version_is_the_challenger(run, evidence, tmp_path):
+def test_versions_are_numbered_and_the_challenger_is_the_one_that_is_named(run, evidence, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
     versions = [registry.register(run, "twice", checkpoint, [evidence], {"a": 1.0}, {}, md5).version for md5 in "xy"]
     assert versions == ["1", "2"]
-    assert str(run.client.get_model_version_by_alias("twice", "challenger").version) == "2"
+    assert run.client.get_registered_model("twice").aliases == {}
+    for version in "211":
+        registry.challenge(run, "twice", version)
+        assert str(run.client.get_model_version_by_alias("twice", "challenger").version) == version
 
 
-def test_a_version_whose_registration_was_cut_short_does_not_count(run):
-    run.client.create_registered_model("cut-short")
-    run.client.create_model_version("cut-short", source=f"runs:/{run.run_id}/x", run_id=run.run_id)
-    assert registry.find_version(run, "cut-short", "md5") is None
+def test_a_version_that_something_else_made_does_not_count(run):
+    run.client.create_registered_model("strangers")
+    run.client.create_model_version("strangers", source=f"runs:/{run.run_id}/x", run_id=run.run_id)
+    assert registry.find_version(run, "strangers", "md5") is None
