@@ -38,7 +38,8 @@ def add_remote(url):
 
 
 def objects(store, bucket, prefix=""):
-    return [item["Key"] for item in store.client().list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])]
+    pages = store.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
 
 def test_results_are_pushed_recorded_and_registered_and_another_clone_pulls_them(
