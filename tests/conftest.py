@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import servers
 
+pytest.register_assert_rewrite("bad_input")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -99,6 +102,25 @@ def tiny_pruned(tmp_path_factory, tiny_model) -> Path:
     removed = [Sublayer(2, "attention"), Sublayer(3, "mlp")]
     write_pruned(tiny_model, removed, directory, {"source": "tiny"}, "# card\n")
     return directory
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory, tiny_model) -> Path:
+    """A project of the tiny model in which everything up to `prune` has run. Read it, do not write to it."""
+    from bad_input import compress
+
+    root = tmp_path_factory.mktemp("compressed")
+    compress(root, tiny_model)
+    return root
+
+
+@pytest.fixture
+def workspace(compressed, tmp_path, monkeypatch) -> Path:
+    """A copy of it, and the current directory."""
+    root = shutil.copytree(compressed, tmp_path / "project")
+    monkeypatch.chdir(root)
+    logging.getLogger("finercut").setLevel(logging.INFO)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,173 @@
+"""Settings that cannot be, through the commands: one line, a status that is not 0, and nothing written."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from bad_input import ROOT, VALID, complaint, names, refused, set_params
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from finercut import params
+
+PARAMS_FILES = {
+    "empty": b"",
+    "null": b"null",
+    "list": b"- fetch\n- calibrate\n",
+    "text": b"compress my model, please",
+    "number": b"4",
+    "unfinished": b"fetch: {source: {kind: local, path: mine}",
+    "tabs": b"fetch:\n\tsource: x\n",
+    "binary": bytes(range(256)),
+    "utf-16": "fetch: {}".encode("utf-16"),
+    "latin-1": "fetch: caf\xe9".encode("latin-1"),
+    "object": b"fetch: !!python/object/apply:os.system ['touch owned']\n",
+    "two documents": b"fetch: {}\n---\ncalibrate: {}\n",
+    "unknown anchor": b"fetch: *nothing\n",
+    "unhashable key": b"{[1, 2]: 3}\n",
+    "number as key": b"1: 2\n",
+    "wrong tag": b"fetch: !!bool maybe\n",
+    "no time": b"fetch: !!timestamp now\n",
+    "no day": b"fetch: 2026-02-30\n",
+    "deep": b"[" * 2000,
+    "duplicate key": (ROOT / "params.yaml").read_bytes() + b"\nprune: {budget: {unit: sublayers, amount: 0.5}}\n",
+    "recursive": b"fetch: &a {source: *a}\n",
+}
+
+
+@pytest.mark.parametrize("content", PARAMS_FILES.values(), ids=PARAMS_FILES)
+def test_a_params_file_that_is_none(workspace, content):
+    Path("params.yaml").write_bytes(content)
+    assert "params.yaml" in refused("params")
+    assert not Path("owned").exists()
+
+
+PARAMS = [
+    ("fetch", None),
+    ("fetch.source", "mine"),
+    ("fetch.source", {}),
+    ("fetch.source", {"kind": "ftp", "path": "mine"}),
+    ("fetch.source", {"kind": "local"}),
+    ("fetch.source", {"kind": "local", "path": 3}),
+    ("fetch.source", {"kind": "hub", "repository": "org/name"}),
+    ("fetch.source", {"kind": "hub", "repository": "../../etc", "revision": "main"}),
+    ("fetch.source", {"kind": "hub", "repository": "https://huggingface.co/org/name", "revision": "main"}),
+    ("fetch.source", {"kind": "hub", "repository": "org/name", "revision": 1234567}),
+    ("fetch.source", {"kind": "hub", "repository": "org/name", "revision": ""}),
+    ("fetch.source.version", 0.1),
+    ("fetch.source.name", ""),
+    ("fetch.source.name", "x\n--index-url http://127.0.0.1:9/"),
+    ("fetch.source.name", "--index-url"),
+    ("fetch.source.name", "x @ file:///tmp/x.whl"),
+    ("fetch.source.version", "1.0 --no-require-hashes"),
+    ("fetch.source.version", ">=1"),
+    ("fetch.source.sha256", "bcc81830"),
+    ("fetch.source.sha256", 64 * "Z"),
+    ("fetch.source.dtype", "int8"),
+    ("calibrate.source", {"kind": "files", "paths": []}),
+    ("calibrate.source", {"kind": "files", "paths": "text.txt"}),
+    ("calibrate.source", {"kind": "hub", "dataset": "org/name", "revision": "main"}),
+    ("calibrate.n_samples", 0),
+    ("calibrate.n_samples", -1),
+    ("calibrate.n_samples", 2.5),
+    ("calibrate.n_samples", True),
+    ("calibrate.n_samples", "8"),
+    ("calibrate.n_samples", None),
+    ("calibrate.n_tokens", 1),
+    ("calibrate.shuffle_seed", "random"),
+    ("search.divergence", "cosine"),
+    ("search.candidates", ["attention"]),
+    ("search.protect", "0.block"),
+    ("search.protect", [0.5]),
+    ("search.exclude", 1.0),
+    ("search.exclude", float("nan")),
+    ("search.removals", 0),
+    ("search.removals", 1.5),
+    ("search.removals", float("nan")),
+    ("search.removals", True),
+    ("search.dtype", "fp32"),
+    ("search.device", 0),
+    ("prune.budget", {"unit": "sublayers"}),
+    ("prune.budget", {"unit": "layers", "amount": 0.25}),
+    ("prune.budget", {"unit": "parameters", "amount": 3}),
+    ("prune.budget", {"unit": "kv_cache", "amount": -0.1}),
+    ("prune.budget.amount", "25%"),
+    ("evaluate.tasks", {"name": "piqa", "metric": "acc"}),
+    ("evaluate.tasks", [{"name": "piqa"}]),
+    ("evaluate.tasks", [{"name": "piqa", "metric": "acc", "n_shot": 5}]),
+    ("evaluate.tasks", [{"name": "piqa", "metric": "acc", "limit": 0}]),
+    ("evaluate.seed", -1),
+    ("evaluate.seed", 2**32),
+    ("evaluate.batch_size", 0),
+    ("evaluate.parity_tolerance", 0),
+    ("evaluate.parity_tolerance", float("inf")),
+    ("throughput", VALID["throughput"] | {"max_model_len": 64}),
+    ("throughput.kv_cache_gib", float("inf")),
+    ("throughput.enforce_eager", "perhaps"),
+    ("throughput.n_rounds", 1),
+    ("register.name", "team/model"),
+    ("register.name", "model-0.25"),
+    ("register.name", "a' or name != '"),
+    ("register.name", ""),
+    ("register.min_retention", "high"),
+    ("flow.experiment", ""),
+    ("flow.retries", {"fetsh": 2}),
+    ("flow.retries", {"fetch": -1}),
+    ("flow.retry_delay_s", float("inf")),
+    ("flow.timeout_s", {"search": 0}),
+    ("flow.timeout_s", 3600),
+    ("flow.timeouts", {"search": 1}),
+    ("registry", {}),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), PARAMS, ids=[f"{field}={value!r}"[:60] for field, value in PARAMS])
+def test_a_field_that_cannot_be(workspace, field, value):
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
+    set_params(**{field.replace(".", "__"): value})
+    assert f"{field}: " in refused("params") or f"{field}." in refused("params")
+
+
+def _leaves(values: object, path: tuple = ()) -> list[tuple]:
+    if isinstance(values, dict) and values:
+        return [leaf for key, value in values.items() for leaf in _leaves(value, (*path, key))]
+    return [path]
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(path=st.sampled_from(_leaves(VALID)), value=JUNK)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_in_any_field_is_taken_or_named(tmp_path, path, value):
+    values = copy.deepcopy(VALID)
+    section = values
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = value
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    assert names(file, complaint(params.load, file))
+
+
+@given(content=st.binary(max_size=200))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_as_params_are_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "params.yaml"
+    file.write_bytes(content)
+    assert names(file, complaint(params.load, file))
+
+
+@pytest.mark.parametrize("stage", ["search", "evaluate"])
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", "meta", "cpu:x", "cuda:-1"])
+def test_a_device_that_is_not_here(workspace, stage, device):
+    set_params(search__device=device, evaluate__device=device)
+    assert f"no device {device!r} here" in refused(stage)
