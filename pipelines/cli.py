@@ -131,9 +131,6 @@ def main(ctx: click.Context, traceback: bool) -> None:
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         }
     logging.getLogger("finercut").setLevel(logging.INFO)
-    if not sys.stderr.isatty():
-        # transformers, datasets and the hub draw theirs into log files too
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     if ctx.invoked_subcommand != "run":  # Prefect, which logs there, sets up nothing where it finds a handler
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
