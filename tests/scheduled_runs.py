@@ -94,7 +94,7 @@ class Expected:
             register, made = self._register(run)
         newest = {str(number) for number in range(max(1, self.n_versions - self.n_kept + 1), self.n_versions + 1)}
         self.challenger = self.last or self.challenger
-        self.kept &= newest | {self.challenger, self.last}
+        self.kept &= newest | {self.challenger}
         passed = run.ending == "registered"
         return Record(
             prefect="COMPLETED" if passed else "FAILED",
@@ -314,8 +314,7 @@ def _objects(site: Site) -> dict[str, int]:
     import mlflow
 
     experiment = mlflow.MlflowClient().get_experiment_by_name(site.name).experiment_id
-    pages = site.store.client().get_paginator("list_objects_v2").paginate(Bucket="mlflow", Prefix=f"{experiment}/")
-    return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+    return site.store.objects("mlflow", f"{experiment}/")
 
 
 def _disk(site: Site) -> Disk:

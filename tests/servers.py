@@ -73,6 +73,11 @@ class S3:
             region_name="us-east-1",
         )
 
+    def objects(self, bucket: str, prefix: str = "") -> dict[str, int]:
+        """Their keys and bytes."""
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", [])}
+
 
 @contextmanager
 def postgres(databases: tuple[str, ...]) -> Iterator[Postgres]:

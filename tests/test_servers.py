@@ -37,11 +37,6 @@ def add_remote(url):
     subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "-q", "-f", "-d", "store", url], check=True)
 
 
-def objects(store, bucket, prefix=""):
-    pages = store.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return [item["Key"] for page in pages for item in page.get("Contents", [])]
-
-
 def test_results_are_pushed_recorded_and_registered_and_another_clone_pulls_them(
     team, tmp_path_factory, monkeypatch, s3_store, mlflow_server
 ):
@@ -52,9 +47,9 @@ def test_results_are_pushed_recorded_and_registered_and_another_clone_pulls_them
     version = client.get_model_version_by_alias(first.name, "challenger")
     downloaded = Path(mlflow.artifacts.download_artifacts(f"models:/{first.name}@challenger"))
     assert (downloaded / "checkpoint/model.safetensors").read_text() == "weights"
-    assert any(key.endswith("checkpoint/model.safetensors") for key in objects(s3_store, "mlflow"))
+    assert any(key.endswith("checkpoint/model.safetensors") for key in s3_store.objects("mlflow"))
     assert version.source.startswith("models:/")
-    pushed = objects(s3_store, "dvc", team.name)
+    pushed = s3_store.objects("dvc", team.name)
     assert any("/runs/" in key for key in pushed)  # what belongs to which inputs, and not only the files
 
     clone = tmp_path_factory.mktemp("clone")
@@ -130,7 +125,7 @@ def test_no_credential_is_kept_or_shown_by_a_run_whose_stages_print_and_fail_wit
         kept[database] = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
     client = s3_store.client()
     for bucket in ("mlflow", "dvc"):
-        for key in objects(s3_store, bucket):
+        for key in s3_store.objects(bucket):
             kept[f"s3://{bucket}/{key}"] = text_of(client.get_object(Bucket=bucket, Key=key)["Body"].read())
     assert {where: found for where, text in kept.items() if (found := re.findall(r"canary-\w+", text))} == {}
     # the search would have found them: what was printed beside them is there
