@@ -1,4 +1,4 @@
-"""vLLM's engines one after another in one process, which imports vLLM once; test_vllm_plugin.py runs it as a script.
+"""vLLM's engines one after another in one process, which imports vLLM once; test_vllm_engines.py runs it as a script.
 
 Its argument is {"prompts": token ids, "again": token ids}; each line of its input a model's directory; each line of its
 output what an engine of that model made of the prompts, or {"error": why there is none}.

@@ -1,0 +1,110 @@
+"""Every family less some sublayers, in vLLM's engines, beside the masked whole model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import family_engines
+import pytest
+import torch
+from family_models import CASES, N_BLOCKS
+from vllm_cases import REMOVED, TOLERANCE, model_for_vllm, sublayers, write
+
+from finercut.checkpoint import masked
+from finercut.serving import N_GENERATED, Continuation, largest_difference
+from finercut.sublayers import Sublayer
+
+ONE_ATTENTION_LEFT = sublayers("0.block", "1.attention", "3.attention")
+# Windowed attentions are in blocks 0 and 2 where a family alternates.
+NO_WINDOW_LEFT = sublayers("0.attention", "2.attention", "1.mlp")
+ONLY_WINDOWS_LEFT = sublayers("1.attention", "3.attention", "2.mlp")
+ALTERNATING = ("gemma2", "gemma3_text")
+# Every attention has a window.
+WINDOWED = ("mistral", "phi3", "mixtral", "qwen3_moe")
+RUNS = [
+    *((case, removed) for case in CASES for removed in (REMOVED, ONE_ATTENTION_LEFT)),
+    *((case, removed) for case in ALTERNATING for removed in (NO_WINDOW_LEFT, ONLY_WINDOWS_LEFT)),
+    *((case, []) for case in ("llama", "gemma2")),
+]
+
+
+def names(removed: list[Sublayer]) -> str:
+    return " ".join(map(str, removed)) or "whole"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine made of a model less `removed`."""
+
+    removed: list[Sublayer]
+    model: Any
+    """The whole model."""
+    continuations: list[Continuation]
+    n_cached: list[int]
+    """Tokens of each prompt given again that it had in its cache."""
+    n_blocks: int
+    """Of its KV cache."""
+
+
+# Longer than any window, than what is done at once, and than two blocks of the cache.
+PROMPTS = torch.randint(3, 400, (3, 70), generator=torch.Generator().manual_seed(1))
+# Begins as the first one does, beyond its first block in the cache.
+PROMPTS[2, :40] = PROMPTS[0, :40]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> dict[tuple[str, str], Served]:
+    """What one engine after another made of each of RUNS, two prompts and then two with a known beginning."""
+    root = tmp_path_factory.mktemp("families")
+    prompts = {"prompts": PROMPTS[:2].tolist(), "again": PROMPTS[[0, 2]].tolist()}
+    command = [sys.executable, family_engines.__file__, json.dumps(prompts)]
+    models = {case: model_for_vllm(case) for case in dict(RUNS)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engines:
+        # Meanwhile it imports vLLM.
+        for case, removed in RUNS:
+            print(write(models[case], removed, root / case / names(removed)), file=engines.stdin, flush=True)
+        engines.stdin.close()
+        answers = [json.loads(line) for line in engines.stdout]
+    failed = {run[0]: answer["error"] for run, answer in zip(RUNS, answers, strict=True) if "error" in answer}
+    assert failed == {}
+    found = {}
+    for (case, removed), answer in zip(RUNS, answers, strict=True):
+        continuations = [
+            Continuation(c["tokens"], [{int(t): nats for t, nats in given.items()} for given in c["logprobs"]])
+            for c in answer["continuations"]
+        ]
+        found[case, names(removed)] = Served(
+            removed, models[case], continuations, answer["n_cached"], answer["n_blocks"]
+        )
+    return found
+
+
+@pytest.mark.parametrize(("case", "removed"), RUNS, ids=lambda value: value if isinstance(value, str) else names(value))
+def test_engines_compute_what_masked_whole_models_do(served, case, removed, record_property):
+    one = served[case, names(removed)]
+    assert [c.tokens[:70] for c in one.continuations] == PROMPTS[[0, 1, 0, 2]].tolist()
+    assert {len(c.tokens) for c in one.continuations} == {70 + N_GENERATED}
+    with masked(one.model, removed):
+        difference = largest_difference(one.continuations, one.model)
+    record_property("largest_logprob_difference", difference)
+    assert difference < TOLERANCE
+    with masked(one.model, removed[1:] or sublayers("0.mlp")):
+        assert largest_difference(one.continuations, one.model) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("case", "removed"), RUNS, ids=lambda value: value if isinstance(value, str) else names(value))
+def test_the_kv_cache_has_room_for_kept_attentions_only(served, case, removed):
+    one = served[case, names(removed)]
+    kept = [i for i in range(N_BLOCKS) if Sublayer(i, "attention") not in removed]
+    n_kv_heads = 4 if case.startswith(("gpt", "opt")) else 2
+    layer_bytes = 2 * family_engines.BLOCK * n_kv_heads * 32 * 4  # keys and values, heads of 32 float32
+    # Where attentions with and without a window are left, they take turns in the memory of the fewer ones.
+    windowed = [i for i in kept if i % 2 == 0] if case in ALTERNATING else kept
+    n_layers = min(len(windowed), len(kept) - len(windowed)) or len(kept)
+    assert one.n_blocks == family_engines.KV_CACHE_BYTES // (n_layers * layer_bytes)
+    # Whole blocks of what is known; the last token is always computed. A beginning that all windows have left is gone.
+    assert one.n_cached == [64, 0 if case in WINDOWED or (case in ALTERNATING and windowed) else 32]
