@@ -41,15 +41,15 @@ SHARE = 0.25
 # Less work than full forwards, as measured on SmolLM2-135M: for the estimate alone.
 LESS_WORK = {"brute": 1.6, "exact": 2.1, "lazy": 3.8, "racing": 3.8}
 
-BASE = {"n_blocks": 8, "hidden": 128, "n_tokens": 32, "vocabulary": 2048}
+BASE = {"n_blocks": 8, "hidden": 128, "n_windows": 4, "n_tokens": 32, "vocabulary": 2048}
 GROWTH = {
     "n_blocks": (4, 8, 16),
     "hidden": (64, 128, 256),
+    "n_windows": (4, 16, 64),
     "n_tokens": (16, 32, 128),
     "vocabulary": (1024, 2048, 16384),
 }
-QUICK = {"n_blocks": 4, "hidden": 64, "n_tokens": 16, "vocabulary": 256}
-N_WINDOWS = 4
+QUICK = {"n_blocks": 4, "hidden": 64, "n_windows": 4, "n_tokens": 16, "vocabulary": 256}
 
 
 def authors(model: PreTrainedModel, tokens: Tensor, n_removals: int) -> Iterator[tuple[str, float]]:
@@ -234,7 +234,7 @@ def random_model(shape: dict[str, int]) -> tuple[PreTrainedModel, Tensor]:
         initializer_range=0.1,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    return model, torch.randint(shape["vocabulary"], (N_WINDOWS, shape["n_tokens"]))
+    return model, torch.randint(shape["vocabulary"], (shape["n_windows"], shape["n_tokens"]))
 
 
 def measured(method: str, model: PreTrainedModel, tokens: Tensor, timed_steps: int | None = None) -> dict[str, Any]:

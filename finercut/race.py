@@ -27,6 +27,11 @@ Known = Mapping[Candidate, Sequence[float]]
 
 MODES = ("exact", "lazy", "racing", "brute")
 
+# Of racing: the windows of a part, as a share of those before it. The test drops most early, so it is asked often.
+RACING_GROWTH = 0.5
+# Racing, whoever is in front goes on with the others until so much of the set is seen: before, it changes too often.
+FRONT_SHARE = 1 / 8
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -53,7 +58,7 @@ class Race:
       negative, so the least value, and every value equal to it, is found.
     - lazy: also, what it came to in earlier steps on the windows it has not seen in this one. Divergence mostly grows
       as more is removed, so that is nearly a lower bound.
-    - racing: also, a paired t-test says that it is `behind`.
+    - racing: also, a paired t-test says that it is `behind` the best that is complete, or the one in front.
     """
 
     candidates: Sequence[Candidate]
@@ -77,21 +82,20 @@ class Race:
     def parts(self) -> Iterator[Part]:
         """What to evaluate next. Each part is to be recorded before the next one is asked for.
 
-        First the one that is likely to be the least, to the end. Then all that are under way, on 1, 1, 2, 4, ... times
-        `first_windows`: most are given up early, the rest go through together.
+        First the one that is likely to be the least, to the end. Then all that are under way, on ever more windows at
+        a time, see `part_sizes`: most are given up early, the rest go through together.
         """
         if self.mode == "brute":
             yield self._part(list(self.done), self.n_windows)
             return
         if first := self._likely_least():
             yield self._part([first], self.n_windows)
-        n_windows = self.first_windows
-        for number in range(n_parts(self.n_windows)):
+        growth = RACING_GROWTH if self.mode == "racing" else 1
+        for n_windows in part_sizes(self.n_windows, self.first_windows, growth):
             if alive := self._alive():
                 yield self._part(alive, n_windows)
             if front := self._front():
                 yield self._part([front], self.n_windows)
-            n_windows *= 2 if number else 1
 
     def record(self, totals: Totals) -> None:
         for window, row in totals.items():
@@ -100,8 +104,9 @@ class Race:
         for candidate in sorted({c for row in totals.values() for c in row}):
             if self._complete(candidate) and self._sum(candidate) < self.best:
                 self.best, self.leader = self._sum(candidate), candidate
-        if self.mode == "racing" and self.leader is not None:
-            self.dropped.update(c for c in self._alive() if self._behind(c))
+        if self.mode == "racing":
+            for other in filter(None, (self.leader, self._foremost())):
+                self.dropped.update(c for c in self._alive() if c != other and self._behind(c, other))
 
     def outcome(self) -> Outcome:
         values = {c: self._sum(c) for c in self.done if self._complete(c)}
@@ -181,11 +186,18 @@ class Race:
             and not self._bound(c) > self.best
         ]
 
+    def _foremost(self) -> Candidate | None:
+        """Of those under way."""
+        return min((c for c in self._alive() if self.done[c]), key=self._lead, default=None)
+
     def _front(self) -> Candidate | None:
-        """The one in front, if it is ahead of the leader: likely to stay so, and then a lower bound for the others."""
-        alive = [c for c in self._alive() if self.done[c]]
-        front = min(alive, key=self._lead, default=None)
-        return front if front and (self.leader is None or self._lead(front) < 0) else None
+        """The foremost, if it is ahead of the leader: likely to stay so, and then a low bound for the others."""
+        front = self._foremost()
+        if front is None or (self.leader is not None and self._lead(front) >= 0):
+            return None
+        if self.mode == "racing" and len(self.done[front]) < FRONT_SHARE * self.n_windows:
+            return None
+        return front
 
     def _lead(self, candidate: Candidate) -> float:
         """How much more than the leader a candidate has come to, on the windows it has seen."""
@@ -222,29 +234,36 @@ class Race:
         known = self._known(candidate)
         return math.fsum(known) - self._sum(candidate, [w for w, total in enumerate(known) if total])
 
-    def _differences(self, candidate: Candidate) -> list[float]:
-        """From the leader, on each segment seen."""
-        leaders = self.done[self.leader]
+    def _differences(self, candidate: Candidate, other: Candidate) -> list[float]:
+        """Between the two, on each segment that both have seen."""
         return [
             ours - theirs
-            for window, segments in self.done[candidate].items()
-            for ours, theirs in zip(segments, leaders[window], strict=True)
+            for window in self.done[candidate].keys() & self.done[other].keys()
+            for ours, theirs in zip(self.done[candidate][window], self.done[other][window], strict=True)
         ]
 
-    def _behind(self, candidate: Candidate) -> bool:
-        # The chance is shared out over all tests that could hit one candidate: any other might lead, in every part.
-        n_tests = len(self.done) * (2 * n_parts(self.n_windows) + 1)
+    def _behind(self, candidate: Candidate, other: Candidate) -> bool:
+        # The chance is shared out over all tests that could hit one candidate: with any other, whenever one is made.
+        n_parts = sum(1 for _ in part_sizes(self.n_windows, 1, RACING_GROWTH))
+        n_tests = len(self.done) * (2 * n_parts + 1)
         n_all = self.n_windows * self.n_segments
-        return behind(self._differences(candidate), n_all, self.error_probability / n_tests)
+        return behind(self._differences(candidate, other), n_all, self.error_probability / n_tests)
 
     def _estimate(self, candidate: Candidate) -> float:
-        differences = self._differences(candidate)
+        differences = self._differences(candidate, self.leader)
         return self.best + math.fsum(differences) / len(differences) * self.n_windows * self.n_segments
 
 
-def n_parts(n_windows: int) -> int:
-    """In how many parts of 1, 1, 2, 4, ... windows the calibration set is worked through."""
-    return 1 + math.ceil(math.log2(n_windows))
+def part_sizes(n_windows: int, first: int, growth: float) -> Iterator[int]:
+    """Windows a part, until `n_windows` are done: `first` at least, or `growth` times as many as were done before.
+
+    From 1, with a growth of 1: 1, 1, 2, 4, 8, ...; of 0.5: 1, 1, 1, 2, 3, 4, 6, 9, ...
+    """
+    done = 0
+    while done < n_windows:
+        size = max(first, math.ceil(growth * done))
+        yield size
+        done += size
 
 
 def behind(differences: Sequence[float], n_all: int, error_probability: float) -> bool:

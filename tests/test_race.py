@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finercut.race import Race, behind, t_tail
+from finercut.race import Race, behind, part_sizes, t_tail
 from finercut.sublayers import candidates
 
 POOL = candidates(4)
@@ -235,6 +235,40 @@ def test_racing_drops_what_is_clearly_behind_after_one_window():
     estimate = sum(map(sum, table[A])) + 4 * sum(differences)
     assert outcome.dropped == {B: pytest.approx(estimate)}
     assert not race.outcome().abandoned
+
+
+def test_racing_drops_what_is_behind_the_one_in_front_which_is_sent_ahead_after_an_eighth():
+    table = {A: noisy(1, 0, n_windows=16), B: noisy(1.8, 1, n_windows=16)}
+    race = Race([A, B], 16, 16, mode="racing", error_probability=0.05)
+    sizes = []
+    for part in race.parts():
+        sizes.append(len(part))
+        race.record({w: {c: tuple(table[c][w]) for c in row} for w, row in part.items()})
+    assert list(race.done[B]) == [0], "nobody was complete when it was dropped"
+    assert (race.outcome().values.keys(), race.outcome().dropped.keys()) == ({A}, {B})
+    assert sizes == [1, 1, 14]
+
+
+def test_racing_does_not_send_the_front_ahead_on_less():
+    # B leads on the first of 24 windows only; were it sent ahead, it would be done 24 times.
+    table = {A: flat(*[1.0] * 24), B: flat(0.9, *[1.4] * 23)}
+    _, _, race = raced(table, mode="racing", error_probability=0.05)
+    assert len(race.done[B]) < 24
+    assert race.leader == A
+
+
+@pytest.mark.parametrize(
+    ("n_windows", "first", "growth", "sizes"),
+    [
+        (8, 1, 1, [1, 1, 2, 4]),
+        (9, 1, 1, [1, 1, 2, 4, 8]),
+        (8, 3, 1, [3, 3, 6]),
+        (27, 1, 0.5, [1, 1, 1, 2, 3, 4, 6, 9]),
+        (1, 1, 0.5, [1]),
+    ],
+)
+def test_parts_grow_with_what_is_done(n_windows, first, growth, sizes):
+    assert list(part_sizes(n_windows, first, growth)) == sizes
 
 
 def test_racing_keeps_what_is_not_clearly_behind():
