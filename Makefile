@@ -39,7 +39,7 @@ test-oldest: setup ## Test checkpoints and families with the lowest transformers
 trials: setup ## Kill every stage many times and show what came of it (half an hour)
 	python tests/kill_trials.py
 
-soak: setup ## Let a schedule start 24 runs and show what each left behind (half an hour)
+soak: setup ## Let a schedule start 24 runs and show what each left behind (an hour)
 	python tests/soak.py
 
 audit: setup ## Look the locked versions up among known vulnerabilities; says so where there are no advisories to be had

@@ -2,9 +2,10 @@
 
     python benchmarks/overhead.py [--rounds 5] [--commands 5]
 
-In a fresh repository of three toy stages, `finercut run` and `dvc repro` take turns when everything is
-cached; the difference, and that per stage, is what Prefect and MLflow add. Wall times, one process at a time, medians
-with the lowest and highest. Needs no model. Ends with one line of JSON.
+In a fresh repository of three toy stages where everything is cached, take turns: `dvc repro`, `finercut run` with a
+Prefect server that is running, as in production, and `finercut run` that starts one for itself. The differences are
+what Prefect and MLflow add. Wall times, one process at a time, medians with the lowest and highest. Needs no model.
+Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 COMMANDS = ("--help", "run --help", "search --help", "params", "summary", "inspect .", "deploy --help")
 
 
-def seconds(command: list[str], environment: dict[str, str]) -> float:
+def seconds(command: list[str], environment: dict[str, str], check: bool = True) -> float:
     started = time.perf_counter()
-    subprocess.run(command, env=environment, check=False, capture_output=True)
+    subprocess.run(command, env=environment, check=check, capture_output=True)
     return time.perf_counter() - started
 
 
@@ -40,31 +41,48 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the cached run, after one warm-up")
     parser.add_argument("--commands", type=int, default=5, help="starts of each command, after one warm-up")
     options = parser.parse_args()
+    import servers
     from toy import STAGES, make_toy
 
     finercut = [sys.executable, "-m", "pipelines.cli"]
     root = str(Path(__file__).parents[1])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as beside:
         os.chdir(folder)
         os.environ["PYTHONPATH"] = root
+        os.environ.pop("PREFECT_API_URL", None)
         make_toy()
-        environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "DO_NOT_TRACK": "1"}
-        subprocess.run([*finercut, "run"], env=environment, check=True, capture_output=True)
-        run: list[float] = []
-        repro: list[float] = []
-        for _ in range(options.rounds):
-            run.append(seconds([*finercut, "run"], environment))
-            repro.append(seconds([sys.executable, "-m", "dvc", "repro"], environment))
-        extra = [a - b for a, b in zip(run, repro, strict=True)]
+        environment = os.environ | {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+            "PREFECT_HOME": f"{beside}/home",
+            "DO_NOT_TRACK": "1",
+        }
+        times: dict[str, list[float]] = {"dvc_repro": [], "run": [], "run_starting_server": []}
+        with servers.prefect_server(Path(beside), f"sqlite+aiosqlite:///{beside}/prefect.db") as prefect:
+            arms = {
+                "dvc_repro": ([sys.executable, "-m", "dvc", "repro"], environment),
+                "run": ([*finercut, "run"], environment | {"PREFECT_API_URL": prefect}),
+                "run_starting_server": ([*finercut, "run"], environment),
+            }
+            for number in range(options.rounds + 1):
+                # A run first: there is nothing cached before it.
+                for name, arm in reversed(arms.items()):
+                    taken = seconds(*arm)
+                    if number:
+                        times[name].append(taken)
+        added = {
+            name: [ours - dvc for ours, dvc in zip(times[name], times["dvc_repro"], strict=True)]
+            for name in ("run", "run_starting_server")
+        }
         starts = {
-            name: spread([seconds([*finercut, *name.split()], environment) for _ in range(options.commands + 1)][1:])
+            name: spread(
+                [seconds([*finercut, *name.split()], environment, check=False) for _ in range(options.commands + 1)][1:]
+            )
             for name in COMMANDS
         }
         os.chdir(root)
     figures = {
-        "cached_run_s": spread(run),
-        "dvc_repro_s": spread(repro),
-        "added_s": spread(extra),
+        "cached_s": {name: spread(values) for name, values in times.items()},
+        "added_s": {name: spread(values) for name, values in added.items()},
         "n_stages": len(STAGES),
         "start_s": starts,
         "n_rounds": options.rounds,
@@ -73,10 +91,8 @@ def main() -> None:
         "python": platform.python_version(),
         **{name: version(name) for name in ("prefect", "dvc", "mlflow")},
     }
-    print(f"cached run    {spread(run)['median']:6.2f} s, of which dvc repro {spread(repro)['median']:.2f} s")
-    print(f"added         {median(extra):6.2f} s, {median(extra) / len(STAGES):.2f} s a stage of {len(STAGES)}")
-    for name, figure in starts.items():
-        print(f"{name:<14}{figure['median']:6.2f} s ({figure['low']:.2f}-{figure['high']:.2f})")
+    for name, figure in (figures["cached_s"] | figures["start_s"]).items():
+        print(f"{name:<20}{figure['median']:6.2f} s ({figure['low']:.2f}-{figure['high']:.2f})")
     print(json.dumps(figures))
 
 

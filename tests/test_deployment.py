@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 import servers
 import yaml
+from prefect.automations import AutomationCore
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import PrefectHTTPStatusError
@@ -249,6 +252,29 @@ def test_a_late_run_and_a_failed_one_raise_an_alert_without_secrets(deployed, al
     with get_client(sync_client=True) as client:
         shown = client.read_block_document_by_name("finercut-alerts", "webhook", include_secrets=False)
     assert address not in str(shown.data)
+
+
+def test_a_run_that_is_killed_with_its_machine_is_called_crashed(deployed, alerts):
+    with get_client(sync_client=True) as client:
+        (silence,) = client.read_automations_by_name("finercut: a run that went silent has crashed")
+        silence.trigger.within = timedelta(seconds=45)
+        client.update_automation(silence.id, AutomationCore(**silence.model_dump(exclude={"id", "owner_resource"})))
+    Path("hang").touch()
+    # No worker, which would notice.
+    run = "from pipelines.flow import compress; compress(overrides={'evaluate.seed': 10})"
+    environment = os.environ | {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+    process = subprocess.Popen([sys.executable, "-c", run], env=environment, start_new_session=True)
+    eventually(lambda: processes_with("2718.28"))
+    Path("hang").unlink()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert gone("2718.28")
+    with get_client(sync_client=True) as client:
+        (run_id,) = [run.id for run in client.read_flow_runs() if run.state.is_running()]
+    found = ended(run_id)
+    assert (found.is_crashed(), found.message) == (True, "its machine went silent")
+    posted, _ = alerts
+    eventually(lambda: [alert for alert in posted if alert["url"].endswith(str(run_id))])
 
 
 def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_disk(deployed, site):
