@@ -261,10 +261,11 @@ def test_a_run_that_is_killed_with_its_machine_is_called_crashed(deployed, alert
         client.update_automation(silence.id, AutomationCore(**silence.model_dump(exclude={"id", "owner_resource"})))
     Path("hang").touch()
     # No worker, which would notice.
-    run = "from pipelines.flow import compress; compress(overrides={'evaluate.seed': 10})"
+    run = "from pipelines.flow import compress; compress('params/other.yaml', overrides={'evaluate.seed': 10})"
     environment = os.environ | {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
     process = subprocess.Popen([sys.executable, "-c", run], env=environment, start_new_session=True)
-    eventually(lambda: processes_with("2718.28"))
+    eventually(lambda: processes_with("2718.28") or process.poll() is not None)
+    assert process.poll() is None, "it ended by itself"
     Path("hang").unlink()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
