@@ -47,7 +47,7 @@ class Clairvoyant(Race):
 
     def record(self, totals: Totals) -> None:
         super().record(totals)
-        self.dropped.update(c for c in self._alive() if self.done[c] and c != self.least)
+        self.dropped |= {c: self.least for c in self._alive() if self.done[c] and c != self.least}
 
 
 class Replay:

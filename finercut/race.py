@@ -75,7 +75,8 @@ class Race:
 
     def __post_init__(self) -> None:
         self.done: dict[Candidate, dict[int, Segments]] = {c: {} for c in sorted(self.candidates)}
-        self.dropped: set[Candidate] = set()
+        self.dropped: dict[Candidate, Candidate] = {}
+        """By the test, and which one each was behind."""
         self.best = math.inf
         self.leader: Candidate | None = None
 
@@ -96,6 +97,8 @@ class Race:
                 yield self._part(alive, n_windows)
             if front := self._front():
                 yield self._part([front], self.n_windows)
+        while alive := self._alive():  # taken back when the one that they were behind turned out to be infinitely far
+            yield self._part(alive, self.n_windows)
 
     def record(self, totals: Totals) -> None:
         for window, row in totals.items():
@@ -105,8 +108,9 @@ class Race:
             if self._complete(candidate) and self._sum(candidate) < self.best:
                 self.best, self.leader = self._sum(candidate), candidate
         if self.mode == "racing":
+            self.dropped = {c: other for c, other in self.dropped.items() if self._sum(other) < math.inf}
             for other in filter(None, (self.leader, self._foremost())):
-                self.dropped.update(c for c in self._alive() if c != other and self._behind(c, other))
+                self.dropped |= {c: other for c in self._alive() if c != other and self._behind(c, other)}
 
     def outcome(self) -> Outcome:
         values = {c: self._sum(c) for c in self.done if self._complete(c)}

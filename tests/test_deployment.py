@@ -254,11 +254,20 @@ def test_a_late_run_and_a_failed_one_raise_an_alert_without_secrets(deployed, al
     assert address not in str(shown.data)
 
 
-def test_a_run_that_is_killed_with_its_machine_is_called_crashed(deployed, alerts):
+@pytest.fixture
+def soon_silent(deployed):
+    """A run counts as silent after less than it lets pass between heartbeats otherwise; so only in one test."""
     with get_client(sync_client=True) as client:
-        (silence,) = client.read_automations_by_name("finercut: a run that went silent has crashed")
-        silence.trigger.within = timedelta(seconds=45)
-        client.update_automation(silence.id, AutomationCore(**silence.model_dump(exclude={"id", "owner_resource"})))
+        (automation,) = client.read_automations_by_name("finercut: a run that went silent has crashed")
+        declared = AutomationCore(**automation.model_dump(exclude={"id", "owner_resource"}))
+        soon = declared.model_copy(deep=True)
+        soon.trigger.within = timedelta(seconds=45)
+        client.update_automation(automation.id, soon)
+        yield
+        client.update_automation(automation.id, declared)
+
+
+def test_a_run_that_is_killed_with_its_machine_is_called_crashed(soon_silent, alerts):
     Path("hang").touch()
     # No worker, which would notice.
     run = "from pipelines.flow import compress; compress('params/other.yaml', overrides={'evaluate.seed': 10})"

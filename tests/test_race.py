@@ -249,6 +249,13 @@ def test_racing_drops_what_is_behind_the_one_in_front_which_is_sent_ahead_after_
     assert sizes == [1, 1, 14]
 
 
+def test_who_was_behind_one_that_is_infinitely_far_is_taken_back():
+    table = {A: noisy(1, 0, n_windows=16), B: noisy(1.8, 1, n_windows=16)}
+    table[A][15][15] = math.inf
+    outcome, _, _ = raced(table, mode="racing", error_probability=0.05)
+    assert outcome.values == {A: math.inf, B: pytest.approx(sum(map(sum, table[B])))}
+
+
 def test_racing_does_not_send_the_front_ahead_on_less():
     # B leads on the first of 24 windows only; were it sent ahead, it would be done 24 times.
     table = {A: flat(*[1.0] * 24), B: flat(0.9, *[1.4] * 23)}
