@@ -130,19 +130,23 @@ class Chroot:
                 shutil.copy(PROJECT / file, to)
         subprocess.run(["chown", "-R", "-h", f"{owner}:{owner}", place], check=True)
 
-    def run(self, command: list[str], extra: dict[str, str]) -> int:
-        """In the image's directory, as its user, with nothing of this machine's environment."""
+    def run(self, command: list[str], extra: dict[str, str]) -> None:
+        print(f"[{self.image.user}] {shlex.join(command)[:200]}", flush=True)
+        subprocess.run(self.inside(command, extra), check=True)
+
+    def inside(self, command: list[str], extra: dict[str, str]) -> list[str]:
+        """What runs a command in the image's directory, as its user, with nothing of this machine's environment."""
         home = "/root" if self.image.user == "root" else "/home/finercut"
         environment = {"HOME": home, **self.image.environment, **extra}
         words = ["env", "-i", *(f"{name}={value}" for name, value in environment.items())]
         inside = f"cd {shlex.quote(self.image.workdir)} && exec {shlex.join(command)}"
         user = "0:0" if self.image.user == "root" else f"{self.image.user}:{self.image.user}"
-        print(f"[{self.image.user}] {shlex.join(command)[:200]}", flush=True)
         mounts = "".join(self.mount(path) for path in [Path("/dev"), Path("/etc/resolv.conf"), *self.binds])
-        script = f'set -e\n{mounts}mount -t proc proc {self.root}/proc\nexec chroot --userspec={user} {self.root} "$@"'
+        mounts += f"mount -t proc proc {self.root}/proc\nmount -t tmpfs -o mode=1777 shm {self.root}/dev/shm\n"
+        script = f'set -e\n{mounts}exec chroot --userspec={user} {self.root} "$@"'
         # Mounts in a namespace of their own: they go with the command, however it ends.
         outer = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, "sh"]
-        return subprocess.run([*outer, *words, "sh", "-c", inside], check=True).returncode
+        return [*outer, *words, "sh", "-c", inside]
 
     def mount(self, path: Path) -> str:
         place = self.root / path.relative_to("/")
@@ -152,6 +156,15 @@ class Chroot:
 
 def pip_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+
+
+def container_of(root: Path, target: str, hardware: str, binds: list[Path], built: bool) -> Chroot:
+    """Of a clean Debian, or of one that the target was `built` in."""
+    container = Chroot(root, binds, {"HARDWARE": hardware})
+    for keyword, argument in chain((PROJECT / "Dockerfile").read_text(), target, container.arguments):
+        if not built or keyword not in ("RUN", "COPY"):
+            container.apply(keyword, argument)
+    return container
 
 
 def main() -> None:
@@ -167,10 +180,7 @@ def main() -> None:
     root = options.root.resolve()
     if not (root / "usr").exists():
         subprocess.run(["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", root], check=True)
-    container = Chroot(root, options.bind, {"HARDWARE": options.hardware})
-    for keyword, argument in chain((PROJECT / "Dockerfile").read_text(), options.target, container.arguments):
-        if not options.built or keyword not in ("RUN", "COPY"):
-            container.apply(keyword, argument)
+    container = container_of(root, options.target, options.hardware, options.bind, options.built)
     command = options.command or container.image.command
     if command == ["HEALTHCHECK"]:
         entry, command = [], container.image.healthcheck

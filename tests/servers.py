@@ -80,12 +80,12 @@ class S3:
 
 
 @contextmanager
-def postgres(databases: tuple[str, ...]) -> Iterator[Postgres]:
+def postgres(databases: tuple[str, ...], port: int | None = None) -> Iterator[Postgres]:
     # Not under pytest's folders, which only their owner may enter: PostgreSQL refuses to run as root.
     folder = Path(tempfile.mkdtemp(prefix="finercut-postgres-"))
     try:
         programs, identity = _postgres_programs(folder)
-        server = Postgres(f"127.0.0.1:{free_port()}", secrets.token_hex(16), programs)
+        server = Postgres(f"127.0.0.1:{port or free_port()}", secrets.token_hex(16), programs)
         password_file = folder / "password"
         password_file.write_text(server.password)
         data = folder / "data"
@@ -133,8 +133,8 @@ def _postgres_programs(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 @contextmanager
-def s3(folder: Path) -> Iterator[S3]:
-    port = free_port()
+def s3(folder: Path, port: int | None = None) -> Iterator[S3]:
+    port = port or free_port()
     store = S3(f"http://127.0.0.1:{port}", secrets.token_hex(10), secrets.token_hex(20))
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with running(command, folder / "s3.log", answers(f"{store.endpoint}/moto-api/")):

@@ -111,6 +111,8 @@ def test_a_failed_engine_says_why(pruned, tmp_path):
 def test_nothing_outlives_the_process_that_started_it(pruned, tmp_path, temporary):
     script = tmp_path / "start.py"
     script.write_text(
+        # As in a terminal: what runs in the background of a shell is started with interrupts ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from finercut import serving; from finercut.params import Throughput\n"
         f"with serving.engine(Path({str(pruned)!r}), Throughput.model_validate({SETTINGS.model_dump()!r})) as engine:\n"
         "    engine.round(0)\n"
