@@ -36,16 +36,18 @@ WORKDIR /home/finercut
 ENTRYPOINT ["tini", "-g", "--"]
 CMD ["prefect", "version"]
 
-FROM base AS hardware-cpu
-
-FROM base AS hardware-cuda
+FROM base AS compiler
 USER root
-# Triton compiles its launchers when a model starts.
+# vLLM compiles when a model starts: PyTorch's compiler for a CPU, Triton's launchers for a GPU.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 USER 10001
+
+FROM compiler AS hardware-cpu
+
+FROM compiler AS hardware-cuda
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 

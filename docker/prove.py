@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-BASE_PACKAGES = "ca-certificates,python3,python3-venv"
+BASE_PACKAGES = "ca-certificates,python3-dev,python3-venv"
+HOST = ("/dev", "/sys", "/etc/resolv.conf")
 KNOWN = {"ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "FROM", "HEALTHCHECK", "RUN", "SHELL", "USER", "VOLUME", "WORKDIR"}
 
 
@@ -141,7 +142,7 @@ class Chroot:
         words = ["env", "-i", *(f"{name}={value}" for name, value in environment.items())]
         inside = f"cd {shlex.quote(self.image.workdir)} && exec {shlex.join(command)}"
         user = "0:0" if self.image.user == "root" else f"{self.image.user}:{self.image.user}"
-        mounts = "".join(self.mount(path) for path in [Path("/dev"), Path("/etc/resolv.conf"), *self.binds])
+        mounts = "".join(self.mount(path) for path in [*map(Path, HOST), *self.binds])
         mounts += f"mount -t proc proc {self.root}/proc\nmount -t tmpfs -o mode=1777 shm {self.root}/dev/shm\n"
         script = f'set -e\n{mounts}exec chroot --userspec={user} {self.root} "$@"'
         # Mounts in a namespace of their own: they go with the command, however it ends.
