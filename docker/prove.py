@@ -24,6 +24,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 BASE_PACKAGES = "ca-certificates,python3-dev,python3-venv"
+# What a container sees of the machine it runs on.
 HOST = ("/dev", "/sys", "/etc/resolv.conf")
 KNOWN = {"ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "FROM", "HEALTHCHECK", "RUN", "SHELL", "USER", "VOLUME", "WORKDIR"}
 
@@ -129,9 +130,10 @@ class Chroot:
                 to = place / (file if source == "." else file.relative_to(source))
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(PROJECT / file, to)
-        subprocess.run(["chown", "-R", "-h", f"{owner}:{owner}", place], check=True)
+        give(place, owner)
 
     def run(self, command: list[str], extra: dict[str, str]) -> None:
+        """Show a command, and run it `inside`."""
         print(f"[{self.image.user}] {shlex.join(command)[:200]}", flush=True)
         subprocess.run(self.inside(command, extra), check=True)
 
@@ -153,6 +155,11 @@ class Chroot:
         place = self.root / path.relative_to("/")
         make = f"mkdir -p {place}" if path.is_dir() else f"mkdir -p {place.parent}\ntouch -a {place}"
         return f"{make}\nmount --bind {path} {place}\n"
+
+
+def give(folder: Path, user: str) -> None:
+    """Make `user`, and the group of that number, the owner of everything in a folder."""
+    subprocess.run(["chown", "-R", "-h", f"{user}:{user}", folder], check=True)
 
 
 def pip_settings() -> dict[str, str]:

@@ -63,6 +63,10 @@ class Compose:
             (container.root / "etc/hosts").write_text(f"127.0.0.1 localhost {' '.join(self.services)}\n")
         self.logs = logs
 
+    def ends(self, name: str) -> bool:
+        """Whether it does one thing, rather than serve."""
+        return self.services[name].get("restart") == "no"
+
     def order(self) -> list[str]:
         return list(TopologicalSorter({n: s.get("depends_on", {}) for n, s in self.services.items()}).static_order())
 
@@ -83,8 +87,8 @@ class Compose:
         if name == "postgres":
             self._postgres(stack)
         elif name == "s3":
-            stack.enter_context(servers.s3(self.logs, port=7070))
-        elif self.services[name].get("restart") == "no":
+            self.store = stack.enter_context(servers.s3(self.logs, buckets=(), port=7070))
+        elif self.ends(name):
             subprocess.run(self.command(name), check=True, timeout=PATIENCE_S)
         else:
             stack.enter_context(
@@ -96,8 +100,7 @@ class Compose:
 
     def _postgres(self, stack: ExitStack) -> None:
         server = stack.enter_context(servers.postgres((), port=5432))
-        environment = os.environ | PASSWORDS | {"PGHOST": "127.0.0.1", "PGPASSWORD": server.password}
-        environment["PATH"] = f"{server.programs}:{environment['PATH']}"
+        environment = os.environ | PASSWORDS | server.environment
         service = self.services["postgres"]
         (script,) = (ROOT / v.split(":")[0] for v in service["volumes"] if v.startswith("./"))
         subprocess.run([script], env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -112,7 +115,7 @@ def overrides(container: prove.Chroot) -> dict[str, object]:
     folder = container.root / MODELS / "tiny"
     folder.mkdir(parents=True)
     model, text = write_tiny(folder)
-    subprocess.run(["chown", "-R", f"{container.image.user}:{container.image.user}", folder], check=True)
+    prove.give(folder, container.image.user)
     settings = tiny_settings(*(Path("/") / path.relative_to(container.root) for path in (model, text)))
     whole = yaml.safe_load((ROOT / "params.yaml").read_text())
     return {
@@ -150,21 +153,20 @@ def trial(worker: Path, servers_: Path, logs: Path) -> dict[str, object]:
     for folder in (container.root / "workspace", container.root / MODELS):  # the volumes, as they are at first
         shutil.rmtree(folder)
         folder.mkdir()
-        subprocess.run(["chown", f"{container.image.user}:{container.image.user}", folder], check=True)
+        prove.give(folder, container.image.user)
     with ExitStack() as stack:
         started = {}
         for name in compose.order():
             before = time.monotonic()
             compose.start(name, stack)
             started[name] = round(time.monotonic() - before, 1)
-            print(f"{name}: {'done' if compose.services[name].get('restart') == 'no' else 'healthy'}", flush=True)
+            print(f"{name}: {'done' if compose.ends(name) else 'healthy'}", flush=True)
         parameters = json.dumps({"overrides": overrides(container), "push": True})
         run = ["prefect", "deployment", "run", "finercut/nightly", "--params", parameters, "--watch"]
         done = subprocess.run(compose.inside("worker", run), check=False)
         if done.returncode:
             sys.exit((logs / "worker.log").read_text()[-8000:])
-        store = servers.S3("http://127.0.0.1:7070", PASSWORDS["S3_ACCESS_KEY"], PASSWORDS["S3_SECRET_KEY"])
-        return {"seconds_to_start": started, **left(store)}
+        return {"seconds_to_start": started, **left(compose.store)}
 
 
 def main() -> None:

@@ -42,10 +42,17 @@ class Postgres:
     def uri(self, database: str, driver: str = "postgresql") -> str:
         return f"{driver}://postgres:{self.password}@{self.address}/{database}"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What `psql` and its likes read, and where they are."""
+        host, port = self.address.split(":")
+        path = f"{self.programs}:{os.environ['PATH']}"
+        return {"PATH": path, "PGHOST": host, "PGPORT": port, "PGPASSWORD": self.password}
+
 
 @dataclass(frozen=True)
 class S3:
-    """A store with the buckets `dvc` and `mlflow`."""
+    """A store."""
 
     endpoint: str
     access_key: str
@@ -133,12 +140,12 @@ def _postgres_programs(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 @contextmanager
-def s3(folder: Path, port: int | None = None) -> Iterator[S3]:
+def s3(folder: Path, buckets: tuple[str, ...] = ("dvc", "mlflow"), port: int | None = None) -> Iterator[S3]:
     port = port or free_port()
     store = S3(f"http://127.0.0.1:{port}", secrets.token_hex(10), secrets.token_hex(20))
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with running(command, folder / "s3.log", answers(f"{store.endpoint}/moto-api/")):
-        for bucket in ("dvc", "mlflow"):
+        for bucket in buckets:
             store.client().create_bucket(Bucket=bucket)
         yield store
 

@@ -178,15 +178,8 @@ def test_the_health_check_tells_200_from_anything_else():
 
 def test_mlflow_and_prefect_each_own_a_database_and_cannot_enter_the_other():
     with servers.postgres(()) as server:
-        host, port = server.address.split(":")
-        environment = os.environ | {
-            "PATH": f"{server.programs}:{os.environ['PATH']}",
-            "PGHOST": host,
-            "PGPORT": port,
-            "PGPASSWORD": server.password,
-            "MLFLOW_DB_PASSWORD": "canary1",
-            "PREFECT_DB_PASSWORD": "canary2",
-        }
+        passwords = {"MLFLOW_DB_PASSWORD": "canary1", "PREFECT_DB_PASSWORD": "canary2"}
+        environment = os.environ | server.environment | passwords
         subprocess.run([ROOT / "docker/databases.sh"], env=environment, check=True, capture_output=True)
 
         def enters(user, password, database):
