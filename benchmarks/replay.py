@@ -23,15 +23,15 @@ from search import forward_equivalents
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finercut.blocks import Blocks
-from finercut.checkpoint import load_whole
-from finercut.divergence import DIVERGENCES
-from finercut.families import layout_of
-from finercut.race import Known, Part, Race, Segments, Totals
+from finercut.model.families import layout_of
+from finercut.model.loading import load_whole
+from finercut.selection.blocks import Blocks
+from finercut.selection.divergence import DIVERGENCES
+from finercut.selection.race import Known, Part, Race, Segments, Totals
+from finercut.selection.sweep import SEGMENT_TOKENS, Sweep, micro_batch
+from finercut.selection.workers import Workers
+from finercut.sources.tokens import load_tokens
 from finercut.sublayers import Candidate, candidates
-from finercut.sweep import SEGMENT_TOKENS, Sweep, micro_batch
-from finercut.tokens import load_tokens
-from finercut.workers import Workers
 
 MODES = ("brute", "exact", "lazy", "racing")
 BOUNDS = ("one window", "one window, lazy")

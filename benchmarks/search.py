@@ -30,11 +30,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from finercut.checkpoint import load_whole, masked, sizes
-from finercut.divergence import js
-from finercut.greedy import search
+from finercut.model.loading import load_whole, masked, sizes
+from finercut.selection.divergence import js
+from finercut.selection.greedy import search
+from finercut.sources.tokens import load_tokens
 from finercut.sublayers import Candidate, candidates
-from finercut.tokens import load_tokens
 
 METHODS = ("authors", "brute", "exact", "lazy", "racing")
 SHARE = 0.25
@@ -113,7 +113,7 @@ def benchmark(chosen: argparse.Namespace) -> dict[str, Any]:
         document["model"] = real_model(chosen)
         limits(document["model"]["methods"], machine["gflops_a_core"][chosen.dtype] * chosen.threads)
     if chosen.only != "model":
-        from finercut.pictures import cost_curves
+        from finercut.report.pictures import cost_curves
 
         points = document["random_models"] = random_models(list(distinct_shapes()), chosen.rounds, chosen)
         cost_curves({name: growth(points, name) for name in GROWTH}, chosen.picture)

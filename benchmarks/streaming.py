@@ -29,14 +29,14 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from finercut.blocks import Blocks
-from finercut.checkpoint import load_whole
-from finercut.divergence import js
-from finercut.families import layout_of
-from finercut.streaming import N_SLOTS, Stream, stream
+from finercut.model.families import layout_of
+from finercut.model.loading import load_whole
+from finercut.selection.blocks import Blocks
+from finercut.selection.divergence import js
+from finercut.selection.streaming import N_SLOTS, Stream, stream
+from finercut.selection.sweep import Sweep, micro_batch
+from finercut.selection.workers import Workers
 from finercut.sublayers import Candidate, candidates
-from finercut.sweep import Sweep, micro_batch
-from finercut.workers import Workers
 
 WARM_UPS = 1
 

@@ -19,12 +19,12 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Sublayer": "sublayers",
-    "read_trajectory": "trajectory",
-    "search": "greedy",
-    "prune": "pruning",
-    "load_whole": "checkpoint",
-    "load_pruned": "checkpoint",
-    "masked": "checkpoint",
+    "read_trajectory": "selection.trajectory",
+    "search": "selection.greedy",
+    "prune": "checkpoint.prune",
+    "load_whole": "model.loading",
+    "load_pruned": "model.loading",
+    "masked": "model.loading",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -42,7 +42,7 @@ _REGISTER = {
 
 
 def _register(imported: str) -> None:
-    getattr(importlib.import_module("finercut.families"), _REGISTER[imported])()
+    getattr(importlib.import_module("finercut.model.families"), _REGISTER[imported])()
 
 
 class _RegisterAfter(MetaPathFinder, Loader):

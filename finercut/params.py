@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from finercut.redaction import redacted
+from finercut.system.redaction import redacted
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 AnyDtype = Dtype | Literal["auto"]

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finercut import paths
-from finercut.staging import staged_file
+from finercut.system.staging import staged_file
 
 
 class Report(BaseModel):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 
 from finercut import paths
-from finercut.calibration import cut_windows, read_texts, tokenizer_sha256, window_start
-from finercut.model_files import read_config, read_tokenizer
+from finercut.model.checks import read_config, read_tokenizer
 from finercut.params import Params
 from finercut.reports import CalibrateReport
-from finercut.staging import staged
-from finercut.tokens import write_tokens
+from finercut.sources.texts import cut_windows, read_texts, tokenizer_sha256, window_start
+from finercut.sources.tokens import write_tokens
+from finercut.system.staging import staged
 
 logger = logging.getLogger("finercut")
 

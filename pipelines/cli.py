@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from finercut.redaction import install, redacted
+from finercut.system.redaction import install, redacted
 
 STAGES = {
     "fetch": """Bring the whole model into the project.
@@ -140,7 +140,7 @@ def _add_stage(name: str, explanation: str) -> None:
     @main.command(name, help=explanation, short_help=explanation.partition("\n")[0])
     def stage() -> None:
         from finercut import params, paths
-        from finercut.staging import exclusive
+        from finercut.system.staging import exclusive
 
         settings = params.load(PARAMS)
         # The processes that torchrun starts share their search.
@@ -310,7 +310,7 @@ def watch(uri: str, command: tuple[str, ...], directory: Path, interval_s: float
     \b
     finercut watch models:/finercut-smollm2-135m@champion -- vllm serve {} --host 127.0.0.1
     """
-    from finercut.versions import Reference
+    from finercut.registry.versions import Reference
     from pipelines import watch
 
     sys.exit(watch.run(Reference.parse(uri), directory, command, interval_s))

@@ -1,7 +1,7 @@
 """Free the disk of what no rule keeps: old versions' checkpoints, DVC's cache, interrupted work.
 
 A version keeps its evidence, its metrics and its place in the registry; only the checkpoint goes. That it goes is first
-an entry of the log in `finercut.ledger`, so that no promotion or rollback can choose it meanwhile.
+an entry of the log in `finercut.registry.ledger`, so that no promotion or rollback can choose it meanwhile.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut import paths, versions
-from finercut.ledger import Ledger, State
+from finercut import paths
 from finercut.params import Params
-from finercut.registry import mlflow_errors
+from finercut.registry import versions
+from finercut.registry.ledger import Ledger, State
+from finercut.registry.runs import mlflow_errors
 from finercut.reports import RegisterReport
-from finercut.staging import exclusive
+from finercut.system.staging import exclusive
 from pipelines import dag
 
 CHECKPOINT = "checkpoint"

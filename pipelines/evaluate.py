@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from finercut import paths
-from finercut.checkpoint import device_of, dtype_of, load_pruned, load_whole
-from finercut.evaluation import Fit, LoadedTask, Score, compare, fit, load_tasks, score
-from finercut.model_files import read_config, read_tokenizer
+from finercut.checkpoint.parity import check_parity
+from finercut.evaluation.harness import Fit, LoadedTask, Score, compare, fit, load_tasks, score
+from finercut.model.checks import read_config, read_tokenizer
+from finercut.model.loading import device_of, dtype_of, load_pruned, load_whole
 from finercut.params import Evaluate, Params
-from finercut.parity import check_parity
 from finercut.reports import EvaluateReport, ParityReport
-from finercut.tokens import load_tokens
+from finercut.sources.tokens import load_tokens
 
 logger = logging.getLogger("finercut")
 

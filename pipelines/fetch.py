@@ -7,12 +7,12 @@ import time
 from collections import Counter
 
 from finercut import paths
-from finercut.model_files import check_model
+from finercut.model.checks import check_model
+from finercut.model.tensors import safetensors_shapes, weights_bytes, weights_sha256
 from finercut.params import LocalModel, Params
 from finercut.reports import FetchReport
-from finercut.sources import fetch_model
-from finercut.staging import staged
-from finercut.weights import safetensors_shapes, weights_bytes, weights_sha256
+from finercut.sources.models import fetch_model
+from finercut.system.staging import staged
 
 logger = logging.getLogger("finercut")
 

@@ -19,11 +19,11 @@ from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 from pydantic import JsonValue
 
-from finercut import registry
 from finercut.params import Params, load
-from finercut.processes import BOUND, GRACE_S, end_group
-from finercut.redaction import redacted
+from finercut.registry import runs
 from finercut.reports import RegisterReport
+from finercut.system.processes import BOUND, GRACE_S, end_group
+from finercut.system.redaction import redacted
 from pipelines import collect as collection
 from pipelines import dag, register, settings, summary
 
@@ -70,7 +70,7 @@ def compress(
 
 def _execute(params: Params, pull: bool, push: bool, collect: bool) -> RegisterReport:
     stages = dag.stages()
-    mlflow_run = registry.open_run(
+    mlflow_run = runs.open_run(
         params.flow.experiment,
         params.model_dump(mode="json", by_alias=True),
         dag.revision() | {"prefect.flow_run_id": str(FlowRunContext.get().flow_run.id)},
@@ -78,7 +78,7 @@ def _execute(params: Params, pull: bool, push: bool, collect: bool) -> RegisterR
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log.txt"
         with (
-            registry.recorded(mlflow_run, log_file),
+            runs.recorded(mlflow_run, log_file),
             _collecting(params, mlflow_run) if collect else nullcontext(),
         ):
             _link(mlflow_run)
@@ -97,7 +97,7 @@ def _execute(params: Params, pull: bool, push: bool, collect: bool) -> RegisterR
 
 # DVC is the cache. Prefect's own timeouts cannot interrupt a thread that waits for a process, so the deadline is ours.
 @task(task_run_name="{stage.name}", cache_policy=NO_CACHE, persist_result=False)
-def _reproduce(stage: dag.Stage, mlflow_run: registry.Run, timeout_s: float | None, pull: bool, log_file: Path) -> None:
+def _reproduce(stage: dag.Stage, mlflow_run: runs.Run, timeout_s: float | None, pull: bool, log_file: Path) -> None:
     """Reproduce one stage and log its reports, whether it ran or came from DVC's cache."""
     started = time.monotonic()
     options = ["--single-item", *(["--pull"] if pull else [])]
@@ -112,14 +112,12 @@ def _reproduce(stage: dag.Stage, mlflow_run: registry.Run, timeout_s: float | No
 
 
 @task(name="push", task_run_name="push", cache_policy=NO_CACHE, persist_result=False)
-def _push(mlflow_run: registry.Run, log_file: Path) -> None:
+def _push(mlflow_run: runs.Run, log_file: Path) -> None:
     """Store results, and which inputs they belong to, in the DVC remote: other clones can take them from there."""
     _dvc("push", ["push", "--run-cache"], mlflow_run, None, log_file)
 
 
-def _dvc(
-    name: str, arguments: list[str], mlflow_run: registry.Run, timeout_s: float | None, log_file: Path
-) -> list[str]:
+def _dvc(name: str, arguments: list[str], mlflow_run: runs.Run, timeout_s: float | None, log_file: Path) -> list[str]:
     """Run a DVC command, its lines going to Prefect's log and, under `name`, to `log_file`; they are returned.
 
     Raises:
@@ -144,12 +142,12 @@ def _dvc(
     return lines
 
 
-def _environment(mlflow_run: registry.Run) -> dict[str, str]:
+def _environment(mlflow_run: runs.Run) -> dict[str, str]:
     """For a stage: this interpreter's commands first, the run to add to, and no long waits for a lost server."""
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
-        "MLFLOW_TRACKING_URI": registry.tracking_uri(),
+        "MLFLOW_TRACKING_URI": runs.tracking_uri(),
         "MLFLOW_RUN_ID": mlflow_run.run_id,
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -201,7 +199,7 @@ def run_group(
 
 
 @task(name="register", task_run_name="register", cache_policy=NO_CACHE, persist_result=False)
-def _register_task(params: Params, mlflow_run: registry.Run) -> RegisterReport:
+def _register_task(params: Params, mlflow_run: runs.Run) -> RegisterReport:
     try:
         report = register.run(params, mlflow_run)
     except register.Refused:
@@ -212,7 +210,7 @@ def _register_task(params: Params, mlflow_run: registry.Run) -> RegisterReport:
 
 
 @contextmanager
-def _collecting(params: Params, mlflow_run: registry.Run) -> Iterator[None]:
+def _collecting(params: Params, mlflow_run: runs.Run) -> Iterator[None]:
     """Collects at the end, also of an execution that failed or was refused: what it left takes as much room.
 
     How the execution ended is decided by then. That disk cannot be freed is therefore a failed task, a warning and a
@@ -227,7 +225,7 @@ def _collecting(params: Params, mlflow_run: registry.Run) -> Iterator[None]:
             _collect(params, mlflow_run)
 
 
-def _collect(params: Params, mlflow_run: registry.Run) -> None:
+def _collect(params: Params, mlflow_run: runs.Run) -> None:
     logger = get_run_logger()
     try:
         outcome = f"freed {_collect_task(params, mlflow_run)} bytes"
@@ -241,7 +239,7 @@ def _collect(params: Params, mlflow_run: registry.Run) -> None:
 
 
 @task(name="collect", task_run_name="collect", cache_policy=NO_CACHE, persist_result=False)
-def _collect_task(params: Params, mlflow_run: registry.Run) -> int:
+def _collect_task(params: Params, mlflow_run: runs.Run) -> int:
     """Bytes that are free now."""
     freed = collection.free(params, params.register_.name, mlflow_run.client)
     get_run_logger().info("%s", collection.text(freed, dry_run=False))
@@ -252,9 +250,9 @@ def _publish_summary() -> None:
     create_markdown_artifact(summary.markdown(), key="finercut-summary", description="What this execution came to")
 
 
-def _link(mlflow_run: registry.Run) -> None:
+def _link(mlflow_run: runs.Run) -> None:
     """The MLflow run, one click away; a local store has no page to link to."""
-    uri = registry.without_credentials(registry.tracking_uri())
+    uri = runs.without_credentials(runs.tracking_uri())
     if uri.startswith(("http://", "https://")):
         page = f"{uri.rstrip('/')}/#/experiments/{mlflow_run.experiment_id}/runs/{mlflow_run.run_id}"
         create_link_artifact(page, link_text="MLflow run", key="finercut-mlflow-run")

@@ -12,18 +12,18 @@ def describe(what: str) -> str:
         RuntimeError: MLflow has no such version, or does not answer.
     """
     if what.startswith("models:"):
-        from finercut import versions
+        from finercut.registry import versions
 
         return versions.describe(what)
     if Path(what).is_dir():
-        from finercut import checkpoint
+        from finercut.model import loading
 
-        return checkpoint.describe(Path(what))
+        return loading.describe(Path(what))
     return _trajectory(Path(what))
 
 
 def _trajectory(path: Path) -> str:
-    from finercut.trajectory import read_trajectory
+    from finercut.selection.trajectory import read_trajectory
 
     found = read_trajectory(path)
     origin = [f"{name}: {value}" for name, value in found.provenance.model_dump().items()]

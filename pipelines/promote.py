@@ -1,7 +1,7 @@
 """Move the alias `champion`: to a challenger that the rule lets through, or back.
 
 Everything that decides is read from the registry: the evidence of challenger and champion, and the checkpoint itself,
-on which the parity check is repeated. What is decided is an entry of the log in `finercut.ledger`.
+on which the parity check is repeated. What is decided is an entry of the log in `finercut.registry.ledger`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut import evidence, promotion, versions
-from finercut.evidence import Evidence
-from finercut.ledger import Ledger, State
 from finercut.params import Params
-from finercut.promotion import Check
-from finercut.registry import mlflow_errors
+from finercut.registry import evidence, promotion, versions
+from finercut.registry.evidence import Evidence
+from finercut.registry.ledger import Ledger, State
+from finercut.registry.promotion import Check
+from finercut.registry.runs import mlflow_errors
 from pipelines import recheck, summary
 
 logger = logging.getLogger("finercut")

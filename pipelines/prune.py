@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 
 from finercut import paths
+from finercut.checkpoint.prune import prune
 from finercut.params import Params
-from finercut.pictures import removal_map
-from finercut.pruning import prune
+from finercut.report.pictures import removal_map
 from finercut.reports import PruneReport
-from finercut.trajectory import read_trajectory
+from finercut.selection.trajectory import read_trajectory
 
 logger = logging.getLogger("finercut")
 

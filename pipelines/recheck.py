@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut import evidence, paths, versions
-from finercut.checkpoint import device_of
-from finercut.evidence import Evidence
+from finercut import paths
+from finercut.checkpoint.parity import check_parity
+from finercut.model.loading import device_of
+from finercut.model.tensors import weights_sha256
 from finercut.params import HubModel, Params
-from finercut.parity import check_parity
-from finercut.promotion import Check
-from finercut.registry import PRUNED_MD5
-from finercut.sources import fetch_model
-from finercut.weights import weights_sha256
+from finercut.registry import evidence, versions
+from finercut.registry.evidence import Evidence
+from finercut.registry.promotion import Check
+from finercut.registry.runs import PRUNED_MD5
+from finercut.sources.models import fetch_model
 
 logger = logging.getLogger("finercut")
 

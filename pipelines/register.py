@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from finercut import gate, paths, registry
-from finercut.ledger import Ledger
+from finercut import paths
 from finercut.params import Params
+from finercut.registry import gate, runs
+from finercut.registry.ledger import Ledger
 from finercut.reports import (
     CalibrateReport,
     EvaluateReport,
@@ -34,7 +35,7 @@ class Refused(RuntimeError):
     """The model did not pass the gate."""
 
 
-def run(params: Params, mlflow_run: registry.Run | None = None) -> RegisterReport:
+def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
     """Register under `mlflow_run`, or under a run of its own.
 
     Raises:
@@ -48,10 +49,8 @@ def run(params: Params, mlflow_run: registry.Run | None = None) -> RegisterRepor
         raise RuntimeError(f"not reproduced since something changed: {', '.join(stale)}; run `finercut run`")
     if mlflow_run is not None:
         return _register(params, checks, stages, mlflow_run)
-    mlflow_run = registry.open_run(
-        params.flow.experiment, params.model_dump(mode="json", by_alias=True), dag.revision()
-    )
-    with registry.recorded(mlflow_run):
+    mlflow_run = runs.open_run(params.flow.experiment, params.model_dump(mode="json", by_alias=True), dag.revision())
+    with runs.recorded(mlflow_run):
         for stage in stages:
             mlflow_run.log_reports(stage.reports)
         for path in PIPELINE_FILES:
@@ -71,9 +70,7 @@ def _judge(params: Params) -> list[GateCheck]:
     )
 
 
-def _register(
-    params: Params, checks: list[GateCheck], stages: list[dag.Stage], mlflow_run: registry.Run
-) -> RegisterReport:
+def _register(params: Params, checks: list[GateCheck], stages: list[dag.Stage], mlflow_run: runs.Run) -> RegisterReport:
     name = params.register_.name
     failed = [c.reason for c in checks if not c.passed]
     if failed:
@@ -82,9 +79,9 @@ def _register(
         md5 = dag.md5(paths.PRUNED)
         # A version whose checkpoint was collected does not hold it any more.
         collected = Ledger(mlflow_run.client, name).read().collected
-        known = registry.find_version(mlflow_run, name, md5, collected)
+        known = runs.find_version(mlflow_run, name, md5, collected)
         found = known or _new_version(stages, checks, name, md5, mlflow_run)
-        registry.challenge(mlflow_run, name, found.version)
+        runs.challenge(mlflow_run, name, found.version)
         report = _report("already registered" if known else "registered", found, checks, name, mlflow_run)
     report.write(paths.report("register"))
     mlflow_run.log_file(paths.report("register"), "reports")
@@ -96,7 +93,7 @@ def _register(
 
 
 def _report(
-    status: str, found: registry.Registered | None, checks: list[GateCheck], name: str, mlflow_run: registry.Run
+    status: str, found: runs.Registered | None, checks: list[GateCheck], name: str, mlflow_run: runs.Run
 ) -> RegisterReport:
     return RegisterReport(
         status=status,
@@ -106,20 +103,20 @@ def _report(
         version=found.version if found else None,
         model_uri=found.model_uri if found else None,
         run_id=mlflow_run.run_id,
-        tracking_uri=registry.without_credentials(registry.tracking_uri()),
+        tracking_uri=runs.without_credentials(runs.tracking_uri()),
     )
 
 
 def _new_version(
-    stages: list[dag.Stage], checks: list[GateCheck], name: str, md5: str, mlflow_run: registry.Run
-) -> registry.Registered:
+    stages: list[dag.Stage], checks: list[GateCheck], name: str, md5: str, mlflow_run: runs.Run
+) -> runs.Registered:
     reports = [path for stage in stages for path in stage.reports]
     metrics: dict[str, float] = {}
     for path in reports:
         if path.suffix == ".json":
-            metrics |= registry.numbers(path)
+            metrics |= runs.numbers(path)
     logger.info("uploading %s as a version of %s", paths.PRUNED, name)
-    return registry.register(
+    return runs.register(
         mlflow_run, name, paths.PRUNED, [*reports, *PIPELINE_FILES], metrics, dag.revision() | _provenance(checks), md5
     )
 

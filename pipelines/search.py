@@ -13,30 +13,18 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from finercut import (
-    blocks,
-    distributed,
-    divergence,
-    families,
-    greedy,
-    modeling_finercut,
-    paths,
-    race,
-    streaming,
-    sublayers,
-    sweep,
-    tracking,
-    trajectory,
-    workers,
-)
-from finercut.checkpoint import device_of, dtype_of, load_whole, room_for
+from finercut import paths, sublayers
+from finercut.model import families, modeling_finercut
+from finercut.model.loading import device_of, dtype_of, load_whole, room_for
 from finercut.params import Params
 from finercut.params import Search as SearchParams
-from finercut.pictures import divergence_curves
+from finercut.registry import live
+from finercut.report.pictures import divergence_curves
 from finercut.reports import FetchReport, SearchReport
-from finercut.staging import staged_file
-from finercut.tokens import Tokens, load_tokens
-from finercut.trajectory import Provenance, Trajectory
+from finercut.selection import blocks, distributed, divergence, greedy, race, streaming, sweep, trajectory, workers
+from finercut.selection.trajectory import Provenance, Trajectory
+from finercut.sources.tokens import Tokens, load_tokens
+from finercut.system.staging import staged_file
 
 logger = logging.getLogger("finercut")
 
@@ -152,7 +140,7 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
                 _tell(removal, n_removals, time.monotonic() - started, resumed_after)
     if not ranks.first:
         return None
-    tracking.finish()
+    live.finish()
     finished = trajectory.read_trajectory(in_progress).first(n_removals)
     # An earlier search's must not vouch for this one, should the process end before the last line.
     paths.report("search").unlink(missing_ok=True)
@@ -234,7 +222,7 @@ def _tell(removal: trajectory.Removal, n_removals: int, seconds: float, resumed_
         100 * work_saved(removal),
         eta_s,
     )
-    tracking.log_metrics(
+    live.log_metrics(
         {
             "search.divergence": removal.divergence,
             "search.held_out_divergence": removal.held_out_divergence,

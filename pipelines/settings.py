@@ -14,7 +14,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from finercut import params
-from finercut.staging import staged_file
+from finercut.system.staging import staged_file
 
 PARAMS = Path("params.yaml")
 PREVIOUS = Path(".finercut/params.previous.yaml")

@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut import versions
-from finercut.evidence import Evidence
-from finercut.ledger import CHAMPION, PREVIOUS, Ledger, State
 from finercut.params import Params
-from finercut.registry import mlflow_errors
+from finercut.registry import versions
+from finercut.registry.evidence import Evidence
+from finercut.registry.ledger import CHAMPION, PREVIOUS, Ledger, State
+from finercut.registry.runs import mlflow_errors
 from pipelines import promote, summary
 
 N_VERSIONS, N_MOVES, N_REFUSED = 10, 10, 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from finercut import paths
-from finercut.promotion import Check
+from finercut.registry.promotion import Check
 from finercut.reports import EvaluateReport, FetchReport, PruneReport, RegisterReport, ThroughputReport
 
 

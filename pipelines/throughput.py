@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from finercut import paths, serving
-from finercut.checkpoint import device_of, load_pruned, load_whole
+from finercut import paths
+from finercut.model.loading import device_of, load_pruned, load_whole
+from finercut.model.remote_code import TRUSTED_KEY
+from finercut.model.tensors import safetensors_shapes
 from finercut.params import Params
 from finercut.params import Throughput as ThroughputParams
-from finercut.remote_code import TRUSTED_KEY
 from finercut.reports import EngineFigures, ParityReport, Spread, ThroughputReport
-from finercut.serving import Round
-from finercut.tokens import load_tokens
-from finercut.weights import safetensors_shapes
+from finercut.serving import vllm_engine
+from finercut.serving.vllm_engine import Round
+from finercut.sources.tokens import load_tokens
 
 logger = logging.getLogger("finercut")
 
@@ -41,7 +42,7 @@ def run(params: Params) -> ThroughputReport:
             compute what transformers does. Nothing is timed then.
     """
     settings = params.throughput
-    engine = serving.installed()
+    engine = vllm_engine.installed()
     parity = ParityReport.read(paths.PARITY)
     if not parity.passed:
         raise RuntimeError(f"{paths.PARITY} says the pruned model is not the masked whole one: nothing to time")
@@ -49,7 +50,7 @@ def run(params: Params) -> ThroughputReport:
     models: list[tuple[Path, Callable[..., PreTrainedModel]]] = [(paths.MODEL, load_whole), (paths.PRUNED, load_pruned)]
     for directory, _ in models:
         _check_servable(directory, settings.max_model_len)
-    n_tokens = settings.max_model_len - serving.N_GENERATED
+    n_tokens = settings.max_model_len - vllm_engine.N_GENERATED
     windows = tokens.held_out[:N_WINDOWS, :n_tokens].tolist()
     differences = [_difference(directory, load, windows, settings) for directory, load in models]
     timings = _timings([directory for directory, _ in models], settings)
@@ -100,8 +101,9 @@ def _check_servable(directory: Path, max_model_len: int) -> None:
     context = config["max_position_embeddings"]
     if max_model_len > context:
         raise ValueError(f"throughput.max_model_len = {max_model_len}: the model in {directory} takes {context} tokens")
-    if max_model_len <= serving.N_GENERATED + 1:
-        raise ValueError(f"throughput.max_model_len = {max_model_len}: at least {serving.N_GENERATED + 2} are needed")
+    if max_model_len <= vllm_engine.N_GENERATED + 1:
+        needed = vllm_engine.N_GENERATED + 2
+        raise ValueError(f"throughput.max_model_len = {max_model_len}: at least {needed} are needed")
 
 
 def _difference(
@@ -112,9 +114,9 @@ def _difference(
 ) -> float:
     started = time.monotonic()
     exact = settings.model_copy(update={"dtype": "float32", "concurrency": len(windows)})
-    with serving.engine(directory, exact, one_process=True) as engine:
+    with vllm_engine.engine(directory, exact, one_process=True) as engine:
         served = engine.continuations(windows)
-    difference = serving.largest_difference(served, load(directory, torch.float32, device_of("auto")))
+    difference = vllm_engine.largest_difference(served, load(directory, torch.float32, device_of("auto")))
     # Written so that NaN fails too.
     if not difference <= settings.parity_tolerance:
         raise RuntimeError(
@@ -147,7 +149,7 @@ def _timings(directories: Sequence[Path], settings: ThroughputParams) -> list[Ti
 
 def _time_in_turn(directories: Sequence[Path], settings: ThroughputParams) -> list[Timing]:
     with ExitStack() as stack:
-        engines = [stack.enter_context(serving.engine(directory, settings)) for directory in directories]
+        engines = [stack.enter_context(vllm_engine.engine(directory, settings)) for directory in directories]
         rounds: list[list[Round]] = [[] for _ in engines]
         for seed in range(settings.n_warmups + settings.n_rounds):
             for engine, measured in zip(engines, rounds, strict=True):

@@ -12,11 +12,11 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut import versions
-from finercut.processes import end_group
-from finercut.registry import impatient
-from finercut.staging import staged
-from finercut.versions import Reference
+from finercut.registry import versions
+from finercut.registry.runs import impatient
+from finercut.registry.versions import Reference
+from finercut.system.processes import end_group
+from finercut.system.staging import staged
 
 logger = logging.getLogger("finercut")
 

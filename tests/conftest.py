@@ -95,7 +95,7 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pruned(tmp_path_factory, tiny_model) -> Path:
     """The tiny model less 2.attention and 3.mlp. Read it, do not write to it."""
-    from finercut.checkpoint import write_pruned
+    from finercut.model.loading import write_pruned
     from finercut.sublayers import Sublayer
 
     directory = tmp_path_factory.mktemp("tiny") / "pruned"

@@ -9,9 +9,10 @@ from pathlib import Path
 import example_reports
 import yaml
 
-from finercut import paths, registry
+from finercut import paths
+from finercut.model.tensors import weights_sha256
 from finercut.params import Params
-from finercut.weights import weights_sha256
+from finercut.registry import runs
 from pipelines.recheck import directory_md5
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ class Project:
     """The current directory, holding a whole and a pruned model, and a registered model named after the test."""
 
     params: Params
-    run: registry.Run
+    run: runs.Run
 
     @property
     def name(self) -> str:
@@ -57,8 +58,8 @@ class Project:
         example_reports.parity(**parity or {}).write(folder / "parity.json")
         md5 = directory_md5(checkpoint)
         evidence = sorted(folder.iterdir())
-        version = registry.register(self.run, self.name, checkpoint, evidence, {"a": 1.0}, {}, md5).version
-        registry.challenge(self.run, self.name, version)
+        version = runs.register(self.run, self.name, checkpoint, evidence, {"a": 1.0}, {}, md5).version
+        runs.challenge(self.run, self.name, version)
         return version
 
     def aliases(self) -> dict[str, str]:
@@ -89,4 +90,4 @@ def project(directory: Path, whole: Path, pruned: Path, **promote) -> Project:
     settings["evaluate"]["device"] = "cpu"
     settings["promote"] |= promote
     (directory / "params.yaml").write_text(yaml.safe_dump(settings))
-    return Project(Params.model_validate(settings), registry.open_run(directory.name, {}, {}))
+    return Project(Params.model_validate(settings), runs.open_run(directory.name, {}, {}))

@@ -43,7 +43,7 @@ def main() -> None:
 def serve(directory: str, prompts: list[list[int]], again: list[list[int]]) -> dict:
     from vllm import LLM, SamplingParams
 
-    from finercut import serving
+    from finercut.serving import vllm_engine
 
     show(directory)
     llm = LLM(
@@ -59,10 +59,14 @@ def serve(directory: str, prompts: list[list[int]], again: list[list[int]]) -> d
         gpu_memory_utilization=0.01,
         enable_prefix_caching=True,
     )
-    continuations = [asdict(c) for c in serving._continue(llm, prompts)]
+    continuations = [asdict(c) for c in vllm_engine._continue(llm, prompts)]
     # Without the log-probabilities of the prompt, for which vLLM would have to compute what it has in its cache.
     sampling = SamplingParams(
-        temperature=0, max_tokens=serving.N_GENERATED, ignore_eos=True, detokenize=False, logprobs=serving.N_LIKELIEST
+        temperature=0,
+        max_tokens=vllm_engine.N_GENERATED,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=vllm_engine.N_LIKELIEST,
     )
     cached = []
     for one in llm.generate([{"prompt_token_ids": p} for p in again], sampling, use_tqdm=False):

@@ -26,7 +26,7 @@ from urllib.request import urlopen
 
 import psutil
 
-from finercut.processes import end_group
+from finercut.system.processes import end_group
 
 PATIENCE_S = 300
 UNPRIVILEGED = "nobody"

@@ -16,7 +16,7 @@ from conftest import TEXT
 from safetensors.torch import load_file, save_file
 
 from finercut import paths
-from finercut.tokens import load_tokens
+from finercut.sources.tokens import load_tokens
 
 
 def stored(**changes: object) -> Callable[[], None]:

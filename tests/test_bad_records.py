@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finercut import paths
-from finercut.trajectory import read_trajectory
+from finercut.selection.trajectory import read_trajectory
 
 
 def edited(change: Callable[[list[dict]], object]) -> Callable[[], None]:

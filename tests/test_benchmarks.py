@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finercut.checkpoint import load_whole
-from finercut.greedy import search
+from finercut.model.loading import load_whole
+from finercut.selection.greedy import search
+from finercut.sources.tokens import load_tokens
 from finercut.sublayers import Sublayer
-from finercut.tokens import load_tokens
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -3,8 +3,8 @@
 from accelerate import dispatch_model
 from conftest import random_llama
 
-from finercut.checkpoint import load_whole
-from finercut.greedy import search
+from finercut.model.loading import load_whole
+from finercut.selection.greedy import search
 
 
 def test_a_model_spread_by_accelerate_gives_the_numbers_of_one_that_is_not(tokens, tmp_path):

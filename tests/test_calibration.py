@@ -19,9 +19,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from finercut import paths
-from finercut.calibration import Texts, cut_windows, read_texts, tokenizer_sha256
 from finercut.params import FilesText, PackageText, Params, load
-from finercut.tokens import Tokens, load_tokens, write_tokens
+from finercut.sources.texts import Texts, cut_windows, read_texts, tokenizer_sha256
+from finercut.sources.tokens import Tokens, load_tokens, write_tokens
 from pipelines import calibrate
 
 
@@ -191,7 +191,7 @@ def test_a_missing_parquet_column_lists_those_there_are(tmp_path):
 
 CLIENT = """
 import json
-from finercut.calibration import read_texts
+from finercut.sources.texts import read_texts
 from finercut.params import HubText
 outcomes = []
 for dataset, column in (("org/texts", "text"), ("org/texts", "body"), ("org/absent", "text")):

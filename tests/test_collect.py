@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from example_versions import project
 
-from finercut import paths, versions
-from finercut.ledger import Ledger
+from finercut import paths
+from finercut.registry import versions
+from finercut.registry.ledger import Ledger
 from finercut.reports import RegisterReport
-from finercut.staging import exclusive
+from finercut.system.staging import exclusive
 from pipelines import collect
 from pipelines.cli import main
 

@@ -19,10 +19,10 @@ from servers import open_to_others
 from test_search_and_prune import settings
 
 from finercut import paths
-from finercut.distributed import Ranks
-from finercut.greedy import search
 from finercut.reports import FetchReport, SearchReport
-from finercut.tokens import Tokens, write_tokens
+from finercut.selection.distributed import Ranks
+from finercut.selection.greedy import search
+from finercut.sources.tokens import Tokens, write_tokens
 from pipelines import search as stage
 
 N_REMOVALS = 8

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from finercut.divergence import DIVERGENCES, angular, js, js_official, kl, norm
+from finercut.selection.divergence import DIVERGENCES, angular, js, js_official, kl, norm
 
 EXTREME = 200.0  # a logit that leaves the other entries no probability in float32
 

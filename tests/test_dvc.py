@@ -22,12 +22,12 @@ CONTRACT = {
     "finercut/__init__.py",
     "finercut/params.py",
     "finercut/paths.py",
-    "finercut/redaction.py",
+    "finercut/system/redaction.py",
     "finercut/reports.py",
-    "finercut/tracking.py",
+    "finercut/registry/live.py",
 }
 # vLLM imports these by name.
-BY_NAME = {"throughput": ["finercut/vllm_models.py", "finercut/vllm_plugin.py"]}
+BY_NAME = {"throughput": ["finercut/serving/vllm_models.py", "finercut/serving/vllm_plugin.py"]}
 ORDER = ["fetch", "calibrate", "search", "prune", "evaluate", "throughput"]
 
 each_stage = pytest.mark.parametrize("stage", ORDER)

@@ -17,7 +17,7 @@ from conftest import TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finercut.reports import EvaluateReport, ParityReport, PruneReport, RegisterReport, ThroughputReport
-from finercut.trajectory import read_trajectory
+from finercut.selection.trajectory import read_trajectory
 from pipelines import dag
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ import yaml
 from conftest import random_llama
 
 from finercut import params, paths
-from finercut.checkpoint import write_pruned
+from finercut.model.loading import write_pruned
 from finercut.reports import EvaluateReport, ParityReport
+from finercut.sources.tokens import Tokens, write_tokens
 from finercut.sublayers import parse
-from finercut.tokens import Tokens, write_tokens
 from pipelines import evaluate
 
 ROOT = Path(__file__).parent.parent

@@ -7,10 +7,10 @@ import yaml
 from conftest import random_llama
 from lm_eval.tasks import TaskManager
 
-from finercut import evaluation
-from finercut.evaluation import Score, compare, fit, load_tasks, score
+from finercut.evaluation import harness
+from finercut.evaluation.harness import Score, compare, fit, load_tasks, score
+from finercut.evaluation.smoke_tasks import lm_eval_config
 from finercut.params import Task, load
-from finercut.tasks import lm_eval_config
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_group_is_scored_by_the_documents_of_its_tasks(tmp_path, model, tokeni
     group = {"group": "both", "task": [*parts], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
     manager = TaskManager(include_path=tmp_path, include_defaults=False)
-    tasks = [evaluation._load(Task(name=name, metric="acc"), name, manager) for name in ("both", *parts)]
+    tasks = [harness._load(Task(name=name, metric="acc"), name, manager) for name in ("both", *parts)]
     found = scores(model, tokenizer, tasks)
     both, verbs, things = (found[name] for name in ("both", "verbs", "things"))
     assert (both.n_samples, both.n_available) == (70 + 80, 70 + 80)
@@ -165,17 +165,17 @@ def test_a_metric_with_several_filters_asks_for_one():
     config = lm_eval_config("finercut_copying") | {"filter_list": filters}
     manager = TaskManager(include_defaults=False)
     task = Task(name="finercut_copying", metric="exact_match,loose")
-    assert evaluation._load(task, config, manager).metric_key == "exact_match,loose"
+    assert harness._load(task, config, manager).metric_key == "exact_match,loose"
     with pytest.raises(
         ValueError, match="has several metrics 'exact_match'; it has exact_match,strict, exact_match,loose"
     ):
-        evaluation._load(task.model_copy(update={"metric": "exact_match"}), config, manager)
+        harness._load(task.model_copy(update={"metric": "exact_match"}), config, manager)
 
 
 def test_examples_for_a_task_that_takes_none_are_refused():
     config = lm_eval_config("finercut_agreement") | {"num_fewshot": 0}
     with pytest.raises(ValueError, match="finercut_agreement takes no examples, num_fewshot is 5"):
-        evaluation._load(
+        harness._load(
             Task(name="finercut_agreement", metric="acc", num_fewshot=5), config, TaskManager(include_defaults=False)
         )
 
@@ -196,9 +196,7 @@ def test_retention_is_what_is_left_of_the_whole_models_score(whole, pruned, high
 def test_a_task_that_runs_what_the_model_writes_is_refused():
     config = lm_eval_config("finercut_copying") | {"unsafe_code": True}
     with pytest.raises(ValueError, match="finercut_copying runs code that the model writes"):
-        evaluation._load(
-            Task(name="finercut_copying", metric="exact_match"), config, TaskManager(include_defaults=False)
-        )
+        harness._load(Task(name="finercut_copying", metric="exact_match"), config, TaskManager(include_defaults=False))
 
 
 def test_the_papers_nine_benchmarks_and_their_metrics_are_known_to_lm_eval():
@@ -207,7 +205,7 @@ def test_the_papers_nine_benchmarks_and_their_metrics_are_known_to_lm_eval():
     published = [task for task in tasks if not task.name.startswith("finercut_")]
     assert len(published) == 9
     for task in published:
-        evaluation._check_known(task.name, manager)
+        harness._check_known(task.name, manager)
         config = manager.task_index[task.name].cfg
         metrics = config.get("metric_list") or config["aggregate_metric_list"]
         assert task.metric in {metric["metric"] for metric in metrics}

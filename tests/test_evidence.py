@@ -6,7 +6,7 @@ import example_reports
 import pytest
 import yaml
 
-from finercut import evidence
+from finercut.registry import evidence
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from family_models import CASES, N_BLOCKS, UNDECLARED, random_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache, pipeline
 
-from finercut.checkpoint import load_pruned, load_whole, masked, write_pruned
-from finercut.families import FAMILIES, LAYOUT_KEY, Layout, check_supported, layout_of
-from finercut.greedy import search
+from finercut.model.families import FAMILIES, LAYOUT_KEY, Layout, check_supported, layout_of
+from finercut.model.loading import load_pruned, load_whole, masked, write_pruned
+from finercut.selection.greedy import search
 from finercut.sublayers import Sublayer, candidates, parse
 
 TOLERANCE = 2e-5  # of logits whose spread is about 1

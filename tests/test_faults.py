@@ -22,9 +22,10 @@ from hub_server import COMMIT, Hub, Repository, client_environment, serve
 from kill_executions import prepare_registration, registration_trials
 from kill_stages import CHEAP, ROOT, outputs, prepare, state, trials
 
-from finercut import paths, registry
+from finercut import paths
 from finercut.params import load
-from finercut.trajectory import read_trajectory
+from finercut.registry import runs
+from finercut.selection.trajectory import read_trajectory
 from pipelines import register
 
 N_KILLS = 3
@@ -151,9 +152,11 @@ def free_port() -> int:
 # Waits for a line after every removal, so that the server can be taken away in between.
 IN_STEPS = """
 import sys
-from finercut import params, tracking, trajectory
+from finercut import params
+from finercut.registry import live
+from finercut.selection import trajectory
 from pipelines import search
-tracking.PAUSE_S = 0
+live.PAUSE_S = 0
 append = trajectory.append
 def append_and_wait(path, removal):
     append(path, removal)
@@ -364,14 +367,14 @@ def test_a_clock_that_jumps_back_and_a_dirty_tree_are_recorded_and_not_fatal(toy
     subprocess.run(["git", "add", "-A"], check=True)
     Path("notes.txt").write_text("not committed")
     now = time.time
-    opened = registry.open_run
+    opened = runs.open_run
 
     def jump(*arguments, **options):
         run = opened(*arguments, **options)
         monkeypatch.setattr(time, "time", lambda: now() - 3600)
         return run
 
-    monkeypatch.setattr(registry, "open_run", jump)
+    monkeypatch.setattr(runs, "open_run", jump)
     report = register.run(load())
     assert report.status == "registered"
     found = mlflow.MlflowClient().get_run(report.run_id)

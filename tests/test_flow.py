@@ -18,10 +18,10 @@ from prefect.client.orchestration import get_client
 from toy import ROOT, STAGES, make_toy, write
 
 from finercut import paths
-from finercut.ledger import Ledger
 from finercut.params import load
+from finercut.registry.ledger import Ledger
 from finercut.reports import RegisterReport
-from finercut.staging import exclusive
+from finercut.system.staging import exclusive
 from pipelines import dag, register
 from pipelines.flow import compress, run_group
 

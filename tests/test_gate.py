@@ -5,7 +5,7 @@ import math
 import example_reports
 import pytest
 
-from finercut import gate
+from finercut.registry import gate
 
 LIMITS = {"min_retention": 0.75, "min_speed_up": 1.25, "max_perplexity_ratio": 1.5}
 

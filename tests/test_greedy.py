@@ -6,15 +6,15 @@ import pytest
 import torch
 from conftest import random_llama
 
-from finercut.blocks import Blocks
-from finercut.checkpoint import masked
-from finercut.divergence import DIVERGENCES
-from finercut.families import PRE_NORM
-from finercut.greedy import search
-from finercut.race import MODES
+from finercut.model.families import PRE_NORM
+from finercut.model.loading import masked
+from finercut.selection.blocks import Blocks
+from finercut.selection.divergence import DIVERGENCES
+from finercut.selection.greedy import search
+from finercut.selection.race import MODES
+from finercut.selection.sweep import MicroBatch, Sweep, _within
+from finercut.selection.workers import Workers
 from finercut.sublayers import candidates
-from finercut.sweep import MicroBatch, Sweep, _within
-from finercut.workers import Workers
 
 
 @pytest.fixture(scope="module")

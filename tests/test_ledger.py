@@ -16,8 +16,8 @@ import mlflow
 import psutil
 import pytest
 
-from finercut import ledger
-from finercut.ledger import Entry, Ledger, fold
+from finercut.registry import ledger
+from finercut.registry.ledger import Entry, Ledger, fold
 
 ROOT = Path(__file__).parents[1]
 # Forks movers, so that they cost no imports: each waits for a file, then promotes and rolls back at random, and writes
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 NURSERY = """
 import os, random, signal, sys, time
 from pathlib import Path
-from finercut import versions
-from finercut.ledger import Ledger
+from finercut.registry import versions
+from finercut.registry.ledger import Ledger
 
 def move(name, seed, run_id, n_moves, go, out):
     choose = random.Random(seed).choice

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-from finercut.checkpoint import (
+from finercut.model.loading import (
     describe,
     dtype_of,
     load_pruned,
@@ -292,4 +292,4 @@ def test_the_auto_classes_know_pruned_models_whichever_is_imported_first(some_pr
         f"print(type(AutoModelForCausalLM.from_pretrained({str(some_pruned)!r})).__module__)"
     )
     lines = subprocess.check_output([sys.executable, "-c", code], text=True, stdin=subprocess.DEVNULL).split()
-    assert lines == ["finercut_llama", "finercut.modeling_finercut"]
+    assert lines == ["finercut_llama", "finercut.model.modeling_finercut"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from finercut import families, params
+from finercut import params
+from finercut.model import families
 from pipelines.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def test_the_wheel_brings_the_command_and_vllms_plugin(wheel):
     name = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     entry_points = wheel.read(name).decode()
     assert "finercut = pipelines.cli:main" in entry_points
-    assert "[vllm.general_plugins]\nfinercut = finercut.vllm_plugin:register" in entry_points
+    assert "[vllm.general_plugins]\nfinercut = finercut.serving.vllm_plugin:register" in entry_points
 
 
 def test_the_wheel_unpacked_anywhere_runs(wheel, tmp_path):

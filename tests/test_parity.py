@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import random_llama
 
-from finercut.checkpoint import write_pruned
-from finercut.parity import N_CACHED_TOKENS, _logits, check_parity
+from finercut.checkpoint.parity import N_CACHED_TOKENS, _logits, check_parity
+from finercut.model.loading import write_pruned
 from finercut.sublayers import parse
 
 TOLERANCE = 1e-4

@@ -7,10 +7,10 @@ import torch
 from family_models import CASES, random_model
 from own_code import OwnAttention, random_own
 
-from finercut.checkpoint import masked
-from finercut.families import LAYOUT_KEY, Branch, Layout, base_architecture, layout_of
-from finercut.greedy import search
-from finercut.probe import find_layout
+from finercut.model.families import LAYOUT_KEY, Branch, Layout, base_architecture, layout_of
+from finercut.model.loading import masked
+from finercut.model.probe import find_layout
+from finercut.selection.greedy import search
 from finercut.sublayers import candidates
 
 # OPT's norms lie on the stream there, which has to be declared.

@@ -8,8 +8,8 @@ import example_reports
 import pytest
 from example_versions import task
 
-from finercut import evidence, promotion
-from finercut.evidence import Evidence
+from finercut.registry import evidence, promotion
+from finercut.registry.evidence import Evidence
 
 MARGINS = {"max_retention_drop": 0.125, "max_perplexity_rise": 0.25, "max_speed_up_drop": 0.5}
 LIMITS = {"min_retention": 0.5, "min_speed_up": 1.0, "max_perplexity_ratio": 2.0}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finercut.race import Race, behind, part_sizes, t_tail
+from finercut.selection.race import Race, behind, part_sizes, t_tail
 from finercut.sublayers import candidates
 
 POOL = candidates(4)

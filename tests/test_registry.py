@@ -7,15 +7,13 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from finercut import registry, versions
-from finercut.registry import Registered
+from finercut.registry import runs, versions
+from finercut.registry.runs import Registered
 
 
 @pytest.fixture
 def run(mlflow_store):
-    return registry.open_run(
-        "tests", {"search": {"divergence": "js", "protect": ["0.block"], "exclude": None}}, {"a": "b"}
-    )
+    return runs.open_run("tests", {"search": {"divergence": "js", "protect": ["0.block"], "exclude": None}}, {"a": "b"})
 
 
 @pytest.fixture
@@ -30,32 +28,32 @@ def status_of(run):
 
 
 def test_credentials_are_not_shown():
-    shown = registry.without_credentials("postgresql://user:secret@host:5432/mlflow?password=secret")
+    shown = runs.without_credentials("postgresql://user:secret@host:5432/mlflow?password=secret")
     assert shown == "postgresql://host:5432/mlflow"
-    assert registry.without_credentials("sqlite:////srv/mlflow.db") == "sqlite:////srv/mlflow.db"
+    assert runs.without_credentials("sqlite:////srv/mlflow.db") == "sqlite:////srv/mlflow.db"
 
 
 def test_without_a_setting_the_store_is_in_the_current_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert registry.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert runs.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_an_unreachable_server_is_one_line_within_seconds_and_without_credentials(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"cannot open a run in MLflow at http://127\.0\.0\.1:9: ") as error:
-        registry.open_run("tests", {}, {})
+        runs.open_run("tests", {}, {})
     assert time.monotonic() - started < 20
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_deleted_experiment_is_refused_with_the_way_to_restore_it(mlflow_store):
-    gone = registry.open_run("gone", {}, {})
+    gone = runs.open_run("gone", {}, {})
     gone.client.delete_experiment(gone.experiment_id)
     with pytest.raises(RuntimeError, match=rf"'gone'.*deleted.*mlflow experiments restore -x {gone.experiment_id}"):
-        registry.open_run("gone", {}, {})
+        runs.open_run("gone", {}, {})
 
 
 def test_a_run_starts_with_its_flattened_parameters_and_tags(run):
@@ -74,12 +72,12 @@ def test_artifacts_stay_where_they_are_when_read_from_another_directory(run, evi
 def test_a_run_ends_finished_failed_with_log_and_reason_or_killed(mlflow_store, tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("search: out of memory\n")
-    finished, failed, killed = (registry.open_run("ends", {}, {}) for _ in range(3))
-    with registry.recorded(finished):
+    finished, failed, killed = (runs.open_run("ends", {}, {}) for _ in range(3))
+    with runs.recorded(finished):
         assert status_of(finished) == "RUNNING"
-    with pytest.raises(RuntimeError), registry.recorded(failed, log):
+    with pytest.raises(RuntimeError), runs.recorded(failed, log):
         raise RuntimeError("search: out of memory")
-    with pytest.raises(KeyboardInterrupt), registry.recorded(killed):
+    with pytest.raises(KeyboardInterrupt), runs.recorded(killed):
         raise KeyboardInterrupt
     assert [status_of(r) for r in (finished, failed, killed)] == ["FINISHED", "FAILED", "KILLED"]
     assert failed.client.get_run(failed.run_id).data.tags["failure"] == "search: out of memory"
@@ -92,7 +90,7 @@ def test_the_numbers_of_a_report_are_its_finite_leaves(tmp_path):
     report.write_text(
         json.dumps({"passed": True, "note": "x", "none": None, "list": [1], "tasks": {"a|b": {"acc": 0.5}}})
     )
-    assert registry.numbers(report) == {"evaluate/passed": 1.0, "evaluate/tasks/a_b/acc": 0.5}
+    assert runs.numbers(report) == {"evaluate/passed": 1.0, "evaluate/tasks/a_b/acc": 0.5}
 
 
 def test_reports_become_metrics_series_and_artifacts(run, tmp_path):
@@ -109,11 +107,11 @@ def test_reports_become_metrics_series_and_artifacts(run, tmp_path):
 
 
 def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(run, evidence, tiny_model):
-    registered = registry.register(
+    registered = runs.register(
         run, "tiny", tiny_model, [evidence], {"throughput/speed_up": 1.25}, {"parent": "toy", "gate": "passed"}, "md5-1"
     )
     assert registered == Registered("1", "models:/tiny/1")
-    registry.challenge(run, "tiny", "1")
+    runs.challenge(run, "tiny", "1")
 
     found = run.client.get_model_version_by_alias("tiny", "challenger")
     assert str(found.version) == "1"
@@ -132,9 +130,9 @@ def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(r
     )
     assert answers == [continuation(tiny_model, prompt) for prompt in ("The river rises", "Coffee")]
 
-    assert registry.find_version(run, "tiny", "md5-1") == registered
-    assert registry.find_version(run, "tiny", "md5-2") is None
-    assert registry.find_version(run, "tiny", "md5-1", collected={"1"}) is None
+    assert runs.find_version(run, "tiny", "md5-1") == registered
+    assert runs.find_version(run, "tiny", "md5-2") is None
+    assert runs.find_version(run, "tiny", "md5-1", collected={"1"}) is None
     told = versions.describe("models:/tiny@challenger")
     assert "tiny version 1" in told
     assert "challenger" in told
@@ -155,15 +153,15 @@ def test_versions_are_numbered_and_the_challenger_is_the_one_that_is_named(run, 
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
-    versions = [registry.register(run, "twice", checkpoint, [evidence], {"a": 1.0}, {}, md5).version for md5 in "xy"]
+    versions = [runs.register(run, "twice", checkpoint, [evidence], {"a": 1.0}, {}, md5).version for md5 in "xy"]
     assert versions == ["1", "2"]
     assert run.client.get_registered_model("twice").aliases == {}
     for version in "211":
-        registry.challenge(run, "twice", version)
+        runs.challenge(run, "twice", version)
         assert str(run.client.get_model_version_by_alias("twice", "challenger").version) == version
 
 
 def test_a_version_that_something_else_made_does_not_count(run):
     run.client.create_registered_model("strangers")
     run.client.create_model_version("strangers", source=f"runs:/{run.run_id}/x", run_id=run.run_id)
-    assert registry.find_version(run, "strangers", "md5") is None
+    assert runs.find_version(run, "strangers", "md5") is None

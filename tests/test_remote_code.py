@@ -17,13 +17,13 @@ from own_code import random_own
 from transformers import AutoModelForCausalLM
 
 from finercut import params, paths
-from finercut.checkpoint import load_pruned, load_whole, masked
-from finercut.families import layout_of
-from finercut.model_files import read_config, read_tokenizer
-from finercut.remote_code import TRUSTED_KEY, code_sha256, note_trusted
+from finercut.model.checks import read_config, read_tokenizer
+from finercut.model.families import layout_of
+from finercut.model.loading import load_pruned, load_whole, masked
+from finercut.model.remote_code import TRUSTED_KEY, code_sha256, note_trusted
 from finercut.reports import ParityReport
+from finercut.sources.tokens import Tokens, write_tokens
 from finercut.sublayers import parse
-from finercut.tokens import Tokens, write_tokens
 from pipelines import evaluate, fetch, prune, search, throughput
 
 CODE = Path(__file__).parent / "own_code"

@@ -16,12 +16,12 @@ from conftest import random_llama
 from safetensors.torch import load_file
 
 from finercut import params, paths
-from finercut.checkpoint import load_pruned, load_whole, masked
+from finercut.model.loading import load_pruned, load_whole, masked
+from finercut.model.tensors import weights_bytes, weights_sha256
 from finercut.reports import FetchReport
+from finercut.selection.trajectory import read_trajectory
+from finercut.sources.tokens import Tokens, write_tokens
 from finercut.sublayers import parse
-from finercut.tokens import Tokens, write_tokens
-from finercut.trajectory import read_trajectory
-from finercut.weights import weights_bytes, weights_sha256
 from pipelines import prune, search
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +107,7 @@ def test_a_longer_search_continues_a_shorter_one(project):
 KILLED = """
 import sys, time, yaml
 from finercut import params
-from finercut import trajectory
+from finercut.selection import trajectory
 from pipelines import search
 append = trajectory.append
 def slow_append(path, removal):

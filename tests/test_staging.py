@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finercut.staging import staged, staged_file
+from finercut.system.staging import staged, staged_file
 
 
 def test_the_new_directory_takes_the_place_of_the_old(tmp_path):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import random_llama
 
-from finercut.checkpoint import load_whole
-from finercut.greedy import search
-from finercut.streaming import _spread, stream
+from finercut.model.loading import load_whole
+from finercut.selection.greedy import search
+from finercut.selection.streaming import _spread, stream
 
 CPU = torch.device("cpu")
 

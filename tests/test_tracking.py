@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from finercut import registry, tracking
+from finercut.registry import live, runs
 
 
 @pytest.fixture
@@ -17,22 +17,22 @@ def lost_server(monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "lost")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     yield
-    tracking._series.clear()
+    live._series.clear()
 
 
 def test_without_a_run_mlflow_is_not_even_imported():
     code = (
-        "import os, sys; os.environ.pop('MLFLOW_RUN_ID', None); from finercut import tracking; "
-        "tracking.log_metrics({'a': 1.0}, 1); assert 'mlflow' not in sys.modules"
+        "import os, sys; os.environ.pop('MLFLOW_RUN_ID', None); from finercut.registry import live; "
+        "live.log_metrics({'a': 1.0}, 1); assert 'mlflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_points_reach_the_open_run_under_live_names(mlflow_store, monkeypatch):
-    run = registry.open_run("live", {}, {})
+    run = runs.open_run("live", {}, {})
     monkeypatch.setenv("MLFLOW_RUN_ID", run.run_id)
-    tracking.log_metrics({"search.divergence": 0.5}, step=1)
-    tracking.log_metrics({"search.divergence": 0.75}, step=2)
+    live.log_metrics({"search.divergence": 0.5}, step=1)
+    live.log_metrics({"search.divergence": 0.75}, step=2)
     history = run.client.get_metric_history(run.run_id, "live/search.divergence")
     assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 0.75)]
     assert run.client.get_run(run.run_id).info.status == "RUNNING"
@@ -42,6 +42,6 @@ def test_a_lost_server_is_warned_about_once_and_does_not_stop_the_stage(lost_ser
     started = time.monotonic()
     with caplog.at_level(logging.WARNING, "finercut"):
         for step in range(3):
-            tracking.log_metrics({"search.divergence": 0.5}, step)
+            live.log_metrics({"search.divergence": 0.5}, step)
     assert [r.message.partition(" (")[0] for r in caplog.records] == ["MLflow takes no live metrics"]
     assert time.monotonic() - started < 30

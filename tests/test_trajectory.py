@@ -2,10 +2,10 @@ import math
 
 import pytest
 
-from finercut import trajectory
 from finercut.params import Budget
+from finercut.selection import trajectory
+from finercut.selection.trajectory import Provenance, Removal, Trajectory, read_trajectory, removals_within
 from finercut.sublayers import Sublayer, candidates
-from finercut.trajectory import Provenance, Removal, Trajectory, read_trajectory, removals_within
 
 
 def provenance(**changes) -> Provenance:

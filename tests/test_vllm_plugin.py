@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from vllm_cases import REMOVED, model_for_vllm, write
 
-from finercut.families import layout_of
+from finercut.model.families import layout_of
 
 
 def engine_config(directory):
@@ -135,8 +135,8 @@ def test_pipeline_parallel_is_refused_where_vllm_runs_transformers_code(distribu
 def test_registering_again_changes_nothing():
     from vllm import ModelRegistry
 
-    from finercut.families import FAMILIES, base_architecture
-    from finercut.vllm_plugin import register
+    from finercut.model.families import FAMILIES, base_architecture
+    from finercut.serving.vllm_plugin import register
 
     register()
     first = dict(ModelRegistry.models)
@@ -209,7 +209,7 @@ class PostNormBlock(FusedBlock):
 def test_a_removed_sublayer_adds_nothing_however_a_block_adds(block_class, first):
     from vllm.config import VllmConfig
 
-    from finercut.vllm_models import remove_sublayer
+    from finercut.serving.vllm_models import remove_sublayer
 
     class Silent(nn.Module):
         def forward(self, x):

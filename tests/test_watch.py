@@ -13,7 +13,7 @@ import psutil
 import pytest
 from example_versions import ROOT, project
 
-from finercut.versions import Reference
+from finercut.registry.versions import Reference
 from pipelines import watch
 
 # What a served model looks like from outside: it holds a child, and says who both are and what it was given.

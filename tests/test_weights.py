@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finercut.weights import StoredTensor, safetensors_shapes, weights_bytes, weights_sha256
+from finercut.model.tensors import StoredTensor, safetensors_shapes, weights_bytes, weights_sha256
 
 
 @pytest.fixture

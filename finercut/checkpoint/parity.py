@@ -1,0 +1,76 @@
+"""Proof that a pruned checkpoint computes what the whole model does with the same sublayers masked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from finercut.model.loading import load_pruned, load_whole, masked, removed_sublayers
+from finercut.reports import ParityReport
+
+# Enough to reach every weight and many positions, little enough for seconds on a laptop.
+N_SAMPLES = 4
+N_TOKENS = 256
+N_PROMPT_TOKENS = 16
+N_CACHED_TOKENS = 48
+
+
+def check_parity(
+    whole_directory: Path, pruned_directory: Path, held_out: Tensor, tolerance: float, device: torch.device
+) -> ParityReport:
+    """Compare logits in float32 over the first held-out windows; one model is in memory at a time.
+
+    Args:
+        held_out: token ids, (samples, tokens)
+        tolerance: largest difference of two logits that passes
+
+    Raises:
+        FileNotFoundError: a model is missing.
+        ValueError: the pruned checkpoint is not one of ours, or of another model.
+        RuntimeError: the logits of one of them are not finite.
+    """
+    windows = held_out[:N_SAMPLES, :N_TOKENS].to(device)
+    pruned = load_pruned(pruned_directory, torch.float32, device)
+    config = pruned.config
+    of_pruned = _logits(pruned, windows)
+    del pruned
+    whole = load_whole(whole_directory, torch.float32, device)
+    shapes = [(c.num_hidden_layers, c.vocab_size) for c in (whole.config, config)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{pruned_directory} was not pruned from {whole_directory}: (blocks, vocabulary) are {shapes[1]}, not "
+            f"{shapes[0]}; run `finercut prune` again"
+        )
+    with masked(whole, removed_sublayers(config)):
+        of_whole = _logits(whole, windows)
+    for directory, logits in ((whole_directory, of_whole), (pruned_directory, of_pruned)):
+        if not all(part.isfinite().all() for part in logits):
+            raise RuntimeError(f"the float32 logits of {directory} are not finite: the checkpoint is damaged")
+    uncached, cached = (_largest_difference(a, b) for a, b in zip(of_whole, of_pruned, strict=True))
+    return ParityReport(
+        passed=max(uncached, cached) <= tolerance,
+        tolerance=tolerance,
+        max_logit_difference=uncached,
+        max_logit_difference_cached=cached,
+        n_tokens=windows.numel(),
+    )
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """(samples, tokens, vocab) on the CPU, of one forward and of a prompt continued token by token with a KV cache."""
+    uncached = torch.cat([model(window[None], use_cache=False).logits.cpu() for window in windows])
+    output = model(windows[:, :N_PROMPT_TOKENS], use_cache=True)
+    cached = [output.logits.cpu()]
+    for position in range(N_PROMPT_TOKENS, min(N_CACHED_TOKENS, windows.shape[1])):
+        token = windows[:, position : position + 1]
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        cached.append(output.logits.cpu())
+    return uncached, torch.cat(cached, dim=1)
+
+
+def _largest_difference(whole: Tensor, pruned: Tensor) -> float:
+    return (whole - pruned).abs().max().item()

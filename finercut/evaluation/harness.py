@@ -1,0 +1,241 @@
+"""The door to lm-eval, and perplexity on held-out tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.api.task import Task as LmEvalTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from finercut.evaluation.smoke_tasks import PREFIX, SMOKE_TASKS, lm_eval_config
+from finercut.params import Task
+from finercut.reports import TaskResult
+
+logger = logging.getLogger("finercut")
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task that lm-eval has read, with its documents."""
+
+    settings: Task
+    loaded: TaskDict
+    metric_key: str
+    """As lm-eval's results name it: `acc,none`."""
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @property
+    def smoke(self) -> bool:
+        return self.name in SMOKE_TASKS
+
+    @property
+    def leaves(self) -> list[LmEvalTask]:
+        """Itself, or the tasks of a group such as mmlu."""
+        return list(self.loaded["tasks"].values())
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model scored in one task."""
+
+    value: float
+    stderr: float | None
+    n_samples: int
+    n_available: int
+    n_fewshot: int
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a model predicts the held-out tokens."""
+
+    perplexity: float
+    bits_per_byte: float
+
+
+def load_tasks(tasks: Sequence[Task]) -> list[LoadedTask]:
+    """Read every task and its documents, which takes no model.
+
+    Raises:
+        ValueError: a task is unknown, named twice, lacks the metric, takes no examples, or runs what the model writes.
+        RuntimeError: its documents, or a package it needs, cannot be had.
+    """
+    names = [task.name for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"evaluate.tasks names {', '.join(sorted(twice))} more than once")
+    published = [name for name in names if not name.startswith(PREFIX)]
+    smoke = [lm_eval_config(name) for name in names if name.startswith(PREFIX)]
+    with _quiet():
+        # Reading lm-eval's own list takes seconds: only where it is needed.
+        manager = TaskManager(include_defaults=bool(published))
+        for name in published:
+            _check_known(name, manager)
+        configs = {config["task"]: config for config in smoke}
+        return [_load(task, configs.get(task.name, task.name), manager) for task in tasks]
+
+
+def _check_known(name: str, manager: TaskManager) -> None:
+    if name in manager.all_tags:
+        tasks = ", ".join(sorted(manager.task_index[name].tags))
+        raise ValueError(f"evaluate.tasks: {name} stands for several tasks, name those you want: {tasks}")
+    if name not in manager.all_tasks:
+        near = difflib.get_close_matches(name, [*manager.all_tasks, *SMOKE_TASKS], n=5)
+        hint = f"; near it are {', '.join(near)}" if near else ""
+        raise ValueError(f"evaluate.tasks: lm-eval {lm_eval.__version__} has no task {name!r}{hint}")
+
+
+def _load(settings: Task, spec: str | dict[str, Any], manager: TaskManager) -> LoadedTask:
+    try:
+        loaded = manager.load([spec])
+    except OSError as error:  # the hub's refusals and silences, and datasets that are not there
+        raise RuntimeError(
+            f"cannot load the documents of task {settings.name}: {error}; lm-eval takes them from the Hugging Face "
+            f"hub, or from its cache on this machine: check the network, or take the tasks {', '.join(SMOKE_TASKS)}"
+        ) from error
+    except ImportError as error:
+        raise RuntimeError(f"task {settings.name} needs a package that is missing: {error}") from error
+    task = LoadedTask(settings, loaded, _metric_key(settings, loaded))
+    for leaf in task.leaves:
+        if getattr(leaf, "UNSAFE_CODE", False):
+            raise ValueError(f"evaluate.tasks: {task.name} runs code that the model writes, which is not done here")
+        if settings.num_fewshot and leaf.get_config("num_fewshot") == 0:
+            raise ValueError(f"evaluate.tasks: {task.name} takes no examples, num_fewshot is {settings.num_fewshot}")
+        own = leaf.get_config("num_fewshot") or 0
+        leaf.set_config("num_fewshot", own if settings.num_fewshot is None else settings.num_fewshot)
+    return task
+
+
+def _metric_key(settings: Task, loaded: TaskDict) -> str:
+    """
+    Raises:
+        ValueError: the task has no such metric, or several.
+    """
+    available = list(dict.fromkeys(key for task in loaded["tasks"].values() for key in _metric_keys(task)))
+    if group := loaded["groups"].get(settings.name):
+        aggregated = {metric.metric for metric in group.aggregate_metric_list or []}
+        available = [key for key in available if key.partition(",")[0] in aggregated]
+    matching = [key for key in available if settings.metric in (key, key.partition(",")[0])]
+    if len(matching) != 1:
+        shown = ", ".join(key.removesuffix(",none") for key in available) or "none of its own: name its tasks"
+        found = "several metrics" if matching else "no metric"
+        raise ValueError(f"evaluate.tasks: {settings.name} has {found} {settings.metric!r}; it has {shown}")
+    return matching[0]
+
+
+def _metric_keys(task: LmEvalTask) -> list[str]:
+    filters = [entry["name"] for entry in task.get_config("filter_list") or [{"name": "none"}]]
+    return [f"{metric},{name}" for metric in task.aggregation() for name in filters]
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[LoadedTask],
+    *,
+    seed: int,
+    batch_size: int,
+) -> Iterator[tuple[str, Score]]:
+    """Evaluate `model` on one task after the other, in its own dtype, on its own device.
+
+    Returns:
+        name and score of each task, as soon as it is done
+    """
+    with _quiet():
+        served = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+    for task in tasks:
+        with _quiet():
+            set_seed(seed)
+            for leaf in task.leaves:
+                leaf.set_fewshot_seed(seed)
+            # Not simple_evaluate, which spends seconds a call on a list of every package installed.
+            results = lm_eval.evaluate(served, task.loaded, limit=task.settings.limit, log_samples=False)
+        yield task.name, _score(task, results)
+
+
+def _score(task: LoadedTask, results: Mapping[str, Any]) -> Score:
+    name = task.name
+    metric, filter_name = task.metric_key.split(",")
+    figures = results["results"][name]
+    stderr = figures[f"{metric}_stderr,{filter_name}"]
+    counts = [results["n-samples"][leaf.task_name] for leaf in task.leaves]
+    return Score(
+        value=float(figures[task.metric_key]),
+        stderr=None if stderr == "N/A" else float(stderr),
+        n_samples=sum(count["effective"] for count in counts),
+        n_available=sum(count["original"] for count in counts),
+        n_fewshot=results["n-shot"][name],
+        # None where the tasks of a group disagree.
+        higher_is_better=results["higher_is_better"][name].get(metric) is not False,
+    )
+
+
+def compare(task: LoadedTask, whole: Score, pruned: Score) -> TaskResult:
+    """Both models' scores; retention turns the ratio around where lower is better, so that less is always worse."""
+    best, reached = (whole.value, pruned.value) if whole.higher_is_better else (pruned.value, whole.value)
+    return TaskResult(
+        metric=task.settings.metric,
+        whole=whole.value,
+        whole_stderr=whole.stderr,
+        pruned=pruned.value,
+        pruned_stderr=pruned.stderr,
+        retention=reached / best if best else None,
+        n_samples=whole.n_samples,
+        n_available=whole.n_available,
+        n_fewshot=whole.n_fewshot,
+        generative=any(leaf.get_config("output_type") == "generate_until" for leaf in task.leaves),
+        higher_is_better=whole.higher_is_better,
+        smoke=task.smoke,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps lm-eval's notes, and off a terminal its progress bars, out of the log."""
+    theirs = logging.getLogger("lm_eval")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with bars:
+            yield
+    finally:
+        theirs.setLevel(level)
+
+
+@torch.inference_mode()
+def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> Fit:
+    """How well `model` predicts each window's tokens from those before them, its first token left out.
+
+    Args:
+        windows: token ids, (samples, tokens)
+
+    Raises:
+        RuntimeError: logits that are not finite.
+    """
+    nats, n_tokens, n_bytes = 0.0, 0, 0
+    for window in windows.to(model.device):
+        logits = model(window[None], use_cache=False).logits[0, :-1].float()
+        nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+        n_tokens += len(window) - 1
+        n_bytes += len(tokenizer.decode(window[1:], clean_up_tokenization_spaces=False).encode())
+    if not math.isfinite(nats):
+        raise RuntimeError(f"logits in {model.dtype} are not finite: set evaluate.dtype to bfloat16 or float32")
+    return Fit(perplexity=math.exp(nats / n_tokens), bits_per_byte=nats / math.log(2) / n_bytes)

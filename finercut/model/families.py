@@ -1,0 +1,233 @@
+"""Where each family of decoder keeps its sublayers. Adding a family is one entry here.
+
+A sublayer is a core module, whose output is added to the residual stream, and what runs just before and after it for
+its sake alone (norms). Members are named as attributes of the block.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One sublayer of a block: `before` -> `core` -> `after`, in the order they run."""
+
+    core: str
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    n_outputs: int | None = None
+    """Of the core, the first being what it adds. None: 2 of an attention (its weights are the other), 1 of an MLP."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return (*self.before, self.core, *self.after)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the blocks are in the model, and the sublayers in a block. Travels in a pruned checkpoint's config."""
+
+    blocks: str
+    attention: Branch
+    mlp: Branch
+    sequential: bool = True
+    """A block is its attention followed by its MLP. Otherwise, where both read the same stream or a norm lies on the
+    stream itself, a block is run as one."""
+
+    def branch(self, kind: str) -> Branch:
+        return self.attention if kind == "attention" else self.mlp
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Layout:
+        """
+        Raises:
+            ValueError: it is not what `to_dict` writes.
+        """
+        try:
+            branches = {kind: Branch(**values[kind]) for kind in ("attention", "mlp")}
+            branches = {k: replace(b, before=tuple(b.before), after=tuple(b.after)) for k, b in branches.items()}
+            return cls(**values | branches)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{LAYOUT_KEY} in config.json is not a layout: {error}. Write it as {EXAMPLE}") from error
+
+
+LAYOUT_KEY = "finercut_layout"
+"""Of a whole model's config.json: where an undeclared family keeps its sublayers, found or written by hand."""
+EXAMPLE = json.dumps(
+    {
+        "blocks": "model.layers",
+        "attention": {"core": "self_attn", "before": ["input_layernorm"]},
+        "mlp": {"core": "mlp", "before": ["post_attention_layernorm"]},
+    }
+)
+
+PRE_NORM = Layout(
+    blocks="model.layers",
+    attention=Branch("self_attn", before=("input_layernorm",)),
+    mlp=Branch("mlp", before=("post_attention_layernorm",)),
+)
+POST_NORM = Layout(
+    blocks="model.layers",
+    attention=Branch("self_attn", after=("post_attention_layernorm",)),
+    mlp=Branch("mlp", after=("post_feedforward_layernorm",)),
+)
+SANDWICH_NORM = Layout(
+    blocks="model.layers",
+    attention=Branch("self_attn", before=("input_layernorm",), after=("post_attention_layernorm",)),
+    mlp=Branch("mlp", before=("pre_feedforward_layernorm",), after=("post_feedforward_layernorm",)),
+)
+
+
+def _gpt_neox(config: Any) -> Layout:
+    return Layout(
+        blocks="gpt_neox.layers",
+        attention=Branch("attention", before=("input_layernorm",)),
+        mlp=Branch("mlp", before=("post_attention_layernorm",)),
+        sequential=not config.use_parallel_residual,
+    )
+
+
+def _opt(config: Any) -> Layout:
+    # Its MLP is not one module. Where the norms come after the addition (350M), they lie on the stream and stay.
+    first = config.do_layer_norm_before
+    return Layout(
+        blocks="model.decoder.layers",
+        attention=Branch("self_attn", before=("self_attn_layer_norm",) if first else ()),
+        mlp=Branch("fc2", before=("final_layer_norm", "fc1") if first else ("fc1",)),
+        sequential=first,
+    )
+
+
+# By the whole model's `model_type`: the layout, or what makes it from the config where that decides.
+FAMILIES: dict[str, Layout | Callable[[Any], Layout]] = {
+    "gemma2": SANDWICH_NORM,
+    "gemma3_text": SANDWICH_NORM,
+    "gpt2": Layout("transformer.h", Branch("attn", before=("ln_1",)), Branch("mlp", before=("ln_2",))),
+    "gpt_neox": _gpt_neox,
+    "granite": PRE_NORM,
+    "llama": PRE_NORM,
+    "mistral": PRE_NORM,
+    "mixtral": PRE_NORM,
+    "olmo2": POST_NORM,
+    "opt": _opt,
+    "phi3": PRE_NORM,
+    "qwen2": PRE_NORM,
+    "qwen3": PRE_NORM,
+    "qwen3_moe": PRE_NORM,
+}
+
+
+def layout_of(config: Any) -> Layout:
+    """The layout of the whole model that `config` describes.
+
+    Raises:
+        ValueError: it cannot be pruned, and why; or its family is not declared.
+    """
+    check_supported(config)
+    if found := getattr(config, LAYOUT_KEY, None):
+        return Layout.from_dict(found)
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"cannot prune a {config.model_type} model whose sublayers nobody looked for: `finercut fetch` does; "
+            f"known families: {', '.join(sorted(FAMILIES))}"
+        )
+    family = FAMILIES[config.model_type]
+    return family if isinstance(family, Layout) else family(config)
+
+
+def is_declared(config: Any) -> bool:
+    return hasattr(config, LAYOUT_KEY) or config.model_type in FAMILIES
+
+
+# Kinds of blocks whose state is not keys and values of past tokens.
+_RECURRENT = ("mamba", "linear_attention", "conv", "recurrent", "hybrid", "hybrid_sliding", "moe_mamba")
+
+
+def check_supported(config: Any) -> None:
+    """
+    Raises:
+        ValueError: a model of that kind cannot be pruned; says why, and what to do where there is something.
+    """
+    kind = f"cannot prune a {config.model_type} model"
+    if config.model_type.startswith("finercut_"):
+        raise ValueError(f"{kind}: it is pruned already; take the whole model")
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise ValueError(
+            f"{kind} that is quantised ({getattr(method, 'value', method)}): take the model it was made from, and "
+            "quantise after pruning"
+        )
+    if config.is_encoder_decoder:
+        raise ValueError(f"{kind}: it is an encoder and a decoder, and only decoders are searched")
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"{kind}: it is a language model ({config.get_text_config().model_type}) with other inputs around it; "
+            "save the language model by itself first (docs/families.md) and take that"
+        )
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(
+            f"{kind}: its last {config.num_kv_shared_layers} attentions read the keys and values of earlier ones, "
+            "which could not be removed on their own"
+        )
+    if recurrent := sorted(set(getattr(config, "layer_types", None) or ()).intersection(_RECURRENT)):
+        raise ValueError(f"{kind}: some of its blocks keep a recurrent state ({', '.join(recurrent)})")
+    if config.is_heterogeneous:
+        raise ValueError(f"{kind} with a per_layer_config of its own: transformers does not act on it yet")
+
+
+def base_architecture(model_type: str) -> str:
+    """Name of transformers' causal language model class of a family.
+
+    Raises:
+        ValueError: transformers has none, the model's code is its own.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"cannot write a pruned {model_type} model: its code is not transformers', a checkpoint would have to "
+            "carry it and vLLM has no model of it; it can be searched, and run with sublayers masked"
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+
+
+def register_configs() -> None:
+    """Make transformers' `AutoConfig` know the pruned models of every type it has. May be called again.
+
+    Names only, as transformers keeps its own: the classes cannot be made while transformers is still being imported.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+    from finercut.model import modeling_finercut
+
+    for model_type, config_class in list(CONFIG_MAPPING_NAMES.items()):
+        if model_type.startswith("finercut_"):
+            continue
+        pruned = f"finercut_{model_type}"
+        CONFIG_MAPPING_NAMES[pruned] = modeling_finercut.PREFIX + config_class
+        # Where transformers looks for the classes of a model type.
+        sys.modules[f"transformers.models.{model_type_to_module_name(pruned)}"] = modeling_finercut
+
+
+def register_models() -> None:
+    """Make transformers' `AutoModelForCausalLM` know the pruned models, by name too. May be called again."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from finercut.model.modeling_finercut import PREFIX
+
+    for model_type, architecture in list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
+        if model_type.startswith("finercut_"):
+            continue
+        pruned = f"finercut_{model_type}"
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[pruned] = PREFIX + architecture
+        # Made from the configs' names when that module was imported, which may have been before ours were among them.
+        MODEL_FOR_CAUSAL_LM_MAPPING._reverse_config_mapping[CONFIG_MAPPING_NAMES[pruned]] = pruned

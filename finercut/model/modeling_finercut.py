@@ -1,0 +1,214 @@
+"""Models with sublayers removed, on top of transformers' own classes.
+
+`FinerCut<Base>` exists here for every causal language model `<Base>` of transformers, and is made when it is asked
+for: `FinerCutLlamaForCausalLM` is `LlamaForCausalLM` less the sublayers that its config lists as skipped.
+
+This file is copied into every pruned checkpoint, so that `trust_remote_code=True` loads it where finercut is not
+installed. It therefore imports nothing of finercut.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+PREFIX = "FinerCut"
+KINDS = ("attention", "mlp")
+
+
+class Removed(nn.Module):
+    """Stands where the core of a sublayer was, and adds nothing to the residual stream.
+
+    Args:
+        n_outputs: of the core; the first is what it adds.
+    """
+
+    def __init__(self, kind: str, n_outputs: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.n_outputs = n_outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Families name and order a core's arguments differently.
+        states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.is_floating_point())
+        # Of full shape: some families add to it in place, or reshape it.
+        nothing = torch.zeros_like(states)
+        return nothing if self.n_outputs == 1 else (nothing, *[None] * (self.n_outputs - 1))
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+
+def bypass(block: nn.Module, kind: str, layout: dict[str, Any]) -> dict[str, nn.Module]:
+    """Take one sublayer out of the path through `block`.
+
+    Args:
+        layout: where the family keeps its sublayers, as `finercut.model.families.Layout` writes it.
+
+    Returns:
+        The modules that were replaced, by name: putting them back undoes it.
+    """
+    branch = layout[kind]
+    # Attentions of transformers return their weights too. Checkpoints of 0.1.0 do not say so.
+    n_outputs = branch.get("n_outputs") or (2 if kind == "attention" else 1)
+    replaced = {name: getattr(block, name) for name in (*branch["before"], branch["core"], *branch["after"])}
+    for name in replaced:
+        setattr(block, name, Removed(kind, n_outputs) if name == branch["core"] else nn.Identity())
+    return replaced
+
+
+def removed_sublayers(config: transformers.PreTrainedConfig) -> list[tuple[int, str]]:
+    """(block, kind) of every sublayer the config lists as skipped, by depth."""
+    if not config.is_heterogeneous:
+        return []
+    blocks = config.per_layer_config
+    return [(i, kind) for i in range(len(blocks)) for kind in KINDS if kind in getattr(blocks[i], "skip", ())]
+
+
+def kept_attentions(config: transformers.PreTrainedConfig) -> list[int]:
+    """Blocks that still have their attention: the n-th of them owns the n-th layer of the KV cache."""
+    gone = {block for block, kind in removed_sublayers(config) if kind == "attention"}
+    return [block for block in range(config.num_hidden_layers) if block not in gone]
+
+
+def cached_by(attention: nn.Module) -> list[nn.Module]:
+    """The modules of an attention that know its layer of the KV cache: mostly itself, sometimes one inside."""
+    return [module for module in attention.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+
+
+def remove_sublayers(model: nn.Module) -> None:
+    """Take out of `model` what its config lists as skipped.
+
+    Kept attentions are numbered anew: a cache tells its length by its first layer, which must be one that is filled.
+
+    Raises:
+        ValueError: the config does not say where the sublayers are, or no attention is left.
+    """
+    config = model.config
+    removed = removed_sublayers(config)
+    if not removed:
+        return
+    layout = (config.finercut or {}).get("layout")
+    if layout is None:
+        raise ValueError(f"{type(config).__name__} skips sublayers but has no finercut.layout to find them by")
+    kept = kept_attentions(config)
+    if not kept:
+        raise ValueError("every attention is removed; a model without one cannot tell positions apart")
+    # The same blocks for a model with and without its head.
+    blocks = model.base_model.get_submodule(layout["blocks"].removeprefix(f"{model.base_model_prefix}."))
+    for index, kind in removed:
+        bypass(blocks[index], kind, layout)
+    for position, index in enumerate(kept):
+        for module in cached_by(getattr(blocks[index], layout["attention"]["core"])):
+            module.layer_idx = position
+
+
+class PrunedConfig:
+    """What a pruned model's config adds to its base's: a cache sees the kept attentions only."""
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        config = super().get_text_config(decoder=decoder, encoder=encoder)
+        # Transformers asks with decoder=True where it builds caches and reads generation defaults.
+        if not decoder or not removed_sublayers(config):
+            return config
+        kept = kept_attentions(config)
+        cached = copy.copy(config)
+        cached.per_layer_config = None
+        cached.num_hidden_layers = len(kept)
+        if getattr(config, "layer_types", None) is not None:
+            cached.layer_types = [config.layer_types[block] for block in kept]
+        return cached
+
+
+class PrunedModel:
+    """What a pruned model adds to its base: it builds kept sublayers only, and refuses weights that do not fit."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        remove_sublayers(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', but missing, unexpected and misshapen weights are errors, not warnings.
+
+        Raises:
+            ValueError: the checkpoint's weights are not the ones its config asks for.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = {
+            what: sorted(map(str, info[f"{what}_keys"]))
+            for what in ("missing", "unexpected", "mismatched")
+            if info[f"{what}_keys"]
+        }
+        if wrong:
+            found = "; ".join(f"{what}: {', '.join(keys[:3])} ({len(keys)})" for what, keys in wrong.items())
+            raise ValueError(f"weights and config.json do not belong together: {found}")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        here, there = Path(__file__), Path(save_directory) / "modeling_finercut.py"
+        if not (there.exists() and there.samefile(here)):
+            shutil.copyfile(here, there)
+        return saved
+
+
+def pruned_config_class(base: type, module: str) -> type:
+    """`FinerCut<base>`, a class of the module of that name."""
+    body = {
+        "__module__": module,
+        "__annotations__": {"finercut": dict | None},
+        "__doc__": f"`{base.__name__}` with the removals listed in `per_layer_config`, their origin in `finercut`.",
+        "model_type": f"finercut_{base.model_type}",
+        "finercut": None,
+    }
+    if not base.__module__.startswith("transformers."):
+        # Transformers writes an __init__ for classes without one, which would not call the base's.
+        body["__init__"] = lambda self, **settings: base.__init__(self, **settings)
+    return type(PREFIX + base.__name__, (PrunedConfig, base), body)
+
+
+def pruned_model_class(base: type, config_class: type, module: str) -> type:
+    """`FinerCut<base>`, a class of the module of that name.
+
+    Args:
+        config_class: what `pruned_config_class` made of the base's.
+    """
+    name = PREFIX + base.__name__
+    body = {
+        "__module__": module,
+        "__doc__": f"`{base.__name__}` less the sublayers its config lists as skipped.",
+        "config_class": config_class,
+    }
+    # Where a family's files and modules name weights differently, transformers looks the renaming up by class or type.
+    renaming = get_checkpoint_conversion_mapping(base.__name__)
+    if renaming is None:
+        renaming = get_checkpoint_conversion_mapping(base.config_class.model_type)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
+    return type(name, (PrunedModel, base), body)
+
+
+def _class(name: str) -> type:
+    """The class of that name, made once: transformers compares config classes by identity."""
+    if name not in globals():
+        base = getattr(transformers, name.removeprefix(PREFIX))
+        if name.endswith("Config"):
+            globals()[name] = pruned_config_class(base, __name__)
+        else:
+            config_class = _class(PREFIX + base.config_class.__name__)
+            globals()[name] = pruned_model_class(base, config_class, __name__)
+    return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith(PREFIX) and hasattr(transformers, name.removeprefix(PREFIX)):
+        return _class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

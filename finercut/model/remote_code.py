@@ -1,0 +1,118 @@
+"""Python code that models bring along: which of it is trusted, and what a pruned model of such a kind carries.
+
+A model that transformers has no code for is taken only if params.yaml names the code it trusts. `fetch` notes its hash
+in the model's config.json, and nobody else may; every later stage runs the code only while it still has that hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finercut.model.configs import note, read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRUSTED_KEY = "finercut_trusted_code"
+"""Of a config.json: `code_sha256` of the directory when its code was trusted."""
+
+PRUNED_FILE = "modeling_pruned.py"
+OUR_FILES = ("modeling_finercut.py", PRUNED_FILE)
+"""Names that no file of a whole model's may have."""
+
+_PRUNED = '''\
+"""{model} less the sublayers its config lists as skipped. Written by finercut."""
+
+from .{config_module} import {config}
+from .{model_module} import {model}
+from .modeling_finercut import pruned_config_class, pruned_model_class
+
+{prefix}{config} = pruned_config_class({config}, __name__)
+{prefix}{model} = pruned_model_class({model}, {prefix}{config}, __name__)
+'''
+
+
+def python_files(directory: Path) -> list[Path]:
+    """Beside config.json, sorted by name. Folders are not looked into."""
+    return sorted(file for file in directory.glob("*.py") if file.is_file())
+
+
+def code_sha256(directory: Path) -> str:
+    """Over the sorted names and contents of the Python files beside config.json."""
+    digest = hashlib.sha256()
+    for file in python_files(directory):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def note_trusted(directory: Path, sha256: str) -> None:
+    """Let later stages run the code of this hash."""
+    note(directory, TRUSTED_KEY, sha256)
+
+
+def trusts_code(directory: Path) -> bool:
+    """Whether transformers may run the Python files in `directory`: the only place that decides it.
+
+    Raises:
+        ValueError: they were trusted, and have changed since; or its configs name code that lies elsewhere.
+    """
+    config = read_object(directory / "config.json")
+    if TRUSTED_KEY not in config:
+        return False
+    if config[TRUSTED_KEY] != code_sha256(directory):
+        raise ValueError(
+            f"the Python files in {directory} are not those that were trusted when they were fetched, and are not run: "
+            "run `finercut fetch` again, and the stages after it"
+        )
+    tokenizer = directory / "tokenizer_config.json"
+    configs = [config, *([read_object(tokenizer)] if tokenizer.is_file() else [])]
+    for reference in _strings([config.get("auto_map") for config in configs]):
+        # `owner/name--file.Class` is downloaded, and `/folder/file.Class` read, whatever was looked at here.
+        if not re.fullmatch(r"\w+\.\w+", reference):
+            raise ValueError(
+                f"auto_map in {directory} names {reference!r}, which is no `file.Class` beside config.json: code that "
+                "lies elsewhere is not run; put it there, and its name into auto_map"
+            )
+    return True
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All that are in a JSON value, at any depth; not the names of fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def pruned_class(whole: PreTrainedModel, whole_directory: Path, directory: Path) -> type[PreTrainedModel]:
+    """Put the code of the pruned model into `directory`: the whole one's, `modeling_finercut.py` and what joins them.
+
+    Args:
+        whole: loaded from `whole_directory`, by code that is trusted.
+
+    Returns:
+        The pruned model's class, of that code.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    from finercut.model import modeling_finercut
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in (*python_files(whole_directory), Path(modeling_finercut.__file__)):
+        shutil.copyfile(file, directory / file.name)
+    (config_module, config), (model_module, model) = (
+        whole.config.auto_map[name].split(".") for name in ("AutoConfig", "AutoModelForCausalLM")
+    )
+    prefix = modeling_finercut.PREFIX
+    text = _PRUNED.format(
+        prefix=prefix, config_module=config_module, config=config, model_module=model_module, model=model
+    )
+    (directory / PRUNED_FILE).write_text(text, encoding="utf-8")
+    return get_class_from_dynamic_module(f"{Path(PRUNED_FILE).stem}.{prefix}{model}", directory)

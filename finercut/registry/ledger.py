@@ -1,0 +1,240 @@
+"""Which version was champion when, and since whose word: a log in MLflow's registry, and the aliases that follow it.
+
+MLflow sets aliases unconditionally: of two who promote at once the later one wins, whatever it had seen. But it numbers
+the versions of a registered model one by one, never twice. So `NAME.promotions` is a registered model whose versions
+are entries of a log, and an entry counts only if none came between it and the last one its writer had seen: of two
+written on the same state the first counts, and the second's writer looks again. The log alone decides; the aliases
+`champion` and `previous` are set from it afterwards, by anyone who finds them behind.
+"""
+
+from __future__ import annotations
+
+import getpass
+import random
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from finercut.registry.runs import mlflow_errors
+
+CHAMPION, PREVIOUS = "champion", "previous"
+Action = Literal["promoted", "rolled back", "accepted", "collected"]
+_SUFFIX = ".promotions"
+_SETTLED = "settled"
+# What MLflow says when the database refuses a row that came twice, or is locked by another.
+_COLLISIONS = {"BAD_REQUEST", "TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR"}
+N_ATTEMPTS = 6
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the log."""
+
+    number: int
+    """Given out by the registry."""
+    after: int
+    """The last number its writer had seen."""
+    key: str
+    """Its writer's own, who tells by it whether the entry counts."""
+    action: Action
+    version: str
+    """That became champion; or, collected, lost its checkpoint."""
+    before: str | None
+    """The champion until then."""
+    by: str
+    reason: str
+    at: datetime
+    """By the registry's clock."""
+    settled: bool
+    """Whether the aliases were seen to agree with it."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the log says."""
+
+    last: int
+    """Number of its last entry, whether it counts or not."""
+    entries: tuple[Entry, ...]
+    """Those that count, in order."""
+    champions: tuple[str, ...]
+    """Versions a rollback can go back through; the champion last."""
+    collected: frozenset[str]
+    """Versions whose checkpoint is no longer kept."""
+
+    @property
+    def champion(self) -> str | None:
+        return self.champions[-1] if self.champions else None
+
+    @property
+    def previous(self) -> str | None:
+        return self.champions[-2] if len(self.champions) > 1 else None
+
+    @property
+    def move(self) -> Entry | None:
+        """The last entry that made a version champion."""
+        return next((e for e in reversed(self.entries) if e.action != "collected"), None)
+
+    def moved_outside(self, alias: str | None) -> bool:
+        """Whether `champion`, found at `alias`, was moved by something that does not write this log."""
+        unfinished = self.move is not None and not self.move.settled
+        return alias != self.champion and not unfinished
+
+
+def fold(listed: Iterable[Entry]) -> State:
+    """The state that a log in any order comes to."""
+    last, entries, champions, collected = 0, [], [], set()
+    for entry in sorted(listed, key=lambda e: e.number):
+        counts = entry.after >= last
+        last = entry.number
+        if not counts:
+            continue
+        entries.append(entry)
+        if entry.action == "collected":
+            collected.add(entry.version)
+        elif entry.action != "promoted" and entry.version in champions:
+            # Back to it: those after it are no longer on the way.
+            while champions[-1] != entry.version:
+                champions.pop()
+        else:
+            champions.append(entry.version)
+    return State(last, tuple(entries), tuple(champions), frozenset(collected))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The log of the registered model `model`, and its aliases."""
+
+    client: MlflowClient
+    model: str
+
+    @property
+    def name(self) -> str:
+        return self.model + _SUFFIX
+
+    def read(self) -> State:
+        with mlflow_errors(f"read {self.name}"):
+            return fold(map(_entry, self.client.search_model_versions(f"name = '{self.name}'")))
+
+    def aliases(self) -> dict[str, str]:
+        """Of the registered model, with the versions they stand at."""
+        with mlflow_errors(f"read the aliases of {self.model}"):
+            return {a: str(v) for a, v in self.client.get_registered_model(self.model).aliases.items()}
+
+    def look(self) -> tuple[State, str | None]:
+        """The log, and the version `champion` is at; again if a stranger seems to have moved it.
+
+        It may have been a command at work, between its entry and the alias or between our two questions.
+        """
+        for pause_s in (0.25, 0.5, 0):
+            state, alias = self.read(), self.aliases().get(CHAMPION)
+            if not state.moved_outside(alias):
+                break
+            time.sleep(pause_s)
+        return state, alias
+
+    def append(
+        self, state: State, action: Action, version: str, run_id: str, *, reason: str = "", details: str = ""
+    ) -> bool:
+        """Write an entry that counts only if the log is still as in `state`.
+
+        Args:
+            run_id: that made the version; MLflow wants one for every entry
+            details: Markdown, shown in MLflow as the entry's description
+
+        Returns:
+            whether it counts
+        """
+        key = uuid.uuid4().hex
+        tags = {
+            "after": str(state.last),
+            "key": key,
+            "action": action,
+            "version": version,
+            "before": state.champion or "",
+            "by": f"{getpass.getuser()}@{socket.gethostname()}",
+            "reason": reason,
+        }
+        with mlflow_errors(f"write to {self.name}"):
+            self._create()
+            # With its tags it is one transaction: an entry is whole or not there. Of two with one key the first counts.
+            _patiently(
+                self.client.create_model_version,
+                self.name,
+                source=f"runs:/{run_id}/reports",
+                run_id=run_id,
+                tags=tags,
+                description=details[:5000],
+                await_creation_for=0,
+            )
+        return any(entry.key == key for entry in self.read().entries)
+
+    def _create(self) -> None:
+        about = f"Which version of {self.model} was champion when. Written by finercut; the aliases follow it."
+        try:
+            self.client.create_registered_model(self.name, description=about)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def settled(self) -> tuple[State, str | None]:
+        """As `look`, once a move that was cut short has been completed."""
+        state = self.read()
+        if state.move is not None and not state.move.settled:
+            self.settle()
+        return self.look()
+
+    def settle(self) -> State:
+        """Set the aliases to what the log says, and look again until they do; then note that they did."""
+        while True:
+            state, found = self.read(), self.aliases()
+            wanted = {PREVIOUS: state.previous, CHAMPION: state.champion}
+            wrong = {alias: version for alias, version in wanted.items() if found.get(alias) != version}
+            if not wrong:
+                if state.move is not None and not state.move.settled:
+                    with mlflow_errors(f"write to {self.name}"):
+                        number = str(state.move.number)
+                        _patiently(self.client.set_model_version_tag, self.name, number, _SETTLED, "true")
+                return state
+            with mlflow_errors(f"move the aliases of {self.model}"):
+                for alias, version in wrong.items():
+                    if version is None:
+                        self.client.delete_registered_model_alias(self.model, alias)
+                    else:
+                        _patiently(self.client.set_registered_model_alias, self.model, alias, version)
+
+
+def _patiently(write: Callable[..., object], *arguments: object, **settings: object) -> None:
+    """Two writes of one thing at once can make MLflow refuse one of them: it looks first, then inserts."""
+    for attempt in range(N_ATTEMPTS):
+        try:
+            write(*arguments, **settings)
+            return
+        except MlflowException as error:
+            if error.error_code not in _COLLISIONS or attempt == N_ATTEMPTS - 1:
+                raise
+        time.sleep(random.uniform(0, 0.1 * 2**attempt))
+
+
+def _entry(version: ModelVersion) -> Entry:
+    tags = version.tags
+    return Entry(
+        number=int(version.version),
+        after=int(tags["after"]),
+        key=tags["key"],
+        action=tags["action"],
+        version=tags["version"],
+        before=tags["before"] or None,
+        by=tags["by"],
+        reason=tags["reason"],
+        at=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        settled=_SETTLED in tags,
+    )

@@ -1,0 +1,144 @@
+"""The model run sublayer by sublayer, by its own code.
+
+A block whose MLP is bypassed is its attention, and the other way round. What surrounds the blocks (embeddings, final
+norm, head) is the model with one stand-in for all of its blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from finercut.model.families import Layout
+from finercut.model.modeling_finercut import bypass
+from finercut.sublayers import KINDS, Sublayer
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is run as one: a sublayer, or a whole block where it is not one sublayer after the other."""
+
+    block: int
+    kinds: tuple[str, ...]
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        return tuple(Sublayer(self.block, kind) for kind in self.kinds)
+
+
+class Blocks:
+    """The blocks of a model, any of whose sublayers can be left out of a forward."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, tokens: Tensor) -> None:
+        """
+        Args:
+            tokens: ids, (1, tokens), of the length that will be run.
+        """
+        self.model = model
+        self.layout = layout
+        self.blocks = list(model.get_submodule(layout.blocks))
+        self._views: dict[tuple[int, frozenset[str]], nn.Module] = {}
+        self._arguments = self._capture(tokens)
+        kinds = [(kind,) for kind in KINDS] if layout.sequential else [KINDS]
+        self.units = [Unit(i, k) for i in range(len(self.blocks)) for k in kinds]
+
+    def view(self, block: int, without: frozenset[str]) -> nn.Module:
+        """The block with some kinds bypassed; shares its weights."""
+        key = (block, without)
+        if key not in self._views:
+            view = _shallow(self.blocks[block])
+            for kind in sorted(without):
+                bypass(view, kind, self.layout.to_dict())
+            self._views[key] = view
+        return self._views[key]
+
+    def run(self, unit: Unit, states: Tensor, removed: Iterable[Sublayer]) -> Tensor:
+        """One unit on (batch, tokens, hidden) states; `removed` may name sublayers of other units too."""
+        gone = frozenset(s.kind for s in removed if s.block == unit.block)
+        if len(unit.kinds) == 1:
+            if gone.issuperset(unit.kinds):
+                return states
+            gone = frozenset(KINDS) - set(unit.kinds)
+        args, kwargs = self._arguments[unit.block]
+        return _states(self.view(unit.block, gone)(states, *args, **kwargs))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(batch, tokens) ids -> (batch, tokens, hidden): what the first block is given."""
+        catch = _StandIn(self._in_tuple)
+        self._run(self._around(catch), tokens)
+        return catch.states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(batch, tokens, hidden) after the last block -> (batch, tokens, vocab), all by the model's own code."""
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        return self._run(self._around(_StandIn(self._in_tuple, states)), ids).logits
+
+    def _run(self, model: nn.Module, tokens: Tensor) -> Any:
+        # Routers' logits are there for a loss only, and a model none of whose routers ran fails at it.
+        routers = {"output_router_logits": False} if hasattr(self.model.config, "output_router_logits") else {}
+        return model(tokens, use_cache=False, **routers)
+
+    def _around(self, only: nn.Module) -> nn.Module:
+        """The model with `only` in place of all of its blocks; shares its weights."""
+        model = _shallow(self.model)
+        *parents, last = self.layout.blocks.split(".")
+        holder = model
+        for name in parents:
+            holder._modules[name] = _shallow(holder._modules[name])
+            holder = holder._modules[name]
+        holder._modules[last] = nn.ModuleList([only])
+        return model
+
+    def _capture(self, tokens: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
+        """What the model passes each block besides the states: masks, position embeddings."""
+        captured: list[tuple[tuple, dict[str, Any]]] = []
+
+        def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            captured.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            self._in_tuple = isinstance(output, tuple)
+
+        hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.blocks]
+        try:
+            self._run(self.model, tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return captured
+
+
+def _states(output: Any) -> Tensor:
+    """What a block hands on: with some families the first of several."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """Another module with the same parameters and children, whose children can be replaced."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    if hasattr(module, "_hf_hook"):
+        # accelerate, which spreads a model over devices, puts a forward on the instance that is bound to it.
+        copied._old_forward = MethodType(module._old_forward.__func__, copied)
+        copied.forward = partial(module.forward.func, copied)
+    return copied
+
+
+class _StandIn(nn.Module):
+    """Stands for all blocks: keeps what they are given, and hands on `states` if there are any."""
+
+    def __init__(self, in_tuple: bool, states: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_tuple = in_tuple
+        self.states = states
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.states is None:
+            self.states = hidden_states
+        return (self.states,) if self.in_tuple else self.states

@@ -1,0 +1,164 @@
+"""A search shared by several processes, each with some of the windows and, where there are any, a GPU of its own.
+
+Every process makes every decision, from the same numbers in the same order; so none has to tell another what to do,
+and the removals are those of one process. All that crosses is each window's divergences, a few kilobytes a part from
+CPU memory to CPU memory, which is why Gloo carries them between GPUs too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from finercut.selection.blocks import Blocks
+from finercut.selection.race import Part, Totals
+from finercut.selection.sweep import MicroBatch, Sweep
+
+Value = TypeVar("Value")
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# Where the processes that `start` started find each other; those of torchrun do so at MASTER_ADDR.
+_MEETING = "FINERCUT_MEETING"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a search, of which this is one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among those on this machine: the number of its GPU."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and logs."""
+        return self.rank == 0
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, by rank.
+
+        Raises:
+            RuntimeError: a process has ended.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Value | None] = [None] * self.size
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"process {self.rank} of {self.size} lost another one of this search; what was found is kept: "
+                "run it again to continue"
+            ) from error
+        return values
+
+    def least(self, sizes: MicroBatch) -> MicroBatch:
+        """What fits everywhere: results depend on it in the last bits, so all take the same."""
+        everyone = [astuple(each) for each in self.gather(sizes)]
+        return MicroBatch(*map(min, zip(*everyone, strict=True)))
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Join the processes that torchrun started; alone where it did not."""
+    if not started():
+        yield ALONE
+        return
+    # The launcher starts each in a session of its own. One that outlived a killed launcher would go on beside the next
+    # search.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=os.environ.get(_MEETING), rank=rank, world_size=size)
+    try:
+        yield Ranks(rank, size, int(os.environ["LOCAL_RANK"]))
+    finally:
+        dist.destroy_process_group()
+
+
+def started() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def start(n_processes: int, arguments: Sequence[str]) -> None:
+    """Run `python arguments` in processes of this machine that share their work, and wait for them.
+
+    Raises:
+        RuntimeError: one of them failed; the others have been ended.
+    """
+    # They share this machine's cores, and talk over nothing but its loopback.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n_processes)))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # torch's TCP store would listen on every interface: launcher and processes meet in files.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ[_MEETING] = f"file://{folder}/processes"
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=n_processes,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint=f"{folder}/launcher",
+                rdzv_configs={"store_type": "file"},
+                local_addr="localhost",
+                max_restarts=0,
+            )
+            elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        rank, failure = min(error.failures.items(), key=lambda failed: _consequence(failed[1].exitcode))
+        how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed ({failure.exitcode})"
+        raise RuntimeError(
+            f"process {rank} of {n_processes} {how}; what was found is kept: run it again to continue"
+        ) from error
+
+
+def _consequence(exitcode: int) -> tuple[bool, int]:
+    """Sorts the process that was the reason first: the others lost it, or the launcher ended them."""
+    return exitcode == -signal.SIGTERM, exitcode
+
+
+class SharedSweep(Sweep):
+    """A sweep over the windows of all processes. Window n is the (n // size)-th one of process n % size."""
+
+    def __init__(self, ranks: Ranks, blocks: Blocks, tokens: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As `Sweep`, with the tokens of all windows."""
+        super().__init__(blocks, tokens[ranks.rank :: ranks.size], *args, **kwargs)
+        self.ranks = ranks
+
+    def divergences(self, windows: Sequence[int]) -> list[float]:
+        mine = [window for window in windows if self._is_mine(window)]
+        found = super().divergences([window // self.ranks.size for window in mine])
+        everyone = _merged(self.ranks.gather(dict(zip(mine, found, strict=True))))
+        return [everyone[window] for window in windows]
+
+    def totals(self, part: Part) -> Totals:
+        mine = [window for window in part if self._is_mine(window)]
+        found = super().totals({window // self.ranks.size: part[window] for window in mine}) if mine else {}
+        everyone = _merged(self.ranks.gather(dict(zip(mine, found.values(), strict=True))))
+        return {window: everyone[window] for window in part}
+
+    def _is_mine(self, window: int) -> bool:
+        return window % self.ranks.size == self.ranks.rank
+
+
+def _merged(shares: Iterable[dict[int, Value]]) -> dict[int, Value]:
+    return {window: value for share in shares for window, value in share.items()}

@@ -1,0 +1,268 @@
+"""Candidates evaluated as branches of one pass through the depth.
+
+A candidate at depth d leaves the residual stream before d untouched. So the model as it stands is run once, its stream
+kept at every depth (the trunk), and a candidate is a branch that starts from the trunk where its sublayer is and skips
+it. All branches of all windows that are under way go through a sublayer before any goes through the next.
+
+What comes out for a candidate on a window depends on the other candidates beside it in a micro-batch (in the last bits)
+but never on other windows: they may be computed elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from finercut.selection.blocks import Blocks, Unit
+from finercut.selection.divergence import Divergence, Reference
+from finercut.selection.race import Part, Segments, Totals
+from finercut.selection.workers import Workers
+from finercut.sublayers import Candidate, Sublayer
+
+# Tokens whose divergences are one number for the race.
+SEGMENT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """How much is computed at once."""
+
+    tokens: int
+    """Through a sublayer."""
+    logits: int
+    """By the head: of some tokens of several models. Between two such batches a candidate can be given up."""
+    divergence_logits: int
+    """In float32, with as many for each intermediate result."""
+
+
+# Of a CPU: as many as keep a core at its peak, few enough for every core to have some.
+CPU_TOKENS = 512
+CPU_HEAD_TOKENS = 128
+# What the caches of a core hold: 1 MiB in float32.
+CPU_DIVERGENCE_LOGITS = 2**18
+# Tokens beyond which a GPU gains nothing.
+GPU_TOKENS = 2**15
+
+
+def micro_batch(
+    config: PreTrainedConfig, device: torch.device, n_windows: int, n_tokens: int, wanted: int | None = None
+) -> MicroBatch:
+    """What fits: on a GPU, from the memory that will be left beside the trunk, the branches and the references.
+
+    Args:
+        wanted: tokens, instead.
+    """
+    text = config.get_text_config()
+    if wanted is not None:
+        return MicroBatch(wanted, wanted * text.vocab_size, wanted * text.vocab_size)
+    if device.type != "cuda":
+        return MicroBatch(CPU_TOKENS, CPU_HEAD_TOKENS * text.vocab_size, CPU_DIVERGENCE_LOGITS)
+    free, _ = torch.cuda.mem_get_info(device)
+    element_bytes = torch.empty(0, dtype=config.dtype).element_size()
+    # The trunk has a state for every sublayer and window, so have the branches.
+    states = 4 * text.num_hidden_layers * text.hidden_size * element_bytes
+    left = max(0, free - n_windows * n_tokens * (states + 4 * text.vocab_size))
+    return _within(left, text, element_bytes)
+
+
+def _within(n_bytes: int, text: PreTrainedConfig, element_bytes: int) -> MicroBatch:
+    """What fits so many bytes. Powers of two, as a rule the same in the next run, when a little less is free."""
+    per_token = (8 * text.hidden_size + 4 * text.intermediate_size) * element_bytes
+    logits = max(_power_of_two(n_bytes // 3 // (4 * 6)), SEGMENT_TOKENS * text.vocab_size)
+    tokens = min(GPU_TOKENS, _power_of_two(n_bytes // 3 // per_token))
+    return MicroBatch(tokens=tokens, logits=logits, divergence_logits=logits)
+
+
+def _power_of_two(n: int) -> int:
+    """The largest that is not above n; 0 for 0."""
+    return 1 << n.bit_length() >> 1
+
+
+class Sweep:
+    """The windows of a search: the whole model's output on them, and the trunk of the model as it stands."""
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        tokens: Tensor,
+        divergence: Divergence,
+        workers: Workers,
+        micro_batch: MicroBatch,
+        removed: Iterable[Sublayer] = (),
+    ) -> None:
+        """
+        Args:
+            tokens: ids, (windows, tokens), on the model's device.
+            removed: sublayers that are gone already, when a search is resumed.
+
+        Raises:
+            ValueError: the whole model's logits are not finite.
+        """
+        self.blocks = blocks
+        self.workers = workers
+        self.divergence = divergence
+        self.micro_batch = micro_batch
+        self.n_windows, self.n_tokens = tokens.shape
+        self.n_segments = -(-self.n_tokens // SEGMENT_TOKENS)
+        self.vocabulary = blocks.model.config.get_text_config().vocab_size
+        self.removed: frozenset[Sublayer] = frozenset()
+        self._start = {s: depth for depth, unit in enumerate(blocks.units) for s in unit.sublayers}
+        with torch.inference_mode():
+            embedded = torch.cat(workers.map(lambda window: blocks.embed(window[None]), tokens))
+            self.trunk = [embedded] * (len(blocks.units) + 1)
+            """The stream before every unit, and after the last: (windows, tokens, hidden) each."""
+            self._run_trunk(0)
+            self.references: list[Reference] = workers.map(self._reference, self.trunk[-1])
+        if removed:
+            self.remove(removed)
+
+    @torch.inference_mode()
+    def remove(self, sublayers: Iterable[Sublayer]) -> None:
+        """Make a removal for good: later candidates are judged on top of it."""
+        new = frozenset(sublayers)
+        self.removed |= new
+        self._run_trunk(min(self._start[s] for s in new))
+
+    @property
+    def sublayers(self) -> frozenset[Sublayer]:
+        """Those that are left."""
+        return self._start.keys() - self.removed
+
+    def passes(self, candidate: Candidate) -> int:
+        """Sublayers a branch without `candidate` goes through on one window."""
+        gone = self.removed.union(candidate.sublayers)
+        return sum(s not in gone for unit in self.blocks.units[self._depth(candidate) :] for s in unit.sublayers)
+
+    @torch.inference_mode()
+    def divergences(self, windows: Sequence[int]) -> list[float]:
+        """Of the model as it stands, summed over the tokens of each window."""
+        ends = self.trunk[-1]
+        rows = self.workers.map(lambda w: self._segments(w, ends[w][None], [math.inf])[0], windows)
+        return list(map(math.fsum, rows))
+
+    @torch.inference_mode()
+    def totals(self, part: Part) -> Totals:
+        """Divergence of the model without each candidate, on each of its windows. Uses each sublayer's weights once.
+
+        A sum that goes over its limit is not finished. A non-finite output is infinitely far.
+        """
+        ends = self._ends({window: list(row) for window, row in part.items()})
+        together = max(1, self.micro_batch.logits // (SEGMENT_TOKENS * self.vocabulary))
+        jobs = []
+        for window, row in part.items():
+            limits = iter(row.values())
+            jobs += [
+                (window, states, list(itertools.islice(limits, len(states))))
+                for states in _evenly(ends[window], together)
+            ]
+        found = self.workers.map(lambda job: self._segments(*job), jobs)
+        segments = itertools.chain.from_iterable(found)
+        return {window: {candidate: next(segments) for candidate in row} for window, row in part.items()}
+
+    def _run_trunk(self, first: int) -> None:
+        for depth in range(first, len(self.blocks.units)):
+            states = self.trunk[depth].clone()
+            self._advance(self.blocks.units[depth], ((window, self.removed) for window in states.split(1)))
+            self.trunk[depth + 1] = states
+
+    def _ends(self, branches: dict[int, list[Candidate]]) -> dict[int, Tensor]:
+        """Where the model without each candidate ends.
+
+        Args:
+            branches: candidates of each window, by depth.
+
+        Returns:
+            for each window, (candidates, tokens, hidden)
+        """
+        shape = self.trunk[0].shape[1:]
+        states = {window: self.trunk[0].new_empty(len(row), *shape) for window, row in branches.items()}
+        starts = {window: [self._depth(c) for c in row] for window, row in branches.items()}
+        together = max(1, self.micro_batch.tokens // self.n_tokens)
+        for depth in range(min(row[0] for row in starts.values()), len(self.blocks.units)):
+            unit = self.blocks.units[depth]
+            batches: list[tuple[Tensor, frozenset[Sublayer]]] = []
+            for window, row in branches.items():
+                first_new, n_live = bisect_left(starts[window], depth), bisect_right(starts[window], depth)
+                states[window][first_new:n_live] = self.trunk[depth][window]
+                # A whole block is a candidate of two units: at the second one, it is a branch that skips again.
+                n_plain = first_new
+                while n_plain > 0 and not set(unit.sublayers).isdisjoint(row[n_plain - 1].sublayers):
+                    n_plain -= 1
+                batches += [(batch, self.removed) for batch in _evenly(states[window][:n_plain], together)]
+                batches += [
+                    (states[window][i : i + 1], self.removed.union(row[i].sublayers)) for i in range(n_plain, n_live)
+                ]
+            self._advance(unit, batches)
+        return states
+
+    def _advance(self, unit: Unit, batches: Iterable[tuple[Tensor, frozenset[Sublayer]]]) -> None:
+        """Run (branches, tokens, hidden) states through a unit less what is removed, in place."""
+
+        def run(batch: tuple[Tensor, frozenset[Sublayer]]) -> None:
+            states, removed = batch
+            states.copy_(self.blocks.run(unit, states, removed))
+
+        # A sublayer that is gone changes nothing; a block that is run as one may have norms on the stream.
+        whole = len(unit.kinds) > 1
+        self.workers.map(run, [b for b in batches if len(b[0]) and (whole or not b[1].issuperset(unit.sublayers))])
+
+    def _depth(self, candidate: Candidate) -> int:
+        return self._start[candidate.sublayers[0]]
+
+    def _reference(self, states: Tensor) -> Reference:
+        """Of the whole model, which ends in (tokens, hidden) `states` on a window."""
+        pieces: list[Reference] = []
+        for part in states.split(self._head_tokens(1)):
+            logits = self.blocks.logits(part[None])[0].float()
+            if not logits.isfinite().all():
+                raise ValueError("the whole model's logits are not finite on the calibration tokens; try float32")
+            pieces.append(self.divergence.reference(logits))
+        return tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+    def _head_tokens(self, n_models: int) -> int:
+        """Tokens of each of `n_models` that the head is run on at once: whole segments."""
+        return max(1, self.micro_batch.logits // (self.vocabulary * n_models * SEGMENT_TOKENS)) * SEGMENT_TOKENS
+
+    def _segments(self, window: int, states: Tensor, limits: Sequence[float]) -> list[Segments]:
+        """Divergence of models that end in `states`, (models, tokens, hidden), on a window, summed over its segments.
+
+        The head is run on some tokens at a time, for the models whose sum is not over their limit yet: on more tokens
+        of each, the fewer they are.
+        """
+        segments: list[Segments] = [()] * len(states)
+        under_way = list(range(len(states)))
+        start = 0
+        while under_way and start < self.n_tokens:
+            part = slice(start, start + self._head_tokens(len(under_way)))
+            sums = self._segment_sums(window, part, states[under_way, part])
+            for model, new in zip(under_way, sums, strict=True):
+                segments[model] += tuple(x if x == x else math.inf for x in new)
+            under_way = [model for model in under_way if not math.fsum(segments[model]) > limits[model]]
+            start = part.stop
+        return segments
+
+    def _segment_sums(self, window: int, tokens: slice, states: Tensor) -> list[list[float]]:
+        reference = tuple(kept[tokens] for kept in self.references[window])
+        n_tokens = max(1, self.micro_batch.divergence_logits // (self.vocabulary * len(states)))
+        values = [
+            self.divergence.per_token(whole, pruned.float())
+            for *whole, pruned in zip(
+                *(kept.split(n_tokens) for kept in reference),
+                self.blocks.logits(states).split(n_tokens, dim=1),
+                strict=True,
+            )
+        ]
+        segments = torch.cat(values, dim=-1).double().split(SEGMENT_TOKENS, dim=-1)
+        return torch.stack([segment.sum(-1) for segment in segments], dim=-1).tolist()
+
+
+def _evenly(states: Tensor, together: int) -> Sequence[Tensor]:
+    """Pieces of at most `together`, as few and as equal as can be: many at once end at about the same time."""
+    return states.tensor_split(-(-len(states) // together)) if len(states) else ()

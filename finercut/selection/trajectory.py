@@ -1,0 +1,236 @@
+"""The ordered removals of a search with their divergences: one JSON line each, after a line of provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finercut.params import Budget
+from finercut.sublayers import Sublayer, candidates, parse, protected
+from finercut.system.staging import staged_file, writing
+
+
+class Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+    def to_json(self) -> str:
+        return self.model_dump_json() + "\n"
+
+
+class Provenance(Line):
+    """Everything that decides which removals a search finds. A trajectory continues only under the same one."""
+
+    model_source: str
+    model_revision: str
+    model_sha256: str
+    n_blocks: Annotated[int, Field(ge=1, le=10_000)]
+    calibration_sha256: str
+    held_out_sha256: str
+    divergence: str
+    candidates: Literal["attention", "mlp", "both", "blocks"]
+    protect: list[str]
+    exclude: float | None
+    dtype: str
+    device: str
+    """Its kind: cpu, cuda."""
+    torch_version: str
+    transformers_version: str
+    mode: str
+    error_probability: float | None
+    """Of racing."""
+    first_windows: int = 1
+    """Calibration windows of the first part of every step."""
+    code_sha256: str
+    """Of the modules that search."""
+
+    @property
+    def key(self) -> str:
+        """Names the folder of a search in progress."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+class Removal(Line):
+    """One greedy step."""
+
+    step: int
+    """From 1."""
+    sublayer: str
+    """What was removed: 12.attention, 12.mlp, or 12.block."""
+    divergence: Annotated[float, Field(allow_inf_nan=False)]
+    """Of the model after this removal, on the calibration tokens."""
+    held_out_divergence: float
+    """The same on the held-out tokens."""
+    mode: str
+    """exact, lazy or racing: what candidates are given up for before they are evaluated to the end."""
+    values: dict[str, float]
+    """Divergence of every candidate evaluated to the end."""
+    abandoned: dict[str, float]
+    """Candidates given up once they could not be the least, with what they had come to by then."""
+    stale: dict[str, float]
+    """Lazy and racing: candidates given up for what they had come to in earlier steps, with that bound."""
+    dropped: dict[str, float]
+    """Racing: candidates given up by the test, with the estimate of their divergence."""
+    margin: float | None
+    """How far above `divergence` the least of `stale` and `dropped` is; null where the removal is exact."""
+    largest_fall: float
+    """The most by which a candidate's value of an earlier step was above that of this step: what is in `stale` may be
+    that much too high."""
+    error_probability: float
+    """Racing: of the test having dropped the least candidate in this step; 0 where it dropped none."""
+    by_window: dict[str, list[float]]
+    """What each candidate evaluated in this step has come to on each calibration window, now or earlier, summed over
+    tokens; 0 where it was never evaluated. The next step starts from it."""
+    evaluations: int
+    """Candidates evaluated, to the end or not."""
+    head_tokens: int
+    """Tokens whose logits were computed, over all candidates."""
+    sublayer_passes: int
+    """(sublayer, calibration window) forwards of this step."""
+    brute_force_sublayer_passes: int
+    """What full forwards of every candidate would have taken."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    provenance: Provenance
+    removals: tuple[Removal, ...]
+
+    def sublayers(self, n_removals: int | None = None) -> list[Sublayer]:
+        """What the first `n_removals` removals (all, by default) took out, in their order."""
+        return [s for removal in self.removals[:n_removals] for s in parse(removal.sublayer).sublayers]
+
+    def first(self, n_removals: int) -> Trajectory:
+        return Trajectory(self.provenance, self.removals[:n_removals])
+
+
+def read_trajectory(path: Path) -> Trajectory:
+    """
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a line is not what it should be; says which.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no trajectory at {path}: run `finercut search` first")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a trajectory: {error}") from error
+    if not lines:
+        raise ValueError(f"{path} is empty; a trajectory starts with a line of provenance")
+    try:
+        provenance = Provenance.model_validate_json(lines[0])
+        protected(provenance.protect, provenance.n_blocks)
+    except ValueError as error:
+        raise ValueError(f"{path}:1: not a trajectory's provenance: {_first(error)}") from error
+    pool = {str(c) for c in candidates(provenance.n_blocks, provenance.candidates)}
+    removals: list[Removal] = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            removal = Removal.model_validate_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a removal: {_first(error)}") from error
+        if removal.sublayer not in pool - {r.sublayer for r in removals} or removal.step != len(removals) + 1:
+            raise ValueError(
+                f"{path}:{number}: step {removal.step} ({removal.sublayer}) does not follow the ones before"
+            )
+        removals.append(removal)
+    return Trajectory(provenance, tuple(removals))
+
+
+def resume(path: Path, provenance: Provenance) -> Trajectory:
+    """What an earlier, perhaps killed, search left at `path`; starts the file if there is none.
+
+    A line that a kill tore is dropped from the file.
+
+    Raises:
+        ValueError: the trajectory at `path` has other provenance; names the first difference.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    whole, newline, torn = text.rpartition("\n")
+    if not newline:
+        write(path, Trajectory(provenance, ()))
+    elif torn:
+        _replace(path, whole + newline)
+    found = read_trajectory(path)
+    for name, ours in provenance:
+        theirs = getattr(found.provenance, name)
+        if theirs != ours:
+            raise ValueError(f"{path} belongs to another search: its {name} is {theirs!r}, this one's {ours!r}")
+    return found
+
+
+def append(path: Path, removal: Removal) -> None:
+    """Add one line; when this returns, it is on the disk."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(removal.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write(path: Path, trajectory: Trajectory) -> None:
+    """Replaces `path` at once."""
+    _replace(path, "".join(line.to_json() for line in (trajectory.provenance, *trajectory.removals)))
+
+
+def _replace(path: Path, text: str) -> None:
+    with staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _first(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+
+
+def removals_within(trajectory: Trajectory, budget: Budget, parameters: dict[Sublayer, int], n_parameters: int) -> int:
+    """How many of the trajectory's removals fit a budget.
+
+    Args:
+        parameters: of each of the whole model's sublayers.
+        n_parameters: of the whole model.
+
+    Raises:
+        ValueError: the budget is larger than the trajectory goes, or smaller than its first removal.
+    """
+    n_attentions = sum(s.kind == "attention" for s in parameters)
+    if budget.unit == "sublayers":
+        cost = dict.fromkeys(parameters, 1.0)
+        allowed = float(budget.amount if budget.amount >= 1 else int(budget.amount * len(parameters)))
+        if allowed >= len(parameters):
+            raise ValueError(f"cannot remove {budget.amount} of {len(parameters)} sublayers")
+    elif budget.unit == "parameters":
+        cost = {s: n / n_parameters for s, n in parameters.items()}
+        allowed = budget.amount
+    else:
+        cost = {s: (s.kind == "attention") / n_attentions for s in parameters}
+        allowed = budget.amount
+    spent = 0.0
+    for n_removals, removal in enumerate(trajectory.removals):
+        spent += sum(cost[s] for s in parse(removal.sublayer).sublayers)
+        if spent > allowed * (1 + 1e-9):
+            if n_removals == 0:
+                raise ValueError(
+                    f"the first removal, {removal.sublayer}, is already over {budget.amount} {budget.unit}"
+                )
+            return n_removals
+    # One more removal might still fit: only a longer search can tell.
+    gone = {removal.sublayer for removal in trajectory.removals}
+    kept = protected(trajectory.provenance.protect, trajectory.provenance.n_blocks)
+    left = [
+        sum(cost[s] for s in c.sublayers)
+        for c in candidates(trajectory.provenance.n_blocks, trajectory.provenance.candidates)
+        if str(c) not in gone and kept.isdisjoint(c.sublayers)
+    ]
+    if any(c > 0 and spent + c <= allowed * (1 + 1e-9) for c in left):
+        raise ValueError(
+            f"the trajectory ends after {len(trajectory.removals)} removals, at {spent:.3g} of {allowed:.3g} "
+            f"{budget.unit}: raise search.removals"
+        )
+    return len(trajectory.removals)

@@ -1,0 +1,255 @@
+"""vLLM's own model classes with sublayers removed.
+
+`FinerCut<Base>` exists here for every model class `<Base>` of vLLM, made when it is asked for. Each block loses its
+removed sublayers right after vLLM has built it and before it builds the next one, so that a pruned model never needs
+the memory of the whole one, and its removed attentions get no KV cache. Some families vLLM runs by transformers' code:
+their blocks lose them before vLLM gives any module memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from vllm import ModelRegistry
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models import utils
+
+from finercut.model import modeling_finercut
+from finercut.model.modeling_finercut import PREFIX, removed_sublayers
+
+# Where vLLM's blocks call a member otherwise than transformers' do, by the block's class.
+RENAMED = {"MixtralDecoderLayer": {"mlp": "block_sparse_moe"}}
+
+
+class RemovedNorm(nn.Module):
+    """Stands for a removed sublayer's norm, fused with the addition to the residual stream or not.
+
+    vLLM's blocks hand on (what is still to be added, residual stream). A fused norm adds the one to the other; leaving
+    both as they are lets the next norm do it. The model's first norm, and every norm of a block that adds by itself, is
+    given the residual stream alone: nothing is to be added then.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if residual is None:
+            return torch.zeros_like(hidden_states)
+        return hidden_states, residual
+
+
+class RemovedCore(nn.Module):
+    """Stands for a removed sublayer's core.
+
+    Args:
+        has_norm: a `RemovedNorm` before it gives it what is to be added to the residual stream already, to be handed
+            on. Without one it is given the residual stream, and adds nothing.
+    """
+
+    def __init__(self, has_norm: bool) -> None:
+        super().__init__()
+        self.has_norm = has_norm
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Families name and order a core's arguments differently; positions are integers.
+        hidden_states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.is_floating_point())
+        return hidden_states if self.has_norm else torch.zeros_like(hidden_states)
+
+
+class WithBias(nn.Module):
+    """Gives what vLLM's linear layers give, where one of them is a member of its own: (output, bias to be added)."""
+
+    def __init__(self, removed: nn.Module) -> None:
+        super().__init__()
+        self.removed = removed
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.removed(hidden_states), None
+
+
+def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, Any], vllm_config: VllmConfig) -> None:
+    """Take one sublayer out of a block that vLLM has just built.
+
+    Args:
+        prefix: the block's name in the model.
+        layout: where the family keeps its sublayers, as in the checkpoint's config.
+
+    Raises:
+        ValueError: vLLM's block has no such members.
+    """
+    branch = layout[kind]
+    replacements = {
+        **{name: RemovedNorm() for name in branch["before"]},
+        branch["core"]: RemovedCore(has_norm=bool(branch["before"])),
+        **{name: nn.Identity() for name in branch["after"]},
+    }
+    renamed = RENAMED.get(type(block).__name__, {})
+    replacements = {renamed.get(name, name): replacement for name, replacement in replacements.items()}
+    missing = [name for name in replacements if not hasattr(block, name)]
+    if missing:
+        raise ValueError(
+            f"vLLM's {type(block).__name__} has no {', '.join(missing)}: cannot serve it without {prefix}.{kind}"
+        )
+    for name, replacement in replacements.items():
+        is_linear = isinstance(getattr(block, name), LinearBase)
+        setattr(block, name, WithBias(replacement) if is_linear else replacement)
+    # vLLM looks here for what needs a KV cache, or an expert's kernels.
+    compilation = vllm_config.compilation_config
+    gone = tuple(f"{prefix}.{name}." for name in replacements)
+    for name in [name for name in compilation.static_forward_context if name.startswith(gone)]:
+        del compilation.static_forward_context[name]
+    compilation.static_all_moe_layers[:] = [
+        name for name in compilation.static_all_moe_layers if not name.startswith(gone)
+    ]
+
+
+@contextmanager
+def removing(vllm_config: VllmConfig) -> Iterator[None]:
+    """Whatever model vLLM builds inside lacks the sublayers that its config lists as skipped.
+
+    Raises:
+        ValueError: the model's blocks were not built where the config says they are.
+    """
+    config = vllm_config.model_config.hf_config
+    removed = removed_sublayers(config)
+    if not removed:
+        yield
+        return
+    layout = (config.finercut or {}).get("layout")
+    if layout is None:
+        raise ValueError(f"{type(config).__name__} skips sublayers but has no finercut.layout to find them by")
+    built: list[str] = []
+
+    def make_layers(num_hidden_layers: int, layer_fn: Callable[..., nn.Module], prefix: str) -> Any:
+        if prefix != layout["blocks"]:
+            return original(num_hidden_layers, layer_fn, prefix)
+        built.append(prefix)
+
+        def make_block(prefix: str) -> nn.Module:
+            block = layer_fn(prefix=prefix)
+            for index, kind in removed:
+                if prefix == f"{layout['blocks']}.{index}":
+                    remove_sublayer(block, prefix, kind, layout, vllm_config)
+            return block
+
+        return original(num_hidden_layers, make_block, prefix)
+
+    original = utils.make_layers
+    with _replaced_wherever_imported(original, make_layers):
+        yield
+    if not built:
+        raise ValueError(f"vLLM built no blocks at {layout['blocks']}: cannot serve {type(config).__name__}")
+
+
+@contextmanager
+def _replaced_wherever_imported(function: Callable[..., Any], replacement: Callable[..., Any]) -> Iterator[None]:
+    # Models import it by name: each module that did holds its own reference.
+    name = function.__name__
+    holders = [
+        module
+        for module_name, module in list(sys.modules.items())
+        if module_name.startswith("vllm.") and getattr(module, name, None) is function
+    ]
+    for module in holders:
+        setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        for module in holders:
+            setattr(module, name, function)
+
+
+class CheckedWeights:
+    """Refuses weights that do not fit the config: vLLM itself leaves a missing projection unset."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        # Quantized weights have other names, and dummy ones are filled in piece by piece by whoever asked for them.
+        self._weights_to_check = vllm_config.quant_config is None and vllm_config.load_config.load_format != "dummy"
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As vLLM's, but the first time every weight must be there.
+
+        Raises:
+            ValueError: the checkpoint's weights are not the ones its config asks for.
+        """
+        seen: set[str] = set()
+
+        def noted() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, weight in weights:
+                seen.add(name)
+                yield name, weight
+
+        loaded = super().load_weights(noted())
+        if self._weights_to_check:
+            _check_names(self.config, seen)
+            self._weights_to_check = False
+        return loaded
+
+
+def _check_names(config: Any, seen: set[str]) -> None:
+    with torch.device("meta"):
+        model = getattr(modeling_finercut, config.architectures[0])(config)
+    # By the names in a checkpoint, where experts are apart. A tied weight is a parameter once, under the name it is
+    # stored by, and in the state twice.
+    missing = revert_weight_conversion(model, dict(model.named_parameters())).keys() - seen
+    unexpected = seen - revert_weight_conversion(model, model.state_dict()).keys()
+    wrong = {what: sorted(names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names}
+    if wrong:
+        found = "; ".join(f"{what}: {', '.join(names[:3])} ({len(names)})" for what, names in wrong.items())
+        raise ValueError(f"weights and config.json do not belong together: {found}")
+
+
+class PrunedModel(CheckedWeights):
+    """What a pruned model adds to vLLM's own: it builds kept sublayers only."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        with removing(vllm_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+
+
+class PrunedTransformersModel(CheckedWeights):
+    """What a pruned model adds to one that vLLM runs by transformers' code: that code is the pruned model's own.
+
+    Raises:
+        ValueError: pipeline parallel is asked for.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        n_ranks = vllm_config.parallel_config.pipeline_parallel_size
+        if n_ranks > 1:
+            # A rank would look for attentions by their blocks' numbers, and finds them numbered anew.
+            raise ValueError(
+                f"pipeline_parallel_size = {n_ranks}: vLLM runs {config.architectures[0]} by transformers' code, and "
+                "cannot divide it so without some attentions; use tensor_parallel_size"
+            )
+        # vLLM has transformers make it, without its head and without memory, before its own layers take their places.
+        base = MODEL_MAPPING_NAMES[config.model_type.removeprefix(f"{PREFIX.lower()}_")]
+        AutoModel.register(type(config), getattr(modeling_finercut, PREFIX + base), exist_ok=True)
+        # The names that weights have in files are known to transformers once the class that reads them is made.
+        getattr(modeling_finercut, config.architectures[0])
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def _create_attention_instances(self, prefix: str = "") -> None:
+        whole = self.text_config
+        self.text_config = self.config.get_text_config(decoder=True)  # of the kept attentions, numbered anew
+        super()._create_attention_instances(prefix)
+        self.text_config = whole
+
+
+def __getattr__(name: str) -> Any:
+    base = ModelRegistry.models.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base_class = base.load_model_cls()
+    by_transformers = base_class.__module__.startswith("vllm.model_executor.models.transformers")
+    body = {"__module__": __name__, "__doc__": f"vLLM's `{name.removeprefix(PREFIX)}` less the removed sublayers."}
+    globals()[name] = type(name, (PrunedTransformersModel if by_transformers else PrunedModel, base_class), body)
+    return globals()[name]
