@@ -30,8 +30,8 @@ from finercut.selection.divergence import DIVERGENCES
 from finercut.selection.race import Known, Part, Race, Segments, Totals
 from finercut.selection.sweep import SEGMENT_TOKENS, Sweep, micro_batch
 from finercut.selection.workers import Workers
-from finercut.sources.tokens import load_tokens
 from finercut.sublayers import Candidate, candidates
+from finercut.tokens import load_tokens
 
 MODES = ("brute", "exact", "lazy", "racing")
 BOUNDS = ("one window", "one window, lazy")

@@ -33,8 +33,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from finercut.model.loading import load_whole, masked, sizes
 from finercut.selection.divergence import js
 from finercut.selection.greedy import search
-from finercut.sources.tokens import load_tokens
 from finercut.sublayers import Candidate, candidates
+from finercut.tokens import load_tokens
 
 METHODS = ("authors", "brute", "exact", "lazy", "racing")
 SHARE = 0.25

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from finercut import paths
 from finercut.model.checks import read_config, read_tokenizer
-from finercut.params import Params
-from finercut.reports import CalibrateReport
+from finercut.sources.records import CalibrateReport
 from finercut.sources.texts import cut_windows, read_texts, tokenizer_sha256, window_start
-from finercut.sources.tokens import write_tokens
 from finercut.system.staging import staged
+from finercut.tokens import write_tokens
+from pipelines import paths
+from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 

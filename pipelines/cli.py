@@ -139,8 +139,8 @@ def main(ctx: click.Context, traceback: bool) -> None:
 def _add_stage(name: str, explanation: str) -> None:
     @main.command(name, help=explanation, short_help=explanation.partition("\n")[0])
     def stage() -> None:
-        from finercut import params, paths
         from finercut.system.staging import exclusive
+        from pipelines import params, paths
 
         settings = params.load(PARAMS)
         # The processes that torchrun starts share their search.
@@ -186,8 +186,7 @@ def run(file: Path | None, pull: bool) -> None:
 
 
 def _take_params(file: Path) -> None:
-    from finercut import params
-    from pipelines import settings
+    from pipelines import params, settings
 
     params.load(file)
     if settings.replace(file.read_text(encoding="utf-8")):
@@ -241,8 +240,7 @@ def promote(name: str | None, wanted: str, reason: str, dry_run: bool) -> None:
               the version's whole model
     Writes    the alias champion, an entry of NAME.promotions
     """
-    from finercut import params
-    from pipelines import promote, summary
+    from pipelines import params, promote, summary
 
     settings = params.load(PARAMS)
     judgement = None
@@ -288,8 +286,7 @@ def status(name: str | None) -> None:
     finercut status
     finercut status finercut-smollm2-135m
     """
-    from finercut import params
-    from pipelines import status
+    from pipelines import params, status
 
     settings = params.load(PARAMS)
     click.echo(status.text(settings, name or settings.register_.name))
@@ -330,15 +327,14 @@ def collect(name: str | None, dry_run: bool) -> None:
     finercut collect --dry-run
     finercut run && finercut promote && finercut collect
     """
-    from finercut import params
-    from pipelines import collect
+    from pipelines import collect, params
 
     settings = params.load(PARAMS)
     click.echo(collect.text(collect.run(settings, name or settings.register_.name, dry_run), dry_run))
 
 
 def _registered_name() -> str:
-    from finercut import params
+    from pipelines import params
 
     return params.load(PARAMS).register_.name
 

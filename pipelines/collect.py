@@ -16,14 +16,13 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut import paths
-from finercut.params import Params
 from finercut.registry import versions
 from finercut.registry.ledger import Ledger, State
+from finercut.registry.records import RegisterReport
 from finercut.registry.runs import mlflow_errors
-from finercut.reports import RegisterReport
 from finercut.system.staging import exclusive
-from pipelines import dag
+from pipelines import dag, paths
+from pipelines.params import Params
 
 CHECKPOINT = "checkpoint"
 

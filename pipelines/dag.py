@@ -14,7 +14,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from scmrepo.exceptions import SCMError
 
-from finercut import paths
+from pipelines import paths
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ import lm_eval
 import torch
 from transformers import PreTrainedModel
 
-from finercut import paths
 from finercut.checkpoint.parity import check_parity
+from finercut.checkpoint.records import ParityReport
 from finercut.evaluation.harness import Fit, LoadedTask, Score, compare, fit, load_tasks, score
+from finercut.evaluation.records import EvaluateReport
+from finercut.evaluation.settings import Evaluate
 from finercut.model.checks import read_config, read_tokenizer
 from finercut.model.loading import device_of, dtype_of, load_pruned, load_whole
-from finercut.params import Evaluate, Params
-from finercut.reports import EvaluateReport, ParityReport
-from finercut.sources.tokens import load_tokens
+from finercut.tokens import load_tokens
+from pipelines import paths
+from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 

@@ -6,13 +6,14 @@ import logging
 import time
 from collections import Counter
 
-from finercut import paths
 from finercut.model.checks import check_model
 from finercut.model.tensors import safetensors_shapes, weights_bytes, weights_sha256
-from finercut.params import LocalModel, Params
-from finercut.reports import FetchReport
 from finercut.sources.models import fetch_model
+from finercut.sources.records import FetchReport
+from finercut.sources.settings import LocalModel
 from finercut.system.staging import staged
+from pipelines import paths
+from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 

@@ -19,13 +19,13 @@ from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 from pydantic import JsonValue
 
-from finercut.params import Params, load
 from finercut.registry import runs
-from finercut.reports import RegisterReport
+from finercut.registry.records import RegisterReport
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
 from pipelines import collect as collection
 from pipelines import dag, register, settings, summary
+from pipelines.params import Params, load
 
 # DVC's advice after every stage, which is for people who run it by hand.
 DVC_HINTS = ("To track the changes", "git add dvc.lock", "To enable auto staging", "dvc config core", "Use `dvc push`")

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from finercut.params import Params, load
+from pipelines.params import Params, load
 
 
 def text(path: Path) -> str:

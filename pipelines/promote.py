@@ -14,13 +14,13 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut.params import Params
 from finercut.registry import evidence, promotion, versions
 from finercut.registry.evidence import Evidence
 from finercut.registry.ledger import Ledger, State
 from finercut.registry.promotion import Check
 from finercut.registry.runs import mlflow_errors
 from pipelines import recheck, summary
+from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from finercut import paths
 from finercut.checkpoint.prune import prune
-from finercut.params import Params
+from finercut.checkpoint.records import PruneReport
 from finercut.report.pictures import removal_map
-from finercut.reports import PruneReport
 from finercut.selection.trajectory import read_trajectory
+from pipelines import paths
+from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 

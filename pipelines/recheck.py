@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut import paths
 from finercut.checkpoint.parity import check_parity
 from finercut.model.loading import device_of
 from finercut.model.tensors import weights_sha256
-from finercut.params import HubModel, Params
 from finercut.registry import evidence, versions
 from finercut.registry.evidence import Evidence
 from finercut.registry.promotion import Check
 from finercut.registry.runs import PRUNED_MD5
 from finercut.sources.models import fetch_model
+from finercut.sources.settings import HubModel
+from pipelines import paths
+from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 

@@ -9,22 +9,16 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from finercut import paths
-from finercut.params import Params
+from finercut.checkpoint.records import ParityReport, PruneReport
+from finercut.evaluation.records import EvaluateReport
 from finercut.registry import gate, runs
 from finercut.registry.ledger import Ledger
-from finercut.reports import (
-    CalibrateReport,
-    EvaluateReport,
-    FetchReport,
-    GateCheck,
-    ParityReport,
-    PruneReport,
-    RegisterReport,
-    SearchReport,
-    ThroughputReport,
-)
-from pipelines import dag
+from finercut.registry.records import GateCheck, RegisterReport
+from finercut.selection.records import SearchReport
+from finercut.serving.records import ThroughputReport
+from finercut.sources.records import CalibrateReport, FetchReport
+from pipelines import dag, paths
+from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 

@@ -13,18 +13,20 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from finercut import paths, sublayers
+from finercut import sublayers
 from finercut.model import families, modeling_finercut
 from finercut.model.loading import device_of, dtype_of, load_whole, room_for
-from finercut.params import Params
-from finercut.params import Search as SearchParams
 from finercut.registry import live
 from finercut.report.pictures import divergence_curves
-from finercut.reports import FetchReport, SearchReport
 from finercut.selection import blocks, distributed, divergence, greedy, race, streaming, sweep, trajectory, workers
+from finercut.selection.records import SearchReport
+from finercut.selection.settings import Search as SearchParams
 from finercut.selection.trajectory import Provenance, Trajectory
-from finercut.sources.tokens import Tokens, load_tokens
+from finercut.sources.records import FetchReport
 from finercut.system.staging import staged_file
+from finercut.tokens import Tokens, load_tokens
+from pipelines import paths
+from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 

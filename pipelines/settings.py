@@ -13,8 +13,8 @@ from pydantic import GetJsonSchemaHandler, JsonValue
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from finercut import params
 from finercut.system.staging import staged_file
+from pipelines import params
 
 PARAMS = Path("params.yaml")
 PREVIOUS = Path(".finercut/params.previous.yaml")

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from finercut.params import Params
 from finercut.registry import versions
 from finercut.registry.evidence import Evidence
 from finercut.registry.ledger import CHAMPION, PREVIOUS, Ledger, State
 from finercut.registry.runs import mlflow_errors
 from pipelines import promote, summary
+from pipelines.params import Params
 
 N_VERSIONS, N_MOVES, N_REFUSED = 10, 10, 5
 

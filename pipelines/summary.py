@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from finercut import paths
+from finercut.checkpoint.records import PruneReport
+from finercut.evaluation.records import EvaluateReport
 from finercut.registry.promotion import Check
-from finercut.reports import EvaluateReport, FetchReport, PruneReport, RegisterReport, ThroughputReport
+from finercut.registry.records import RegisterReport
+from finercut.serving.records import ThroughputReport
+from finercut.sources.records import FetchReport
+from pipelines import paths
 
 
 def markdown() -> str:

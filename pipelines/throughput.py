@@ -14,16 +14,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from finercut import paths
+from finercut.checkpoint.records import ParityReport
 from finercut.model.loading import device_of, load_pruned, load_whole
 from finercut.model.remote_code import TRUSTED_KEY
 from finercut.model.tensors import safetensors_shapes
-from finercut.params import Params
-from finercut.params import Throughput as ThroughputParams
-from finercut.reports import EngineFigures, ParityReport, Spread, ThroughputReport
 from finercut.serving import vllm_engine
+from finercut.serving.records import EngineFigures, Spread, ThroughputReport
+from finercut.serving.settings import Throughput as ThroughputParams
 from finercut.serving.vllm_engine import Round
-from finercut.sources.tokens import load_tokens
+from finercut.tokens import load_tokens
+from pipelines import paths
+from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 

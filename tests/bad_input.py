@@ -13,8 +13,7 @@ from click.testing import CliRunner
 from conftest import TEXT
 from hypothesis import strategies as st
 
-from finercut import params, paths
-from pipelines import calibrate, fetch, prune, search
+from pipelines import calibrate, fetch, params, paths, prune, search
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]

@@ -5,20 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from finercut import paths
-from finercut.reports import (
-    CalibrateReport,
-    EngineFigures,
-    EvaluateReport,
-    FetchReport,
-    ParityReport,
-    PruneReport,
-    SearchReport,
-    Shares,
-    Spread,
-    TaskResult,
-    ThroughputReport,
-)
+from finercut.checkpoint.records import ParityReport, PruneReport
+from finercut.evaluation.records import EvaluateReport, TaskResult
+from finercut.selection.records import SearchReport, Shares
+from finercut.serving.records import EngineFigures, Spread, ThroughputReport
+from finercut.sources.records import CalibrateReport, FetchReport
+from pipelines import paths
 
 
 def fetch() -> FetchReport:

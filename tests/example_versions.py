@@ -9,10 +9,10 @@ from pathlib import Path
 import example_reports
 import yaml
 
-from finercut import paths
 from finercut.model.tensors import weights_sha256
-from finercut.params import Params
 from finercut.registry import runs
+from pipelines import paths
+from pipelines.params import Params
 from pipelines.recheck import directory_md5
 
 ROOT = Path(__file__).parents[1]

@@ -81,7 +81,7 @@ def _work(stage: str, root: str, log: str, environment: dict[str, str]) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from finercut import params
+    from pipelines import params
 
     # The removals a search announces are what its second run must not make again.
     logging.basicConfig(level=logging.INFO, format="%(message)s")

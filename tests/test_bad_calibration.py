@@ -15,8 +15,8 @@ from bad_input import refused, set_params
 from conftest import TEXT
 from safetensors.torch import load_file, save_file
 
-from finercut import paths
-from finercut.sources.tokens import load_tokens
+from finercut.tokens import load_tokens
+from pipelines import paths
 
 
 def stored(**changes: object) -> Callable[[], None]:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_sources import write_gguf
 
-from finercut import paths
 from finercut.model.tensors import safetensors_shapes
 from finercut.sources import models
+from pipelines import paths
 from pipelines.cli import main
 
 

@@ -12,7 +12,7 @@ from bad_input import ROOT, VALID, complaint, names, refused, set_params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finercut import params
+from pipelines import params
 
 PARAMS_FILES = {
     "empty": b"",

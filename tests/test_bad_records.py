@@ -11,8 +11,8 @@ from bad_input import complaint, mutated, names, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finercut import paths
 from finercut.selection.trajectory import read_trajectory
+from pipelines import paths
 
 
 def edited(change: Callable[[list[dict]], object]) -> Callable[[], None]:

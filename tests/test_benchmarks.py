@@ -11,8 +11,8 @@ import torch
 
 from finercut.model.loading import load_whole
 from finercut.selection.greedy import search
-from finercut.sources.tokens import load_tokens
 from finercut.sublayers import Sublayer
+from finercut.tokens import load_tokens
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

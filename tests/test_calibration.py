@@ -18,11 +18,11 @@ from pyarrow import parquet
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from finercut import paths
-from finercut.params import FilesText, PackageText, Params, load
+from finercut.sources.settings import FilesText, PackageText
 from finercut.sources.texts import Texts, cut_windows, read_texts, tokenizer_sha256
-from finercut.sources.tokens import Tokens, load_tokens, write_tokens
-from pipelines import calibrate
+from finercut.tokens import Tokens, load_tokens, write_tokens
+from pipelines import calibrate, paths
+from pipelines.params import Params, load
 
 
 def texts(documents: list[str], separator: str = " ") -> Texts:
@@ -192,7 +192,7 @@ def test_a_missing_parquet_column_lists_those_there_are(tmp_path):
 CLIENT = """
 import json
 from finercut.sources.texts import read_texts
-from finercut.params import HubText
+from finercut.sources.settings import HubText
 outcomes = []
 for dataset, column in (("org/texts", "text"), ("org/texts", "body"), ("org/absent", "text")):
     try:

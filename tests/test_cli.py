@@ -12,8 +12,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from finercut.params import Params
 from pipelines.cli import main
+from pipelines.params import Params
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "mlflow", "prefect", "dvc", "vllm", "lm_eval", "numpy", "pydantic", "matplotlib")

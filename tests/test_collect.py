@@ -13,12 +13,11 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from example_versions import project
 
-from finercut import paths
 from finercut.registry import versions
 from finercut.registry.ledger import Ledger
-from finercut.reports import RegisterReport
+from finercut.registry.records import RegisterReport
 from finercut.system.staging import exclusive
-from pipelines import collect
+from pipelines import collect, paths
 from pipelines.cli import main
 
 DAY_S = 86_400

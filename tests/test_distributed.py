@@ -18,11 +18,12 @@ from conftest import random_llama
 from servers import open_to_others
 from test_search_and_prune import settings
 
-from finercut import paths
-from finercut.reports import FetchReport, SearchReport
 from finercut.selection.distributed import Ranks
 from finercut.selection.greedy import search
-from finercut.sources.tokens import Tokens, write_tokens
+from finercut.selection.records import SearchReport
+from finercut.sources.records import FetchReport
+from finercut.tokens import Tokens, write_tokens
+from pipelines import paths
 from pipelines import search as stage
 
 N_REMOVALS = 8

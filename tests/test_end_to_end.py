@@ -16,8 +16,11 @@ import yaml
 from conftest import TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finercut.reports import EvaluateReport, ParityReport, PruneReport, RegisterReport, ThroughputReport
+from finercut.checkpoint.records import ParityReport, PruneReport
+from finercut.evaluation.records import EvaluateReport
+from finercut.registry.records import RegisterReport
 from finercut.selection.trajectory import read_trajectory
+from finercut.serving.records import ThroughputReport
 from pipelines import dag
 
 ROOT = Path(__file__).parents[1]

@@ -9,12 +9,12 @@ import torch
 import yaml
 from conftest import random_llama
 
-from finercut import params, paths
+from finercut.checkpoint.records import ParityReport
+from finercut.evaluation.records import EvaluateReport
 from finercut.model.loading import write_pruned
-from finercut.reports import EvaluateReport, ParityReport
-from finercut.sources.tokens import Tokens, write_tokens
 from finercut.sublayers import parse
-from pipelines import evaluate
+from finercut.tokens import Tokens, write_tokens
+from pipelines import evaluate, params, paths
 
 ROOT = Path(__file__).parent.parent
 REMOVED = [parse("1.mlp").sublayers[0], parse("2.attention").sublayers[0]]

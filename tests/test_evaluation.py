@@ -9,8 +9,9 @@ from lm_eval.tasks import TaskManager
 
 from finercut.evaluation import harness
 from finercut.evaluation.harness import Score, compare, fit, load_tasks, score
+from finercut.evaluation.settings import Task
 from finercut.evaluation.smoke_tasks import lm_eval_config
-from finercut.params import Task, load
+from pipelines.params import load
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,10 @@ from hub_server import COMMIT, Hub, Repository, client_environment, serve
 from kill_executions import prepare_registration, registration_trials
 from kill_stages import CHEAP, ROOT, outputs, prepare, state, trials
 
-from finercut import paths
-from finercut.params import load
 from finercut.registry import runs
 from finercut.selection.trajectory import read_trajectory
-from pipelines import register
+from pipelines import paths, register
+from pipelines.params import load
 
 N_KILLS = 3
 LOST = "http://127.0.0.1:9"
@@ -152,7 +151,7 @@ def free_port() -> int:
 # Waits for a line after every removal, so that the server can be taken away in between.
 IN_STEPS = """
 import sys
-from finercut import params
+from pipelines import params
 from finercut.registry import live
 from finercut.selection import trajectory
 from pipelines import search
@@ -264,7 +263,7 @@ def test_a_full_disk_is_one_line_nothing_half_written_and_room_is_all_it_takes(p
 
 FETCH = """
 import logging, sys
-from finercut.params import Params
+from pipelines.params import Params
 from pipelines import fetch
 logging.basicConfig(format="%(message)s", level=logging.INFO)
 try:

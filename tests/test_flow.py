@@ -17,13 +17,12 @@ import pytest
 from prefect.client.orchestration import get_client
 from toy import ROOT, STAGES, make_toy, write
 
-from finercut import paths
-from finercut.params import load
 from finercut.registry.ledger import Ledger
-from finercut.reports import RegisterReport
+from finercut.registry.records import RegisterReport
 from finercut.system.staging import exclusive
-from pipelines import dag, register
+from pipelines import dag, paths, register
 from pipelines.flow import compress, run_group
+from pipelines.params import load
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from finercut import params
 from finercut.model import families
+from pipelines import params
 from pipelines.cli import main
 
 ROOT = Path(__file__).parent.parent

@@ -14,9 +14,8 @@ from click.testing import CliRunner
 from example_versions import project, retained, task
 from safetensors.torch import load_file, save_file
 
-from finercut import paths
 from finercut.registry.ledger import Ledger
-from pipelines import promote, recheck, status
+from pipelines import paths, promote, recheck, status
 from pipelines.cli import main
 from pipelines.promote import Refused
 

@@ -16,15 +16,14 @@ from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
 from own_code import random_own
 from transformers import AutoModelForCausalLM
 
-from finercut import params, paths
+from finercut.checkpoint.records import ParityReport
 from finercut.model.checks import read_config, read_tokenizer
 from finercut.model.families import layout_of
 from finercut.model.loading import load_pruned, load_whole, masked
 from finercut.model.remote_code import TRUSTED_KEY, code_sha256, note_trusted
-from finercut.reports import ParityReport
-from finercut.sources.tokens import Tokens, write_tokens
 from finercut.sublayers import parse
-from pipelines import evaluate, fetch, prune, search, throughput
+from finercut.tokens import Tokens, write_tokens
+from pipelines import evaluate, fetch, params, paths, prune, search, throughput
 
 CODE = Path(__file__).parent / "own_code"
 AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
@@ -211,7 +210,7 @@ def test_trust_in_a_repository_names_it_and_its_commit(revision, trusted, messag
 FETCH = """
 import sys
 from pathlib import Path
-from finercut.params import Params
+from pipelines.params import Params
 from pipelines import fetch
 canary, untrusting, trusting = sys.argv[1:]
 try:

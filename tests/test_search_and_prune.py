@@ -15,14 +15,13 @@ import yaml
 from conftest import random_llama
 from safetensors.torch import load_file
 
-from finercut import params, paths
 from finercut.model.loading import load_pruned, load_whole, masked
 from finercut.model.tensors import weights_bytes, weights_sha256
-from finercut.reports import FetchReport
 from finercut.selection.trajectory import read_trajectory
-from finercut.sources.tokens import Tokens, write_tokens
+from finercut.sources.records import FetchReport
 from finercut.sublayers import parse
-from pipelines import prune, search
+from finercut.tokens import Tokens, write_tokens
+from pipelines import params, paths, prune, search
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,7 +105,7 @@ def test_a_longer_search_continues_a_shorter_one(project):
 # Slow enough to be killed between two removals.
 KILLED = """
 import sys, time, yaml
-from finercut import params
+from pipelines import params
 from finercut.selection import trajectory
 from pipelines import search
 append = trajectory.append

@@ -12,12 +12,12 @@ from pathlib import Path
 import click
 import pytest
 
-from finercut import params
-from finercut.params import LocalModel
 from finercut.registry import runs
 from finercut.sources import models
 from finercut.sources.models import fetch_model
+from finercut.sources.settings import LocalModel
 from finercut.system import redaction
+from pipelines import params
 
 ROOT = Path(__file__).parents[1]
 CODE = sorted(file for package in ("finercut", "pipelines") for file in (ROOT / package).glob("*.py"))

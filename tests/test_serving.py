@@ -17,15 +17,15 @@ from conftest import random_llama
 from safetensors.torch import load_file, save_file
 from servers import open_to_others
 
-from finercut import paths
+from finercut.checkpoint.records import ParityReport
 from finercut.model.loading import load_whole, masked, write_pruned
-from finercut.params import Throughput, load
-from finercut.reports import ParityReport
 from finercut.serving import vllm_engine
+from finercut.serving.settings import Throughput
 from finercut.serving.vllm_engine import Continuation, largest_difference
-from finercut.sources.tokens import Tokens, write_tokens
 from finercut.sublayers import Sublayer
-from pipelines import throughput
+from finercut.tokens import Tokens, write_tokens
+from pipelines import paths, throughput
+from pipelines.params import load
 
 ROOT = Path(__file__).parents[1]
 REMOVED = [Sublayer(0, "attention"), Sublayer(2, "attention"), Sublayer(2, "mlp"), Sublayer(3, "mlp")]
@@ -114,7 +114,7 @@ def test_nothing_outlives_the_process_that_started_it(pruned, tmp_path, temporar
     script.write_text(
         # As in a terminal: what runs in the background of a shell is started with interrupts ignored.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pathlib import Path; from finercut.params import Throughput\n"
+        "from pathlib import Path; from finercut.serving.settings import Throughput\n"
         "from finercut.serving.vllm_engine import engine as start\n"
         f"with start(Path({str(pruned)!r}), Throughput.model_validate({SETTINGS.model_dump()!r})) as engine:\n"
         "    engine.round(0)\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finercut.params import load
 from pipelines import settings
+from pipelines.params import load
 
 ROOT = Path(__file__).parents[1]
 

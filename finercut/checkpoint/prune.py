@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import finercut
-from finercut import paths
+from finercut.checkpoint.records import PruneReport
 from finercut.model.checks import read_config
 from finercut.model.loading import Sizes, sizes, write_pruned
 from finercut.model.remote_code import trusts_code
 from finercut.model.tensors import weights_bytes, weights_sha256
-from finercut.params import Budget
-from finercut.reports import PruneReport
+from finercut.selection.settings import Budget
 from finercut.selection.trajectory import Removal, Trajectory, removals_within
 from finercut.sublayers import Sublayer
 from finercut.system.staging import staged
+from pipelines import paths
 
 _CARD = """\
 ---

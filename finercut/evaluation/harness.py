@@ -21,9 +21,9 @@ from lm_eval.tasks.manager import TaskDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from finercut.evaluation.records import TaskResult
+from finercut.evaluation.settings import Task
 from finercut.evaluation.smoke_tasks import PREFIX, SMOKE_TASKS, lm_eval_config
-from finercut.params import Task
-from finercut.reports import TaskResult
 
 logger = logging.getLogger("finercut")
 

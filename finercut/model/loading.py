@@ -19,7 +19,7 @@ from finercut.model.configs import read_object
 from finercut.model.families import LAYOUT_KEY, Layout, base_architecture, check_supported, is_declared, layout_of
 from finercut.model.remote_code import code_sha256, note_trusted, pruned_class, trusts_code
 from finercut.model.tensors import safetensors_shapes
-from finercut.reports import Shares
+from finercut.selection.records import Shares
 from finercut.sublayers import KINDS, Sublayer
 
 MODELING_FILE = Path(modeling_finercut.__file__)

@@ -13,7 +13,7 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from finercut.params import Fetch
+from finercut.sources.settings import Fetch
 
 
 class Recorded(BaseModel):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+from finercut.checkpoint.records import ParityReport
+from finercut.evaluation.records import EvaluateReport
 from finercut.registry.evidence import Evaluation, Parity, Throughput
-from finercut.reports import EvaluateReport, GateCheck, ParityReport, ThroughputReport
+from finercut.registry.records import GateCheck
+from finercut.serving.records import ThroughputReport
 
 
 def check(

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from finercut.params import Budget
+from finercut.selection.settings import Budget
 from finercut.sublayers import Sublayer, candidates, parse, protected
 from finercut.system.staging import staged_file, writing
 

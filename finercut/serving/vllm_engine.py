@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any
 
-from finercut.params import Throughput
+from finercut.serving.settings import Throughput
 from finercut.system.processes import GRACE_S, end_group
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from finercut.model.configs import read_object
 from finercut.model.families import check_supported
 from finercut.model.remote_code import OUR_FILES, TRUSTED_KEY, code_sha256, note_trusted
 from finercut.model.tensors import INDEX, weights_sha256
-from finercut.params import Dtype, HubModel, LocalModel, PackageModel
+from finercut.sources.settings import HubModel, LocalModel, PackageModel
+from finercut.system.settings import Dtype
 
 logger = logging.getLogger("finercut")
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finercut.params import FilesText, HubText, PackageText
 from finercut.sources.models import TOKENIZER_FILES
-from finercut.sources.tokens import Tokens
+from finercut.sources.settings import FilesText, HubText, PackageText
+from finercut.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

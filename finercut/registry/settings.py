@@ -1,0 +1,44 @@
+"""Sections `register`, `promote` and `retention` of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from finercut.system.settings import Section
+
+
+class Register(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    """Of the registered model in MLflow: letters, digits, - and _."""
+    min_retention: PositiveFloat
+    """Mean over tasks of pruned over whole accuracy."""
+    min_speed_up: PositiveFloat
+    """Pruned over whole output tokens/s in vLLM."""
+    max_perplexity_ratio: PositiveFloat
+    """Pruned over whole perplexity on the held-out tokens."""
+
+
+class Promote(Section):
+    """How much worse than the champion a challenger may be and still take its place."""
+
+    max_retention_drop: Annotated[float, Field(ge=0, lt=1)]
+    """Of the mean retention over the tasks both were evaluated on, in absolute terms."""
+    max_perplexity_rise: Annotated[float, Field(ge=0)]
+    """Of the perplexity ratio, as a share of the champion's; compared on the same held-out tokens only."""
+    max_speed_up_drop: Annotated[float, Field(ge=0, lt=1)]
+    """Of the speed-up, as a share of the champion's; compared under the same load on the same hardware only."""
+    allow_limited: bool
+    """Whether a challenger may have been evaluated on a part of its tasks' documents."""
+
+
+class Retention(Section):
+    """What `finercut collect` keeps, beside everything that has an alias."""
+
+    versions: PositiveInt
+    """Newest registered versions whose checkpoints stay; as many searches stay continuable."""
+    commits: PositiveInt
+    """Git commits, from HEAD back, whose results stay in DVC's cache; those of the workspace always stay."""
+    unfinished_days: PositiveFloat
+    """Uploads and downloads that never ended stay this long, in case they are under way."""

