@@ -30,7 +30,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from finercut.model.loading import load_whole, masked, sizes
+from finercut.model.costs import costs_of_config
+from finercut.model.loading import load_whole
+from finercut.model.masking import masked
 from finercut.selection.divergence import js
 from finercut.selection.greedy import search
 from finercut.sublayers import Candidate, candidates
@@ -285,7 +287,7 @@ def forward_equivalents(model: PreTrainedModel, passes: int, head_tokens: int, n
 
 def gflop(model: PreTrainedModel, passes: int, head_tokens: int, n_tokens: int) -> float:
     """Of the weights' matrix products in so many passes and head tokens; attention's own products not counted."""
-    sublayer = statistics.mean(sizes(model.config).parameters.values())
+    sublayer = statistics.mean(costs_of_config(model.config)["parameters"].by_sublayer.values())
     head = model.get_output_embeddings().weight.numel()
     return 2e-9 * (passes * n_tokens * sublayer + head_tokens * head)
 

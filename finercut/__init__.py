@@ -24,7 +24,7 @@ _HOME = {
     "prune": "checkpoint.prune",
     "load_whole": "model.loading",
     "load_pruned": "model.loading",
-    "masked": "model.loading",
+    "masked": "model.masking",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from finercut.model.checks import read_config, read_tokenizer
+from finercut.model.directory import ModelDirectory
 from finercut.sources.records import CalibrateReport
 from finercut.sources.texts import cut_windows, read_texts, tokenizer_sha256, window_start
 from finercut.system.staging import staged
@@ -24,15 +24,14 @@ def run(params: Params) -> CalibrateReport:
         RuntimeError: the hub gives no access or no answer.
     """
     settings = params.calibrate
-    if not (paths.MODEL / "config.json").is_file():
-        raise FileNotFoundError(f"no model in {paths.MODEL}: run `finercut fetch` first")
-    config = read_config(paths.MODEL).get_text_config()
+    model = ModelDirectory(paths.MODEL).written_by("fetch")
+    config = model.language
     if settings.n_tokens > config.max_position_embeddings:
         raise ValueError(
             f"calibrate.n_tokens = {settings.n_tokens} is more than the model's context of "
             f"{config.max_position_embeddings} tokens"
         )
-    tokenizer = read_tokenizer(paths.MODEL)
+    tokenizer = model.tokenizer
     _check_tokenizer(len(tokenizer), config.vocab_size)
     texts = read_texts(settings.source)
     tokens = cut_windows(
@@ -64,7 +63,7 @@ def run(params: Params) -> CalibrateReport:
     )
     with staged(paths.CALIBRATION) as directory:
         write_tokens(directory, tokens, report.model_dump(include={"source", "revision", "tokenizer_sha256"}))
-        # One of an earlier set must not vouch for this one, should the process end before the last line.
+        # Remove the stale report first, so that a crash cannot leave it beside the new windows.
         paths.report("calibrate").unlink(missing_ok=True)
     report.write(paths.report("calibrate"))
     logger.info(

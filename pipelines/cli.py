@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import errno
-import importlib
+import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from finercut.system.redaction import install, redacted
+from pipelines import paths
+
+if TYPE_CHECKING:
+    from pipelines.params import Params
 
 STAGES = {
     "fetch": """Bring the whole model into the project.
@@ -28,42 +35,77 @@ STAGES = {
     Reads     artifacts/model (its tokenizer), the text of calibrate.source
     Writes    artifacts/calibration, reports/calibrate.json
     """,
-    "search": """Find which sublayers the model misses least, one removal at a time.
+    "search": """Select sublayers to remove, one greedy removal at a time.
 
-    The longest stage. A search that was interrupted goes on after its last removal when started again.
+    The longest stage. A search that was interrupted goes on after its last removal when started again. With
+    search.removals: auto it goes as far as prune.budget needs; a larger budget later continues it.
 
     \b
     Reads     artifacts/model, artifacts/calibration
-    Writes    artifacts/trajectory.jsonl (a line a removal), reports/search.json, reports/curve.csv, reports/search.png
+    Writes    artifacts/trajectory.jsonl (a line a removal), artifacts/selection.json, reports/search.json,
+              reports/curve.csv, reports/search.png
     """,
     "prune": """Write the pruned checkpoint for prune.budget.
 
-    Budgets up to search.removals need no new search: change the budget, then run this.
+    Budgets that the search went up to need no new search.
 
     \b
-    Reads     artifacts/trajectory.jsonl, artifacts/model
+    Reads     artifacts/selection.json, artifacts/model
     Writes    artifacts/pruned, reports/prune.json, reports/removals.png
     """,
-    "evaluate": """Compare the whole and the pruned model: parity, lm-eval tasks, held-out perplexity.
+    "heal": """Repair the pruned checkpoint by heal.method; none keeps it as it is.
 
     \b
-    Reads     artifacts/model, artifacts/pruned, artifacts/calibration
-    Writes    reports/parity.json, reports/evaluate.json
+    Reads     artifacts/pruned
+    Writes    artifacts/healed, the final checkpoint; reports/heal.json
     """,
-    "throughput": """Time the whole and the pruned model in vLLM, under the same load.
+    "prove": """Check the claim of every step, and that vLLM computes what transformers does.
 
     \b
-    Reads     artifacts/model, artifacts/pruned, artifacts/calibration, reports/parity.json
+    Reads     artifacts/model, artifacts/pruned, artifacts/healed, artifacts/calibration
+    Writes    reports/prove.json
+    """,
+    "evaluate_whole": """Measure the whole model: lm-eval tasks, held-out perplexity. Once for all budgets.
+
+    \b
+    Reads     artifacts/model, artifacts/calibration
+    Writes    reports/evaluate_whole.json
+    """,
+    "evaluate": """Measure the final checkpoint, and compare it with the whole model.
+
+    \b
+    Reads     artifacts/healed, artifacts/calibration, reports/evaluate_whole.json
+    Writes    reports/evaluate.json
+    """,
+    "throughput": """Time the whole model and the final checkpoint in vLLM, in turn, under the same load.
+
+    \b
+    Reads     artifacts/model, artifacts/healed, reports/prove.json
     Writes    reports/throughput.json
     """,
-    "register": """Register the pruned model in MLflow, if it passes the gate of params.yaml.
+    "environment": """Record the versions and the hardware that results depend on. Part of every `dvc repro`.
+
+    \b
+    Writes    reports/environment.json
+    """,
+    "register": """Register the final checkpoint in MLflow, if it passes the gate of params.yaml.
 
     The version gets its evidence and the alias `challenger`; where a version holds this checkpoint already, that one.
 
     \b
-    Reads     artifacts/pruned, reports/, dvc.lock
+    Reads     artifacts/healed, reports/, dvc.lock
     Writes    reports/register.json, and a version in MLflow (MLFLOW_TRACKING_URI, or mlflow.db here)
     """,
+}
+# Options of single stages.
+OPTIONS = {
+    "fetch": [
+        click.Option(
+            ["--format", "file_format"],
+            type=int,
+            help="Format of what it writes: dvc.yaml names it, so that results of another format are made again.",
+        )
+    ]
 }
 # How `finercut run` wants them, where the user has not said otherwise. Read when Prefect is imported.
 PREFECT = {
@@ -116,7 +158,7 @@ def main(ctx: click.Context, traceback: bool) -> None:
     finercut run                                    the whole pipeline, as params.yaml says
     finercut run --params params/paper-llama3-8b.yaml
     finercut prune                                  one stage, after a change of its section in params.yaml
-    finercut inspect artifacts/pruned               what was removed
+    finercut inspect artifacts/healed               what was removed
     finercut inspect models:/NAME@challenger        what was registered
 
     All commands work in the current directory, the root of the project: settings come from params.yaml, results go to
@@ -137,15 +179,26 @@ def main(ctx: click.Context, traceback: bool) -> None:
 
 
 def _add_stage(name: str, explanation: str) -> None:
-    @main.command(name, help=explanation, short_help=explanation.partition("\n")[0])
-    def stage() -> None:
+    def run_stage(**options: object) -> None:
         from finercut.system.staging import exclusive
-        from pipelines import params, paths
+        from pipelines import params
 
         settings = params.load(PARAMS)
         # The processes that torchrun starts share their search.
         with exclusive(paths.WORK) if "TORCHELASTIC_RUN_ID" not in os.environ else nullcontext():
-            importlib.import_module(f"pipelines.{name}").run(settings)
+            _stage(name)(settings, **options)
+
+    command = main.command(name, help=explanation, short_help=explanation.partition("\n")[0])(run_stage)
+    command.params += OPTIONS.get(name, [])
+
+
+def _stage(name: str) -> Callable[[Params], object]:
+    """What runs a stage: its module, or for a step that needs none `pipelines.steps`."""
+    if importlib.util.find_spec(f"pipelines.{name}") is not None:
+        return importlib.import_module(f"pipelines.{name}").run
+    from pipelines import steps
+
+    return partial(steps.run_and_report, name)
 
 
 @main.command()
@@ -198,7 +251,7 @@ def _where_to_look(local_store: bool) -> str:
         [
             "Pictures    reports/removals.png, reports/search.png",
             "Figures     reports/*.json, or: dvc metrics show",
-            "Checkpoint  artifacts/pruned, or: finercut inspect artifacts/pruned",
+            "Checkpoint  artifacts/healed, or: finercut inspect artifacts/healed",
             "MLflow      " + ("mlflow ui, then http://127.0.0.1:5000" if local_store else "at MLFLOW_TRACKING_URI"),
         ]
     )
@@ -377,7 +430,9 @@ def explain_params() -> None:
     click.echo(params_help.text(PARAMS))
 
 
-for _name, _explanation in STAGES.items():
+# A step on checkpoints that is not described above describes itself.
+_STEPS = {name: f"The step `{name}` on the checkpoint; see finercut/checkpoint/{name}.py." for name in paths.CHAIN}
+for _name, _explanation in (_STEPS | STAGES).items():
     _add_stage(_name, _explanation)
 
 if __name__ == "__main__":

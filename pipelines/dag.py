@@ -37,7 +37,9 @@ def stages() -> list[Stage]:
     """In the order they run: every stage after those it depends on."""
     with _repo() as repo:
         graph = repo.index.graph
-        ordered = reversed(list(nx.lexicographical_topological_sort(graph, key=lambda stage: stage.addressing)))
+        # Where the graph leaves the order open, dvc.yaml's: claims are checked before anything is measured.
+        number = {stage: n for n, stage in enumerate(repo.index.stages)}
+        ordered = list(nx.lexicographical_topological_sort(graph.reverse(), key=number.__getitem__))
         # Copies of dvc.yaml in other folders (MLflow keeps one a run) are no stages of this pipeline.
         return [Stage(s.addressing, _reports(s.outs)) for s in ordered if not set(s.addressing) & set(":/")]
 
@@ -49,7 +51,7 @@ def _reports(outs) -> tuple[Path, ...]:
 def stale() -> list[str]:
     """Stages whose inputs, parameters, code or outputs are not those of `dvc.lock`."""
     with _repo() as repo:
-        return sorted(repo.status())
+        return sorted(name for name, changes in repo.status().items() if changes != ["always changed"])
 
 
 def md5(output: Path) -> str:

@@ -7,7 +7,8 @@ import time
 from collections import Counter
 
 from finercut.model.checks import check_model
-from finercut.model.tensors import safetensors_shapes, weights_bytes, weights_sha256
+from finercut.model.directory import ModelDirectory
+from finercut.model.layouts import note_layout
 from finercut.sources.models import fetch_model
 from finercut.sources.records import FetchReport
 from finercut.sources.settings import LocalModel
@@ -20,20 +21,30 @@ logger = logging.getLogger("finercut")
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-def run(params: Params) -> FetchReport:
+# Raise it, here and in dvc.yaml, when the stage makes something else of the same source.
+FORMAT = 1
+
+
+def run(params: Params, file_format: int | None = None) -> FetchReport:
     """
+    Args:
+        file_format: that the caller expects; None takes any.
+
     Raises:
         FileNotFoundError, ValueError: no such model, or one that is not taken, and why.
         RuntimeError: no access, no answer, or no pip.
     """
+    if file_format not in (None, FORMAT):
+        raise ValueError(f"dvc.yaml asks for format {file_format} of fetch, this version writes {FORMAT}: set it there")
     source = params.fetch.source
     if isinstance(source, LocalModel) and source.path.resolve() == paths.MODEL.resolve():
         raise ValueError(f"fetch.source.path is {paths.MODEL}, where the model is copied to: keep it somewhere else")
     started = time.monotonic()
     with staged(paths.MODEL) as directory:
         origin = fetch_model(source, directory, paths.WORK / "fetch")
-        config = check_model(directory)
-        stored = safetensors_shapes(directory)
+        check_model(ModelDirectory(directory))
+        model = note_layout(ModelDirectory(directory))
+        config, stored = model.language, model.tensors
         n_bytes_by_dtype = Counter[str]()
         for tensor in stored.values():
             n_bytes_by_dtype[tensor.dtype] += tensor.nbytes
@@ -41,16 +52,16 @@ def run(params: Params) -> FetchReport:
         report = FetchReport(
             source=origin.source,
             revision=origin.revision,
-            sha256=weights_sha256(directory),
+            sha256=model.weights_sha256,
             model_type=config.model_type,
             n_blocks=config.num_hidden_layers,
-            n_parameters=sum(tensor.n_elements for tensor in stored.values()),
-            weights_bytes=weights_bytes(directory),
+            n_parameters=model.n_elements,
+            weights_bytes=model.weights_bytes,
             dtype=_DTYPES.get(dtype, dtype),
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
         )
-        # One of an earlier model must not vouch for this one, should the process end before the last line.
+        # Remove the stale report first, so that a crash cannot leave it beside the new model.
         paths.report("fetch").unlink(missing_ok=True)
     report.write(paths.report("fetch"))
     logger.info(

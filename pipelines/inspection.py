@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finercut.sublayers import KINDS
+
 
 def describe(what: str) -> str:
     """
@@ -16,10 +18,30 @@ def describe(what: str) -> str:
 
         return versions.describe(what)
     if Path(what).is_dir():
-        from finercut.model import loading
-
-        return loading.describe(Path(what))
+        return _checkpoint(Path(what))
     return _trajectory(Path(what))
+
+
+def _checkpoint(path: Path) -> str:
+    from finercut.checkpoint.lineage import lineage_of
+    from finercut.model.directory import ModelDirectory
+
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"no checkpoint in {path}: it has no config.json")
+    model = ModelDirectory(path)
+    n_blocks, removed = model.language.num_hidden_layers, model.removed
+    if not removed:
+        return f"whole {model.language.model_type} model, {n_blocks} blocks, nothing removed"
+    origin = model.config.finercut
+    rows = {f"{kind} removed": [s.block for s in removed if s.kind == kind] for kind in KINDS}
+    lines = [
+        f"{model.config.architectures[0]}, {n_blocks} blocks, {len(removed)} of {2 * n_blocks} sublayers removed",
+        *(f"  {name}: {', '.join(map(str, blocks)) or 'none'}" for name, blocks in rows.items()),
+        *(f"  {name}: {value}" for name, value in origin.items() if name not in ("layout", "removals", "lineage")),
+        f"  order of removal: {' '.join(origin['removals'])}",
+        *(f"  step {s.step}: finercut {s.version}, {s.settings}" for s in lineage_of(model)),
+    ]
+    return "\n".join(lines)
 
 
 def _trajectory(path: Path) -> str:

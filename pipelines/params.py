@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, PositiveFloat, ValidationError
 
-from finercut.checkpoint.settings import Prune
+from finercut.checkpoint.settings import Heal, Prove, Prune
 from finercut.evaluation.settings import Evaluate
 from finercut.registry.settings import Promote, Register, Retention
 from finercut.selection.settings import Search
@@ -18,7 +18,7 @@ from finercut.sources.settings import Calibrate, Fetch
 from finercut.system.redaction import redacted
 from finercut.system.settings import Section
 
-Stage = Literal["fetch", "calibrate", "search", "prune", "evaluate", "throughput"]
+Stage = Literal["fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput"]
 # Errors beyond these are only counted.
 N_ERRORS_SHOWN = 5
 
@@ -38,6 +38,8 @@ class Params(Section):
     calibrate: Calibrate
     search: Search
     prune: Prune
+    heal: Heal
+    prove: Prove
     evaluate: Evaluate
     throughput: Throughput
     register_: Annotated[Register, Field(alias="register")]

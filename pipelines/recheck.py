@@ -12,7 +12,7 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 
 from finercut.checkpoint.parity import check_parity
-from finercut.model.loading import device_of
+from finercut.model.devices import device_of
 from finercut.model.tensors import weights_sha256
 from finercut.registry import evidence, versions
 from finercut.registry.evidence import Evidence

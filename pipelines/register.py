@@ -1,7 +1,7 @@
 """Register the pruned model in MLflow if its reports pass the gate of `params.yaml`.
 
-Reads artifacts/pruned, every report and dvc.lock; writes reports/register.json. Not a stage of DVC, because it acts on
-the registry; a checkpoint that a version holds is not registered again under the same name, but is the challenger.
+Reads the final checkpoint, every report and dvc.lock; writes reports/register.json. Not a stage of DVC, because it acts
+on the registry; a checkpoint that a version holds is not registered again under the same name, but is the challenger.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from finercut.checkpoint.records import ParityReport, PruneReport
+from finercut.checkpoint.records import PruneReport
 from finercut.evaluation.records import EvaluateReport
 from finercut.registry import gate, runs
 from finercut.registry.ledger import Ledger
@@ -56,7 +56,7 @@ def _judge(params: Params) -> list[GateCheck]:
     limits = params.register_
     return gate.check(
         evaluate=EvaluateReport.read(paths.report("evaluate")),
-        parity=ParityReport.read(paths.PARITY),
+        proof=ProveReport.read(paths.report("prove")),
         throughput=ThroughputReport.read(paths.report("throughput")),
         min_retention=limits.min_retention,
         min_speed_up=limits.min_speed_up,
@@ -70,7 +70,7 @@ def _register(params: Params, checks: list[GateCheck], stages: list[dag.Stage], 
     if failed:
         report = _report("refused", None, checks, name, mlflow_run)
     else:
-        md5 = dag.md5(paths.PRUNED)
+        md5 = dag.md5(paths.FINAL)
         # A version whose checkpoint was collected does not hold it any more.
         collected = Ledger(mlflow_run.client, name).read().collected
         known = runs.find_version(mlflow_run, name, md5, collected)
@@ -109,9 +109,9 @@ def _new_version(
     for path in reports:
         if path.suffix == ".json":
             metrics |= runs.numbers(path)
-    logger.info("uploading %s as a version of %s", paths.PRUNED, name)
+    logger.info("uploading %s as a version of %s", paths.FINAL, name)
     return runs.register(
-        mlflow_run, name, paths.PRUNED, [*reports, *PIPELINE_FILES], metrics, dag.revision() | _provenance(checks), md5
+        mlflow_run, name, paths.FINAL, [*reports, *PIPELINE_FILES], metrics, dag.revision() | _provenance(checks), md5
     )
 
 
@@ -128,9 +128,7 @@ def _provenance(checks: list[GateCheck]) -> dict[str, str]:
         "divergence": SearchReport.read(paths.report("search")).divergence,
         "pruned.sha256": prune.sha256,
         "removals": ", ".join(prune.removed),
-        "share.sublayers": f"{prune.shares.sublayers:.4f}",
-        "share.parameters": f"{prune.shares.parameters:.4f}",
-        "share.kv_cache": f"{prune.shares.kv_cache:.4f}",
+        **{f"share.{cost}": f"{share:.4f}" for cost, share in prune.shares.items()},
         "mean_retention": str(evaluate.mean_retention),
         "perplexity_ratio": f"{evaluate.perplexity_ratio:.4f}",
         "speed_up": f"{throughput.speed_up:.4f}",

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import inspect
 import logging
 import time
+from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from finercut import sublayers
-from finercut.model import families, modeling_finercut
-from finercut.model.loading import device_of, dtype_of, load_whole, room_for
+import finercut
+from finercut.model.costs import costs_of
+from finercut.model.devices import device_of, dtype_of, room_for
+from finercut.model.directory import ModelDirectory
+from finercut.model.loading import load_whole
 from finercut.registry import live
 from finercut.report.pictures import divergence_curves
-from finercut.selection import blocks, distributed, divergence, greedy, race, streaming, sweep, trajectory, workers
+from finercut.selection import distributed, greedy, streaming, trajectory
+from finercut.selection.goal import Goal
 from finercut.selection.records import SearchReport
-from finercut.selection.settings import Search as SearchParams
-from finercut.selection.trajectory import Provenance, Trajectory
+from finercut.selection.settings import Budget, Search
+from finercut.selection.trajectory import Provenance, Removal, Trajectory
 from finercut.sources.records import FetchReport
 from finercut.system.staging import staged_file
 from finercut.tokens import Tokens, load_tokens
@@ -32,20 +35,8 @@ logger = logging.getLogger("finercut")
 
 # Held-out divergence this many times the calibration's: the removals fit the calibration set, not the model's use.
 PART_RATIO = 1.5
-# A trajectory is continued only by the code that began it.
-SEARCHING = (
-    blocks,
-    distributed,
-    divergence,
-    families,
-    greedy,
-    modeling_finercut,
-    race,
-    streaming,
-    sublayers,
-    sweep,
-    workers,
-)
+# A trajectory is continued only by the code that began it: these rooms'.
+SEARCHING = ("model", "selection")
 
 
 def run(params: Params) -> SearchReport | None:
@@ -63,18 +54,18 @@ def run(params: Params) -> SearchReport | None:
     """
     n_processes = params.search.n_processes
     if n_processes > 1 and not distributed.started():
-        _inputs(params.search)  # what is wrong is told once
+        _inputs(params.search, params.prune.budget)  # report bad input once, not from every process
         distributed.start(n_processes, ["-m", "pipelines.cli", "search"])
         return SearchReport.read(paths.report("search"))
     with distributed.ranks() as ranks:
-        return _search(params.search, ranks)
+        return _search(params.search, params.prune.budget, ranks)
 
 
-def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | None:
+def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> SearchReport | None:
     if not ranks.first:
         logger.setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
-    fetched, tokens, n_candidates, n_removals = _inputs(settings)
+    fetched, tokens, goal = _inputs(settings, budget)
     device = device_of(settings.device, ranks.local_rank)
     dtype = dtype_of(settings.dtype, device)
     if device.type == "cuda":
@@ -103,23 +94,24 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
     if len(set(ranks.gather(provenance.key))) > 1:
         raise ValueError("the processes differ in model, tokens, settings, code or versions; give all the same")
     (found, *_) = ranks.gather(trajectory.resume(in_progress, provenance) if ranks.first else None)
-    resumed_after = len(found.removals)
+    removals = list(found.removals)
+    names = [removal.sublayer for removal in removals]
+    end = goal.end(names)
+    resumed_after = len(names) if end is None else end
     if resumed_after:
-        logger.info(
-            "search: %d of %d removals found from an earlier search", min(resumed_after, n_removals), n_removals
-        )
+        logger.info("search: %d removals found by an earlier search", resumed_after)
     if dtype == torch.bfloat16 != dtype_of("auto", device):
         logger.warning("search: this CPU does not multiply in bfloat16; search.dtype: float32 is several times faster")
     started = time.monotonic()
-    if resumed_after < n_removals:
+    if end is None:
         model = _load(settings, dtype, device, fetched.n_parameters, ranks)
-        unseen = None if ranks.first else True
-        with tqdm(desc="search", unit="removal", initial=resumed_after, total=n_removals, disable=unseen) as bar:
+        shown = {"total": goal.estimate(names), "disable": None if ranks.first else True}
+        with tqdm(desc="search", unit="removal", initial=resumed_after, **shown) as bar:
             for removal in greedy.search(
                 model,
                 tokens.calibration,
                 tokens.held_out,
-                n_removals,
+                goal.n_most,
                 divergence=settings.divergence,
                 kinds=settings.candidates,
                 protect=settings.protect,
@@ -132,24 +124,30 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
                 ranks=ranks,
                 progress=bar.refresh,
             ):
-                if not ranks.first:
-                    continue
-                trajectory.append(in_progress, removal)
-                bar.set_postfix(
-                    divergence=f"{removal.divergence:.4f}", saved=f"{work_saved(removal):.0%}", refresh=False
-                )
-                bar.update()
-                _tell(removal, n_removals, time.monotonic() - started, resumed_after)
+                removals.append(removal)
+                names.append(removal.sublayer)
+                end = goal.end(names)
+                if ranks.first:
+                    trajectory.append(in_progress, removal)
+                    bar.set_postfix(
+                        divergence=f"{removal.divergence:.4f}", saved=f"{work_saved(removal):.0%}", refresh=False
+                    )
+                    bar.total = goal.estimate(names) if end is None else end
+                    bar.update()
+                    _tell(removal, bar.total, time.monotonic() - started, resumed_after)
+                if end is not None:
+                    break
     if not ranks.first:
         return None
     live.finish()
-    finished = trajectory.read_trajectory(in_progress).first(n_removals)
-    # An earlier search's must not vouch for this one, should the process end before the last line.
+    finished = Trajectory(provenance, tuple(removals[:end]))
+    # Remove the stale report first, so that a crash cannot leave it beside the new trajectory.
     paths.report("search").unlink(missing_ok=True)
     trajectory.write(paths.TRAJECTORY, finished)
+    finished.selection().write(paths.SELECTION)
     _write_curve(finished)
     divergence_curves(finished, paths.CURVE_PICTURE)
-    report = _report(finished, settings, n_candidates, min(resumed_after, n_removals), time.monotonic() - started)
+    report = _report(finished, settings, goal.n_candidates, resumed_after, time.monotonic() - started)
     if report.curves_part:
         logger.warning(
             "search: divergence on held-out tokens is %.2f times the calibration's: the removals fit the calibration "
@@ -160,22 +158,18 @@ def _search(settings: SearchParams, ranks: distributed.Ranks) -> SearchReport | 
     return report
 
 
-def _inputs(settings: SearchParams) -> tuple[FetchReport, Tokens, int, int]:
-    """Also how many candidates there are, and how many to remove."""
+def _inputs(settings: Search, budget: Budget) -> tuple[FetchReport, Tokens, Goal]:
     fetched = FetchReport.read(paths.report("fetch"))
     tokens = load_tokens(paths.CALIBRATION)
     tokens.check_vocabulary(fetched.vocab_size)
-    n_candidates = len(sublayers.candidates(fetched.n_blocks, settings.candidates))
-    n_removals = settings.removals if settings.removals >= 1 else int(settings.removals * n_candidates)
-    if not 0 < n_removals <= n_candidates:
-        raise ValueError(
-            f"search.removals = {settings.removals}: cannot remove {n_removals} of {n_candidates} candidates"
-        )
-    return fetched, tokens, n_candidates, n_removals
+    costs = costs_of(ModelDirectory(paths.MODEL).written_by("fetch"))
+    goal = Goal(settings, budget, costs, fetched.n_blocks)
+    goal.check()
+    return fetched, tokens, goal
 
 
 def _load(
-    settings: SearchParams, dtype: torch.dtype, device: torch.device, n_parameters: int, ranks: distributed.Ranks
+    settings: Search, dtype: torch.dtype, device: torch.device, n_parameters: int, ranks: distributed.Ranks
 ) -> PreTrainedModel:
     if settings.weights_gib is not None:
         model = load_whole(paths.MODEL, dtype)
@@ -192,25 +186,29 @@ def _load(
     return load_whole(paths.MODEL, dtype, torch.device("cuda", gpu))
 
 
-def _first_windows(settings: SearchParams, weights_bytes: int, n_windows: int) -> int:
+def _first_windows(settings: Search, weights_bytes: int, n_windows: int) -> int:
     """All where few candidates are begun and a part costs the transfer of all weights, however little it computes."""
     streamed = settings.weights_gib is not None and weights_bytes > settings.weights_gib * 2**30
     return n_windows if streamed and settings.mode == "lazy" else 1
 
 
 def _code_sha256() -> str:
-    sources = (inspect.getsource(module) for module in SEARCHING)
-    return hashlib.sha256("".join(sources).encode()).hexdigest()
+    """Over the names and contents of the modules in the rooms that search."""
+    root = Path(finercut.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(file for room in SEARCHING for file in (root / room).rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
-def work_saved(removal: trajectory.Removal) -> float:
+def work_saved(removal: Removal) -> float:
     """Share of brute force's sublayer passes that a step did without."""
     return 1 - removal.sublayer_passes / removal.brute_force_sublayer_passes
 
 
-def _tell(removal: trajectory.Removal, n_removals: int, seconds: float, resumed_after: int) -> None:
+def _tell(removal: Removal, n_removals: int, seconds: float, resumed_after: int) -> None:
     n_open = sum(map(len, (removal.values, removal.abandoned, removal.stale, removal.dropped)))
-    eta_s = seconds / (removal.step - resumed_after) * (n_removals - removal.step)
+    eta_s = seconds / (removal.step - resumed_after) * max(0, n_removals - removal.step)
     logger.info(
         "search: %d/%d removed %s, divergence %.4f, held-out %.4f, %d of %d candidates evaluated, %.0f %% of brute "
         "force saved, about %.0f s left",
@@ -244,7 +242,7 @@ def _write_curve(finished: Trajectory) -> None:
 
 
 def _report(
-    finished: Trajectory, settings: SearchParams, n_candidates: int, resumed_after: int, seconds: float
+    finished: Trajectory, settings: Search, n_candidates: int, resumed_after: int, seconds: float
 ) -> SearchReport:
     last = finished.removals[-1]
     margins = [r.margin for r in finished.removals if r.margin is not None]

@@ -26,10 +26,9 @@ def markdown() -> str:
 def _removals() -> str:
     fetch, prune = FetchReport.read(paths.report("fetch")), PruneReport.read(paths.report("prune"))
     throughput = ThroughputReport.read(paths.report("throughput"))
-    shares = [prune.shares.sublayers, prune.shares.parameters, prune.shares.kv_cache]
     shown = table(
-        ["sublayers", "parameters", "KV cache", "output tokens/s"],
-        [[*(f"-{_percent(share)}" for share in shares), f"x {throughput.speed_up:.2f}"]],
+        [*(cost.replace("kv_cache", "KV cache") for cost in prune.shares), "output tokens/s"],
+        [[*(f"-{_percent(share)}" for share in prune.shares.values()), f"x {throughput.speed_up:.2f}"]],
     )
     return (
         f"# {fetch.source}: {prune.n_removed_sublayers} of {prune.n_sublayers} sublayers removed\n\n"

@@ -43,7 +43,7 @@ def main() -> None:
 def serve(directory: str, prompts: list[list[int]], again: list[list[int]]) -> dict:
     from vllm import LLM, SamplingParams
 
-    from finercut.serving import vllm_engine
+    from finercut.serving import vllm_engine, vllm_process
 
     show(directory)
     llm = LLM(
@@ -59,7 +59,7 @@ def serve(directory: str, prompts: list[list[int]], again: list[list[int]]) -> d
         gpu_memory_utilization=0.01,
         enable_prefix_caching=True,
     )
-    continuations = [asdict(c) for c in vllm_engine._continue(llm, prompts)]
+    continuations = [asdict(c) for c in vllm_process._continue(llm, prompts)]
     # Without the log-probabilities of the prompt, for which vLLM would have to compute what it has in its cache.
     sampling = SamplingParams(
         temperature=0,

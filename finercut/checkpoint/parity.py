@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from finercut.checkpoint.records import ParityReport
-from finercut.model.loading import load_pruned, load_whole, masked, removed_sublayers
+from finercut.model.directory import ModelDirectory
+from finercut.model.loading import load_pruned, load_whole
+from finercut.model.masking import masked
 
 # Enough to reach every weight and many positions, little enough for seconds on a laptop.
 N_SAMPLES = 4
@@ -19,7 +19,7 @@ N_CACHED_TOKENS = 48
 
 
 def check_parity(
-    whole_directory: Path, pruned_directory: Path, held_out: Tensor, tolerance: float, device: torch.device
+    whole: ModelDirectory, pruned: ModelDirectory, held_out: Tensor, tolerance: float, device: torch.device
 ) -> ParityReport:
     """Compare logits in float32 over the first held-out windows; one model is in memory at a time.
 
@@ -33,20 +33,16 @@ def check_parity(
         RuntimeError: the logits of one of them are not finite.
     """
     windows = held_out[:N_SAMPLES, :N_TOKENS].to(device)
-    pruned = load_pruned(pruned_directory, torch.float32, device)
-    config = pruned.config
-    of_pruned = _logits(pruned, windows)
-    del pruned
-    whole = load_whole(whole_directory, torch.float32, device)
-    shapes = [(c.num_hidden_layers, c.vocab_size) for c in (whole.config, config)]
+    of_pruned = _logits(load_pruned(pruned, torch.float32, device), windows)
+    shapes = [(d.language.num_hidden_layers, d.language.vocab_size) for d in (whole.written_by("fetch"), pruned)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"{pruned_directory} was not pruned from {whole_directory}: (blocks, vocabulary) are {shapes[1]}, not "
-            f"{shapes[0]}; run `finercut prune` again"
+            f"{pruned} was not pruned from {whole}: (blocks, vocabulary) are {shapes[1]}, not {shapes[0]}; run "
+            "`finercut prune` again"
         )
-    with masked(whole, removed_sublayers(config)):
-        of_whole = _logits(whole, windows)
-    for directory, logits in ((whole_directory, of_whole), (pruned_directory, of_pruned)):
+    with masked(load_whole(whole, torch.float32, device), pruned.removed) as model:
+        of_whole = _logits(model, windows)
+    for directory, logits in ((whole, of_whole), (pruned, of_pruned)):
         if not all(part.isfinite().all() for part in logits):
             raise RuntimeError(f"the float32 logits of {directory} are not finite: the checkpoint is damaged")
     uncached, cached = (_largest_difference(a, b) for a, b in zip(of_whole, of_pruned, strict=True))

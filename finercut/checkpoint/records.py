@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from finercut.selection.records import Shares
 from finercut.system.records import Record
 
 
 class PruneReport(Record):
+    method: str = "greedy"
+    """That made the selection."""
     n_removals: int
-    """Of the trajectory; each may take more than one sublayer."""
+    """Of the selection; each may take more than one sublayer."""
     removed: list[str]
     n_removed_sublayers: int
     n_sublayers: int
-    shares: Shares
-    divergence: float
-    held_out_divergence: float
+    shares: dict[str, float]
+    """What is saved of each cost, as a share of the whole model: sublayers, parameters, kv_cache."""
+    divergence: float | None
+    """After the last removal, on the calibration tokens; null for a selection that nobody measured."""
+    held_out_divergence: float | None
     whole_parameters: int
     pruned_parameters: int
     whole_bytes: int
@@ -37,6 +40,14 @@ class ParityReport(Record):
     max_logit_difference_cached: float
     """Token by token with a KV cache."""
     n_tokens: int
+
+
+class HealReport(Record):
+    method: str
+    changed: list[str]
+    """Names of the tensors that differ from the pruned checkpoint's."""
+    sha256: str
+    """Of the healed weights."""
 
 
 class Claim(Record):

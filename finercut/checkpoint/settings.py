@@ -1,6 +1,10 @@
-"""Section `prune` of params.yaml."""
+"""Sections `prune`, `heal` and `prove` of params.yaml."""
 
 from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat
 
 from finercut.selection.settings import Budget
 from finercut.system.settings import Section
@@ -8,3 +12,19 @@ from finercut.system.settings import Section
 
 class Prune(Section):
     budget: Budget
+
+
+class Heal(Section):
+    method: Literal["none"]
+    """How the pruned checkpoint is repaired; none leaves it as it is, which is the paper's method."""
+
+
+class Prove(Section):
+    """How far numbers may differ for a claim to hold. All are compared in float32."""
+
+    logit_tolerance: PositiveFloat
+    """Between a checkpoint and the model that its step says it equals: largest difference of two logits."""
+    log_probability_tolerance: PositiveFloat
+    """Between vLLM and transformers: largest difference of two log-probabilities, nats."""
+    device: str
+    """Of transformers: auto, cpu, cuda, cuda:1, ..."""

@@ -21,7 +21,7 @@ from lm_eval.tasks.manager import TaskDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from finercut.evaluation.records import TaskResult
+from finercut.evaluation.records import Score, TaskResult
 from finercut.evaluation.settings import Task
 from finercut.evaluation.smoke_tasks import PREFIX, SMOKE_TASKS, lm_eval_config
 
@@ -49,18 +49,6 @@ class LoadedTask:
     def leaves(self) -> list[LmEvalTask]:
         """Itself, or the tasks of a group such as mmlu."""
         return list(self.loaded["tasks"].values())
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one model scored in one task."""
-
-    value: float
-    stderr: float | None
-    n_samples: int
-    n_available: int
-    n_fewshot: int
-    higher_is_better: bool
 
 
 @dataclass(frozen=True)
@@ -208,16 +196,45 @@ def compare(task: LoadedTask, whole: Score, pruned: Score) -> TaskResult:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps lm-eval's notes, and off a terminal its progress bars, out of the log."""
+    """Keeps lm-eval's notes, and off a terminal its progress bars, out of the log; its warnings go there."""
     theirs = logging.getLogger("lm_eval")
     level = theirs.level
-    theirs.setLevel(logging.ERROR)
-    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    theirs.setLevel(logging.WARNING)
     try:
-        with bars:
+        if sys.stderr.isatty():
             yield
+        else:
+            with contextlib.closing(_WithoutBars()) as stream, contextlib.redirect_stderr(stream):
+                yield
     finally:
         theirs.setLevel(level)
+
+
+class _WithoutBars(io.TextIOBase):
+    """Passes the lines written to it on to the log, except progress bars, which return to the start of their line."""
+
+    def __init__(self) -> None:
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            self._tell(line)
+        return len(text)
+
+    def flush(self) -> None:
+        # Bars flush within their line; what is no bar waits for its end.
+        if "\r" in self._begun:
+            self._begun = ""
+
+    def close(self) -> None:
+        self._tell(self._begun)
+        self._begun = ""
+        super().close()
+
+    def _tell(self, line: str) -> None:
+        if line.strip() and "\r" not in line:
+            logger.warning("lm-eval: %s", line.rstrip())
 
 
 @torch.inference_mode()

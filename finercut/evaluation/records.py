@@ -5,6 +5,35 @@ from __future__ import annotations
 from finercut.system.records import Record
 
 
+class Score(Record):
+    """What one model scored in one task."""
+
+    value: float
+    stderr: float | None
+    n_samples: int
+    """Documents evaluated."""
+    n_available: int
+    """Documents the task has; more than n_samples when a limit was set."""
+    n_fewshot: int
+    higher_is_better: bool
+
+
+class Measured(Record):
+    """One model, measured by itself: what another is compared with later."""
+
+    sha256: str
+    """Of its weights."""
+    dtype: str
+    perplexity: float
+    """On the held-out tokens."""
+    bits_per_byte: float
+    held_out_sha256: str
+    tasks: dict[str, Score]
+    lm_eval_version: str
+    transformers_version: str
+    torch_version: str
+
+
 class TaskResult(Record):
     metric: str
     whole: float
@@ -37,3 +66,5 @@ class EvaluateReport(Record):
     whole_bits_per_byte: float
     pruned_bits_per_byte: float
     lm_eval_version: str
+    transformers_version: str | None = None
+    torch_version: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from finercut.system.settings import AnyDtype, Section, Share
 
@@ -25,7 +25,5 @@ class Evaluate(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     batch_size: PositiveInt
     dtype: AnyDtype
-    """Of lm-eval and perplexity, as in search; the parity check is always float32."""
+    """Of lm-eval and perplexity, as in search."""
     device: str
-    parity_tolerance: PositiveFloat
-    """Largest difference of float32 logits between the masked whole and the pruned model."""

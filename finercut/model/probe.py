@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from finercut.model.families import EXAMPLE, LAYOUT_KEY, Branch, Layout
-from finercut.model.loading import masked
+from finercut.model.masking import masked
 from finercut.model.modeling_finercut import bypass, cached_by
 from finercut.sublayers import KINDS, Sublayer
 

@@ -1,4 +1,4 @@
-"""What people would rather look at than read: which sublayers went, and what it cost."""
+"""Pictures of a selection: which sublayers are removed, and the divergence after each removal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 
+from finercut.selection.selection import Selection
 from finercut.selection.trajectory import Trajectory
 from finercut.sublayers import KINDS, Sublayer, parse
 from finercut.system.staging import staged_file
@@ -17,10 +18,9 @@ _CALIBRATION, _HELD_OUT = "#2f6db5", "#e08a1e"
 _METHODS = ("#7a7f87", "#2b2b2b", "#2f6db5", "#e08a1e", "#c8452f")
 
 
-def removal_map(trajectory: Trajectory, path: Path, title: str) -> None:
+def removal_map(selection: Selection, n_blocks: int, path: Path, title: str) -> None:
     """The model from input (left) to output, one column a block, removed sublayers in red with their step."""
-    n_blocks = trajectory.provenance.n_blocks
-    steps = {s: r.step for r in trajectory.removals for s in parse(r.sublayer).sublayers}
+    steps = {s: n for n, chosen in enumerate(selection.removals, 1) for s in parse(chosen.candidate).sublayers}
     figure = Figure(figsize=(max(6.0, 0.32 * n_blocks + 1.6), 2.4), layout="constrained")
     axes = figure.add_subplot()
     for row, kind in enumerate(KINDS):

@@ -5,14 +5,6 @@ from __future__ import annotations
 from finercut.system.records import Record
 
 
-class Shares(Record):
-    """What the removals come to, each as a share of the whole model."""
-
-    sublayers: float
-    parameters: float
-    kv_cache: float
-
-
 class SearchReport(Record):
     mode: str
     """exact, lazy or racing."""

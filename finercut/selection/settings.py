@@ -27,8 +27,9 @@ class Search(Section):
     """Racing: the chance, at most, that the test drops the right candidate, in each step."""
     micro_batch_tokens: PositiveInt | Literal["auto"]
     """Tokens that go through a sublayer at once; auto: what fits the caches of a CPU, the free memory of a GPU."""
-    removals: PositiveInt | Share
-    """How far the search goes: candidates removed, as a number or as a share. Budgets up to here need no new search."""
+    removals: PositiveInt | Share | Literal["auto"] = "auto"
+    """How far the search goes: auto, as far as prune.budget needs; or candidates removed, as a number or as a share.
+    Budgets up to here need no new search."""
     dtype: AnyDtype
     """auto: bfloat16 where the device multiplies in it, else float32."""
     device: str

@@ -8,30 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
-from finercut.selection.settings import Budget
-from finercut.sublayers import Sublayer, candidates, parse, protected
+from finercut.selection.selection import Chosen, Origin, Selection, left_over
+from finercut.sublayers import Candidate, Sublayer, candidates, parse, protected
+from finercut.system.records import Record
 from finercut.system.staging import staged_file, writing
 
 
-class Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
+class Line(Record):
+    """One line of the file. Unlike a report, it refuses fields it does not know: a search continues what it reads."""
+
+    model_config = ConfigDict(extra="forbid")
 
     def to_json(self) -> str:
         return self.model_dump_json() + "\n"
 
 
-class Provenance(Line):
+class Provenance(Line, Origin):
     """Everything that decides which removals a search finds. A trajectory continues only under the same one."""
 
-    model_source: str
-    model_revision: str
-    model_sha256: str
-    n_blocks: Annotated[int, Field(ge=1, le=10_000)]
-    calibration_sha256: str
-    held_out_sha256: str
-    divergence: str
     candidates: Literal["attention", "mlp", "both", "blocks"]
     protect: list[str]
     exclude: float | None
@@ -106,6 +102,25 @@ class Trajectory:
 
     def first(self, n_removals: int) -> Trajectory:
         return Trajectory(self.provenance, self.removals[:n_removals])
+
+    @property
+    def left(self) -> list[Candidate]:
+        """Candidates that the next removal could take."""
+        origin = self.provenance
+        return left_over(origin.n_blocks, origin.candidates, origin.protect, (r.sublayer for r in self.removals))
+
+    def selection(self) -> Selection:
+        """What greedy search hands on: nested, for each removal was the best on top of those before it."""
+        return Selection(
+            method="greedy",
+            nested=True,
+            removals=[
+                Chosen(candidate=r.sublayer, divergence=r.divergence, held_out_divergence=r.held_out_divergence)
+                for r in self.removals
+            ],
+            left=[str(candidate) for candidate in self.left],
+            origin=Origin.model_validate(self.provenance.model_dump(include=set(Origin.model_fields))),
+        )
 
 
 def read_trajectory(path: Path) -> Trajectory:
@@ -187,50 +202,3 @@ def _first(error: ValueError) -> str:
         return str(error)
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
-
-
-def removals_within(trajectory: Trajectory, budget: Budget, parameters: dict[Sublayer, int], n_parameters: int) -> int:
-    """How many of the trajectory's removals fit a budget.
-
-    Args:
-        parameters: of each of the whole model's sublayers.
-        n_parameters: of the whole model.
-
-    Raises:
-        ValueError: the budget is larger than the trajectory goes, or smaller than its first removal.
-    """
-    n_attentions = sum(s.kind == "attention" for s in parameters)
-    if budget.unit == "sublayers":
-        cost = dict.fromkeys(parameters, 1.0)
-        allowed = float(budget.amount if budget.amount >= 1 else int(budget.amount * len(parameters)))
-        if allowed >= len(parameters):
-            raise ValueError(f"cannot remove {budget.amount} of {len(parameters)} sublayers")
-    elif budget.unit == "parameters":
-        cost = {s: n / n_parameters for s, n in parameters.items()}
-        allowed = budget.amount
-    else:
-        cost = {s: (s.kind == "attention") / n_attentions for s in parameters}
-        allowed = budget.amount
-    spent = 0.0
-    for n_removals, removal in enumerate(trajectory.removals):
-        spent += sum(cost[s] for s in parse(removal.sublayer).sublayers)
-        if spent > allowed * (1 + 1e-9):
-            if n_removals == 0:
-                raise ValueError(
-                    f"the first removal, {removal.sublayer}, is already over {budget.amount} {budget.unit}"
-                )
-            return n_removals
-    # One more removal might still fit: only a longer search can tell.
-    gone = {removal.sublayer for removal in trajectory.removals}
-    kept = protected(trajectory.provenance.protect, trajectory.provenance.n_blocks)
-    left = [
-        sum(cost[s] for s in c.sublayers)
-        for c in candidates(trajectory.provenance.n_blocks, trajectory.provenance.candidates)
-        if str(c) not in gone and kept.isdisjoint(c.sublayers)
-    ]
-    if any(c > 0 and spent + c <= allowed * (1 + 1e-9) for c in left):
-        raise ValueError(
-            f"the trajectory ends after {len(trajectory.removals)} removals, at {spent:.3g} of {allowed:.3g} "
-            f"{budget.unit}: raise search.removals"
-        )
-    return len(trajectory.removals)

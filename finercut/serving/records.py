@@ -23,8 +23,6 @@ class EngineFigures(Record):
     """Tokens the engine's KV cache holds."""
     weights_gib: float
     """In the engine's dtype."""
-    max_logprob_difference: float
-    """Against transformers, float32, nats."""
 
 
 class ThroughputReport(Record):
@@ -32,6 +30,7 @@ class ThroughputReport(Record):
     pruned: EngineFigures
     speed_up: float
     """Output tokens/s, pruned over whole: the median over rounds."""
+    speed_up_spread: Spread | None = None
     kv_cache_ratio: float
     """Tokens the same KV memory holds, pruned over whole."""
     input_tokens: int
@@ -45,5 +44,7 @@ class ThroughputReport(Record):
     hardware: str
     dtype: str
     enforce_eager: bool
+    kv_cache_gib: float | None = None
+    max_model_len: int | None = None
     interleave: bool
     """Whole and pruned took rounds in turn."""

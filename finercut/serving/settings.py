@@ -9,27 +9,30 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from finercut.system.settings import Dtype, Section
 
 
-class Throughput(Section):
-    input_tokens: PositiveInt
-    output_tokens: Annotated[int, Field(ge=2)]
+class EngineSettings(Section):
+    """How a vLLM engine is started."""
+
     concurrency: PositiveInt
     """Requests in flight."""
-    n_warmups: PositiveInt
-    """Untimed rounds."""
-    n_rounds: Annotated[int, Field(ge=2)]
-    """Timed rounds, each with new random prompts."""
     dtype: Dtype
     max_model_len: PositiveInt
     """Tokens."""
     kv_cache_gib: PositiveFloat
-    """KV cache given to both engines, on CPU and GPU alike."""
+    """KV cache given to every engine, on CPU and GPU alike."""
     enforce_eager: bool
     """Without torch.compile and CUDA graphs: starts faster, runs slower."""
+
+
+class Throughput(EngineSettings):
+    input_tokens: PositiveInt
+    output_tokens: Annotated[int, Field(ge=2)]
+    n_warmups: PositiveInt
+    """Untimed rounds."""
+    n_rounds: Annotated[int, Field(ge=2)]
+    """Timed rounds, each with new random prompts."""
     interleave: bool
     """Both engines at once, a round each in turn, so that whatever else the machine does slows both alike; false for
     models that do not fit beside each other."""
-    parity_tolerance: PositiveFloat
-    """Largest difference, in nats, between vLLM's and transformers' float32 log-probabilities."""
 
     @model_validator(mode="after")
     def _requests_fit(self) -> Throughput:

@@ -8,28 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import random
 import re
-import shutil
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any
 
-from finercut.serving.settings import Throughput
+from finercut.serving.settings import EngineSettings
 from finercut.system.processes import GRACE_S, end_group
 
 if TYPE_CHECKING:
@@ -87,8 +79,9 @@ def installed() -> str:
 class Engine:
     """A vLLM engine in a process of its own, which may still be starting: the first question waits for it."""
 
-    def __init__(self, directory: Path, process: subprocess.Popen[str], log: IO[str]) -> None:
+    def __init__(self, directory: Path, settings: EngineSettings, process: subprocess.Popen[str], log: IO[str]) -> None:
         self.directory = directory
+        self.settings = settings
         self.process = process
         self._log = log
 
@@ -105,12 +98,15 @@ class Engine:
         return self._start["hardware"]
 
     def round(self, seed: int) -> Round:
-        """Serve the load once, with random prompts: the same for the same seed and vocabulary.
+        """Serve the load of `settings` once, with random prompts: the same for the same seed and vocabulary.
+
+        Started with `Throughput` settings only.
 
         Raises:
             RuntimeError: the engine failed, now or when it started.
         """
-        return Round(**self._ask({"seed": seed}))
+        load = {"input_tokens": self.settings.input_tokens, "output_tokens": self.settings.output_tokens}
+        return Round(**self._ask({"seed": seed, **load}))
 
     def continuations(self, windows: Sequence[Sequence[int]]) -> list[Continuation]:
         """What the model makes of `windows`.
@@ -142,7 +138,7 @@ class Engine:
 
 
 @contextmanager
-def engine(directory: Path, settings: Throughput, one_process: bool = False) -> Iterator[Engine]:
+def engine(directory: Path, settings: EngineSettings, one_process: bool = False) -> Iterator[Engine]:
     """Start vLLM on a model; it ends with the block, or with the process that started it, however that ends.
 
     Args:
@@ -163,8 +159,9 @@ def engine(directory: Path, settings: Throughput, one_process: bool = False) -> 
         tempfile.TemporaryDirectory(prefix="vllm-") as sockets,
     ):
         environment["VLLM_RPC_BASE_PATH"] = sockets
+        started_with = settings.model_dump_json(include=set(EngineSettings.model_fields))
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(directory.absolute()), settings.model_dump_json()],
+            [sys.executable, "-m", "finercut.serving.vllm_process", str(directory.absolute()), started_with],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -173,7 +170,7 @@ def engine(directory: Path, settings: Throughput, one_process: bool = False) -> 
             start_new_session=True,
         )
         try:
-            yield Engine(directory, process, log)
+            yield Engine(directory, settings, process, log)
             # An engine that ends by itself gives its shared memory back.
             with suppress(BrokenPipeError, subprocess.TimeoutExpired):
                 process.stdin.write("null\n")
@@ -217,109 +214,3 @@ def _cause(log: str) -> str:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= N_CHARACTERS else text[:N_CHARACTERS] + " ..."
-
-
-# What follows runs in the fresh process.
-
-
-def _main() -> None:
-    # Libraries print to the standard output: keep it to the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    requests: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
-    settings = Throughput.model_validate_json(sys.argv[2])
-    llm = _start_vllm(sys.argv[1], settings)
-    cache = llm.llm_engine.vllm_config.cache_config
-    print(json.dumps({"kv_cache_tokens": cache.kv_cache_size_tokens, "hardware": _hardware()}), file=answers)
-    while (request := requests.get()) is not None:
-        if "seed" in request:
-            answer = asdict(_serve_load(llm, settings, request["seed"]))
-        else:
-            answer = [asdict(c) for c in _continue(llm, request["windows"])]
-        print(json.dumps(answer), file=answers)
-
-
-def _listen(requests: SimpleQueue[dict[str, Any] | None]) -> None:
-    # Unbuffered: a buffer's lock, held here, would abort a process that ends for an error of its own.
-    for line in open(0, "rb", buffering=0):  # noqa: SIM115
-        requests.put(json.loads(line))
-    # The pipe's other end is the parent's alone: it closes when the parent ends, whatever ended it.
-    shutil.rmtree(os.environ["VLLM_RPC_BASE_PATH"], ignore_errors=True)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
-def _start_vllm(directory: str, settings: Throughput) -> Any:
-    from vllm import LLM
-
-    return LLM(
-        model=directory,
-        skip_tokenizer_init=True,
-        dtype=settings.dtype,
-        enforce_eager=settings.enforce_eager,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.concurrency,
-        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
-        # The line above settles it; but vLLM still wants this share of the GPU to be free, beside the other engine.
-        gpu_memory_utilization=0.01,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-    )
-
-
-def _continue(llm: Any, windows: list[list[int]]) -> list[Continuation]:
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=N_GENERATED,
-        ignore_eos=True,
-        detokenize=False,
-        prompt_logprobs=N_LIKELIEST,
-        logprobs=N_LIKELIEST,
-    )
-    found = []
-    for answer in llm.generate([{"prompt_token_ids": w} for w in windows], sampling, use_tqdm=False):
-        generated = answer.outputs[0]
-        given = [*answer.prompt_logprobs[1:], *generated.logprobs]
-        found.append(
-            Continuation(
-                tokens=[*answer.prompt_token_ids, *generated.token_ids],
-                logprobs=[{token: value.logprob for token, value in position.items()} for position in given],
-            )
-        )
-    return found
-
-
-def _serve_load(llm: Any, settings: Throughput, seed: int) -> Round:
-    from vllm import SamplingParams
-
-    draw = random.Random(seed)
-    vocabulary = range(llm.llm_engine.vllm_config.model_config.get_vocab_size())
-    prompts = [
-        {"prompt_token_ids": draw.choices(vocabulary, k=settings.input_tokens)} for _ in range(settings.concurrency)
-    ]
-    n = settings.output_tokens
-    sampling = SamplingParams(temperature=0, max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False)
-    started = time.perf_counter()
-    answers = [answer.metrics for answer in llm.generate(prompts, sampling, use_tqdm=False)]
-    seconds = time.perf_counter() - started
-    return Round(
-        output_tokens_per_s=settings.concurrency * n / seconds,
-        ttft_s=statistics.median(a.first_token_latency for a in answers),
-        tpot_s=statistics.median((a.last_token_ts - a.first_token_ts) / (n - 1) for a in answers),
-    )
-
-
-def _hardware() -> str:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return current_platform.get_device_name()
-    cpu = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.MULTILINE) if cpu.is_file() else None
-    return f"{name[1] if name else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
-if __name__ == "__main__":
-    _main()

@@ -36,7 +36,7 @@ class NoAnswer(RuntimeError):
 
 
 @contextmanager
-def explained(repository: str, revision: str, kind: Kind = "model") -> Iterator[None]:
+def hub_errors(repository: str, revision: str, kind: Kind = "model") -> Iterator[None]:
     """Turns what the hub client raises inside the block into one line.
 
     Raises:
@@ -69,15 +69,15 @@ def is_commit(revision: str) -> bool:
 
 
 def resolve(repository: str, revision: str, kind: Kind = "model") -> tuple[str, list[str]]:
-    """The commit a branch, tag or commit stands for, and the names of the files it has. Raises as `explained` does."""
-    with explained(repository, revision, kind):
-        info = _patiently(repository, revision, kind)
+    """The commit a branch, tag or commit stands for, and the names of the files it has. Raises as `hub_errors` does."""
+    with hub_errors(repository, revision, kind):
+        info = _repository_info(repository, revision, kind)
     if info.sha is None:
         raise RuntimeError(f"{constants.ENDPOINT} does not say which commit {revision!r} of {repository} is")
     return info.sha, [file.rfilename for file in info.siblings or []]
 
 
-def _patiently(repository: str, revision: str, kind: Kind) -> ModelInfo | DatasetInfo:
+def _repository_info(repository: str, revision: str, kind: Kind) -> ModelInfo | DatasetInfo:
     for pause_s in PAUSES_S:
         try:
             return HfApi().repo_info(repository, revision=revision, repo_type=kind)

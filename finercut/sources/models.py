@@ -163,9 +163,9 @@ def dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from finercut.model.checks import explained
+    from finercut.model.directory import one_line_errors
 
-    with explained(f"{gguf.name} is not a GGUF file of a model, or is damaged"):
+    with one_line_errors(f"{gguf.name} is not a GGUF file of a model, or is damaged"):
         split = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -201,7 +201,7 @@ def _from_hub(source: HubModel, directory: Path, work: Path) -> Origin:
     taken = _choose(names, source.repository, code)
     # Kept when the download breaks off: the next attempt takes up what is complete.
     downloads = work / commit
-    with hub.explained(source.repository, source.revision):
+    with hub.hub_errors(source.repository, source.revision):
         hf_hub_download(source.repository, "config.json", revision=commit, local_dir=downloads)
         _check_config(downloads / "config.json", source.repository, code)
         snapshot_download(source.repository, revision=commit, local_dir=downloads, allow_patterns=taken)
@@ -286,7 +286,7 @@ def _choose(names: Collection[str], where: str, code: _Code) -> list[str]:
 def _check_config(file: Path, where: str, code: _Code) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from finercut.model.checks import read_config
+    from finercut.model.directory import ModelDirectory
 
     config = read_object(file)
     model_type = config.get("model_type")
@@ -308,6 +308,6 @@ def _check_config(file: Path, where: str, code: _Code) -> None:
     if code.trusted:
         raise ValueError(f"transformers has {model_type} itself, no code of {where} is run: take trust_remote_code out")
     try:
-        check_supported(read_config(file.parent))
+        check_supported(ModelDirectory(file.parent).config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

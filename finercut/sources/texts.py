@@ -93,7 +93,7 @@ def _hub_texts(source: HubText) -> Texts:
     from finercut.sources import hub
 
     commit, _ = hub.resolve(source.dataset, source.revision, "dataset")
-    with hub.explained(source.dataset, source.revision, "dataset"):
+    with hub.hub_errors(source.dataset, source.revision, "dataset"):
         rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=commit)
     name = "/".join(part for part in (source.dataset, source.config, source.split) if part)
     _check_column(rows.column_names, source.column, name)

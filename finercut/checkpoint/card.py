@@ -1,0 +1,106 @@
+"""The model card of a pruned checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from finercut.selection.selection import Selection
+from finercut.sublayers import KINDS
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [finercut, pruned]
+---
+
+# {source}, less {n_removed} of {n_sublayers} sublayers
+
+Pruned without training by FinerCut (arXiv 2405.18218): the sublayers whose removal changed the output distribution
+least were taken out. The removed weights are gone from this checkpoint.
+
+| | share of the whole model |
+|---|---|
+{shares}
+
+Speed-up depends on engine, hardware and load; it is measured in the registered version's `throughput.json`.
+
+- Whole model: {source}, revision `{revision}`, weights sha256 `{whole_sha256}`
+- Attention removed in blocks: {attention}
+- MLP removed in blocks: {mlp}
+{measured}
+## Load
+
+{loading}
+"""
+
+_MEASURED = """\
+- {divergence} divergence from the whole model: {last:.4f} on the calibration tokens
+  (sha256 `{calibration_sha256}`), {held_out:.4f} on held-out tokens
+"""
+
+_LOADING = """\
+With [transformers](https://github.com/huggingface/transformers) and finercut, from the repository or wheel that this
+checkpoint was made with:
+
+```python
+import finercut
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Without finercut, `from_pretrained("PATH", trust_remote_code=True)` uses the one Python file in this directory.
+
+## Serve
+
+With vLLM and finercut in one environment, vLLM finds the plugin by itself:
+
+```sh
+vllm serve PATH --host 127.0.0.1
+```"""
+
+_LOADING_OWN_CODE = """\
+The whole model runs by Python code of its own, which this directory carries. Read it, then
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+vLLM has no model of it."""
+
+_TITLES = {"kv_cache": "KV cache"}
+
+
+def card(selection: Selection, shares: Mapping[str, float], n_sublayers: int, whole_sha256: str, own_code: bool) -> str:
+    """README.md of the checkpoint.
+
+    Args:
+        shares: what is saved of each cost.
+        own_code: the model runs by Python code of its own.
+    """
+    removed, origin, last = selection.sublayers, selection.origin, selection.removals[-1]
+    measured = "\n"
+    if origin is not None and last.divergence is not None:
+        measured = _MEASURED.format(
+            divergence=origin.divergence,
+            last=last.divergence,
+            held_out=last.held_out_divergence,
+            calibration_sha256=origin.calibration_sha256,
+        )
+    blocks = {kind: ", ".join(str(s.block) for s in sorted(removed) if s.kind == kind) or "none" for kind in KINDS}
+    return _CARD.format(
+        source=origin.model_source if origin else "Pruned model",
+        revision=origin.model_revision if origin else "unknown",
+        whole_sha256=whole_sha256,
+        n_removed=len(removed),
+        n_sublayers=n_sublayers,
+        shares="\n".join(f"| {_TITLES.get(name, name)} | {share:.1%} |" for name, share in shares.items()),
+        measured=measured,
+        loading=_LOADING_OWN_CODE if own_code else _LOADING,
+        **blocks,
+    )

@@ -1,0 +1,72 @@
+"""What a step on a checkpoint is: it takes a model directory, writes one, and makes a claim that `prove` checks.
+
+A step is a module of this package, named as the step is, with
+
+    apply(parent: ModelDirectory, directory: Path, settings, inputs: Inputs) -> Record
+        writes the new checkpoint into the empty `directory` and returns what the report says of it;
+    claim(parent: ModelDirectory, child: ModelDirectory, proof: Proof) -> Claim
+        checks what the step promises of its result.
+
+`settings` is the step's section of params.yaml. A step that changes anything appends to the lineage. docs/steps.md
+shows how to add one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from finercut.selection.selection import Selection
+from finercut.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What steps may use beside their parent; each is read when it is asked for."""
+
+    tokens: Callable[[], Tokens]
+    """Calibration and held-out tokens."""
+    selection: Callable[[], Selection]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What claims are checked with."""
+
+    held_out: torch.Tensor
+    """Token ids, (samples, tokens)."""
+    logit_tolerance: float
+    """Largest difference of two float32 logits that passes."""
+    device: torch.device
+
+
+def step(name: str) -> ModuleType:
+    """The module of a step.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    try:
+        return importlib.import_module(f"finercut.checkpoint.{name}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"no step {name!r} on checkpoints: finercut/checkpoint/{name}.py is missing") from error
+
+
+def link_files(parent: Path, directory: Path) -> None:
+    """Give every file of `parent` a second name in the empty `directory`; copies where the disk has no links."""
+    for file in sorted(parent.rglob("*")):
+        target = directory / file.relative_to(parent)
+        if file.is_dir():
+            target.mkdir()
+            continue
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copyfile(file, target)

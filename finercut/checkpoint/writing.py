@@ -1,0 +1,94 @@
+"""Writes the checkpoint of a whole model less some sublayers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from finercut.model import modeling_finercut
+from finercut.model.directory import ModelDirectory
+from finercut.model.families import LAYOUT_KEY, Layout, base_architecture, layout_of
+from finercut.model.loading import load_whole
+from finercut.model.remote_code import code_sha256, note_trusted, pruned_class
+from finercut.sublayers import Sublayer
+
+MODELING_FILE = Path(modeling_finercut.__file__)
+# Written here; every other file beside the weights is copied.
+_REWRITTEN = {"config.json", "README.md", MODELING_FILE.name}
+
+
+def write_pruned(
+    model: ModelDirectory | Path | str, removed: Sequence[Sublayer], directory: Path, origin: dict[str, Any], card: str
+) -> None:
+    """Write the checkpoint of the whole model less `removed` into an empty directory.
+
+    It loads with finercut imported, or with `trust_remote_code=True` through the one file it carries; transformers
+    alone refuses it. The checkpoint of a model with code of its own carries that code too, and loads in the second way
+    only. Blocks keep the numbers they have in the whole model.
+
+    Args:
+        removed: in the order of removal.
+        origin: JSON values for config.json's `finercut` section: source, revision, hashes, divergence, lineage.
+        card: README.md, the model card.
+
+    Raises:
+        ValueError: nothing or every attention would go, or the model's family is not known.
+    """
+    source = ModelDirectory.of(model)
+    whole = load_whole(source)
+    layout = layout_of(whole.config)
+    if source.trusted:
+        model_class = pruned_class(whole, source.path, directory)
+    else:
+        model_class = getattr(modeling_finercut, modeling_finercut.PREFIX + base_architecture(whole.config.model_type))
+    config = pruned_config(model_class, whole.config, layout, removed, origin)
+    with torch.device("meta"):
+        pruned = model_class(config)
+    names = pruned.state_dict().keys()
+    # The whole model's own tensors: nothing is copied in memory.
+    pruned.load_state_dict({n: t for n, t in whole.state_dict().items() if n in names}, assign=True)
+    if whole.can_generate() and not (source.path / "generation_config.json").is_file():
+        pruned.generation_config = whole.generation_config
+    pruned.save_pretrained(directory)
+    for file in source.path.iterdir():
+        if file.is_file() and file.name not in _REWRITTEN and ".safetensors" not in file.name:
+            shutil.copyfile(file, directory / file.name)
+    if source.trusted:
+        note_trusted(directory, code_sha256(directory))
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def pruned_config(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    layout: Layout,
+    removed: Sequence[Sublayer],
+    origin: dict[str, Any],
+) -> PreTrainedConfig:
+    """The config of the pruned model: the whole one's `config`, the skipped sublayers, and the model's origin.
+
+    Args:
+        model_class: of the pruned model.
+    """
+    if not removed:
+        raise ValueError("nothing to remove")
+    skip: dict[str, dict[str, list[str]]] = {}
+    for sublayer in sorted(removed):
+        skip.setdefault(str(sublayer.block), {"skip": []})["skip"].append(sublayer.kind)
+    config_class = model_class.config_class
+    settings = config.to_dict()
+    for name in ("model_type", "transformers_version", LAYOUT_KEY):
+        settings.pop(name, None)
+    settings["architectures"] = [model_class.__name__]
+    file = model_class.__module__.rpartition(".")[2]
+    settings["auto_map"] = {
+        "AutoConfig": f"{file}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{file}.{model_class.__name__}",
+    }
+    settings["finercut"] = {"layout": layout.to_dict(), **origin, "removals": [str(s) for s in removed]}
+    return config_class(**settings, per_layer_config=skip)

@@ -1,0 +1,54 @@
+"""Measures one model: tasks in lm-eval, and perplexity on the held-out tokens."""
+
+from __future__ import annotations
+
+import logging
+
+import lm_eval
+import torch
+import transformers
+
+from finercut.evaluation.harness import fit, load_tasks, score
+from finercut.evaluation.records import Measured
+from finercut.evaluation.settings import Evaluate
+from finercut.model.devices import device_of, dtype_of
+from finercut.model.directory import ModelDirectory
+from finercut.model.loading import load
+from finercut.tokens import Tokens
+
+logger = logging.getLogger("finercut")
+
+
+def measure(name: str, directory: ModelDirectory, tokens: Tokens, settings: Evaluate) -> Measured:
+    """
+    Args:
+        name: of the model, for the log.
+
+    Raises:
+        FileNotFoundError: no model there.
+        ValueError: a task, metric or device that does not exist, or tokens of another vocabulary.
+        RuntimeError: a task's documents cannot be had, or logits are not finite.
+    """
+    tokens.check_vocabulary(directory.language.vocab_size)
+    device = device_of(settings.device)
+    dtype = dtype_of(settings.dtype, device)
+    tasks = load_tasks(settings.tasks)
+    model = load(directory, dtype, device)
+    found = fit(model, directory.tokenizer, tokens.held_out)
+    logger.info("evaluate: %s model, perplexity %.2f, %.3f bits/byte", name, found.perplexity, found.bits_per_byte)
+    scores = {}
+    options = {"seed": settings.seed, "batch_size": settings.batch_size}
+    for task, reached in score(model, directory.tokenizer, tasks, **options):
+        scores[task] = reached
+        logger.info("evaluate: %s model, %s %.3f (%d samples)", name, task, reached.value, reached.n_samples)
+    return Measured(
+        sha256=directory.weights_sha256,
+        dtype=str(dtype).removeprefix("torch."),
+        perplexity=found.perplexity,
+        bits_per_byte=found.bits_per_byte,
+        held_out_sha256=tokens.held_out_sha256,
+        tasks=scores,
+        lm_eval_version=lm_eval.__version__,
+        transformers_version=transformers.__version__,
+        torch_version=torch.__version__,
+    )

@@ -1,0 +1,92 @@
+"""What each sublayer of a whole model costs: parameters, KV cache, and the sublayer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from finercut.model.directory import ModelDirectory
+from finercut.model.families import layout_of
+from finercut.sublayers import KINDS, Sublayer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One column of the table."""
+
+    unit: str
+    by_sublayer: Mapping[Sublayer, float]
+    whole: float
+    """Of the whole model, what is in no sublayer included."""
+
+    def of(self, sublayers: Iterable[Sublayer]) -> float:
+        return sum(self.by_sublayer[s] for s in sublayers)
+
+    def share(self, sublayers: Iterable[Sublayer]) -> float:
+        """Of the whole model."""
+        return self.of(sublayers) / self.whole
+
+
+class Costs(dict[str, Cost]):
+    """The table of costs by name. A budget is the name of a cost and an amount; shares are read from the table."""
+
+    def shares(self, removed: Iterable[Sublayer]) -> dict[str, float]:
+        """What removing these sublayers saves of each cost, as a share of the whole model."""
+        gone = list(removed)
+        return {name: cost.share(gone) for name, cost in self.items()}
+
+
+def costs_of(model: ModelDirectory) -> Costs:
+    """The costs of a whole model, without reading its weights.
+
+    Raises:
+        ValueError: it cannot be pruned, and why.
+    """
+    return costs_of_config(model.config, trust_remote_code=model.trusted)
+
+
+def costs_of_config(config: PreTrainedConfig, trust_remote_code: bool = False) -> Costs:
+    """As `costs_of`. Tied embeddings count once.
+
+    Args:
+        trust_remote_code: whether the code beside that config may run, for models that need it.
+    """
+    layout = layout_of(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    element_bytes = torch.empty(0, dtype=config.dtype or torch.float32).element_size()
+    parameters: dict[Sublayer, float] = {}
+    kv_bytes: dict[Sublayer, float] = {}
+    for index, block in enumerate(model.get_submodule(layout.blocks)):
+        for kind in KINDS:
+            members = [getattr(block, name) for name in layout.branch(kind).members]
+            sublayer = Sublayer(index, kind)
+            parameters[sublayer] = sum(p.numel() for m in members for p in m.parameters())
+            core = getattr(block, layout.branch(kind).core)
+            kv_bytes[sublayer] = _cached_numbers(config, core) * element_bytes if kind == "attention" else 0
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return Costs(
+        sublayers=Cost("sublayers", dict.fromkeys(parameters, 1), len(parameters)),
+        parameters=Cost("parameters", parameters, n_parameters),
+        kv_cache=Cost("bytes per token", kv_bytes, sum(kv_bytes.values())),
+    )
+
+
+def _cached_numbers(config: PreTrainedConfig, attention: nn.Module) -> int:
+    """Numbers that an engine keeps of each past token for one attention.
+
+    Multi-head latent attention keeps one compressed vector and one rotary key; any other the keys and values of its
+    heads.
+    """
+    if latent := getattr(config, "kv_lora_rank", None):
+        return latent + config.qk_rope_head_dim
+    keys, values = (getattr(attention, name, None) for name in ("k_proj", "v_proj"))
+    if isinstance(keys, nn.Linear) and isinstance(values, nn.Linear):
+        return keys.out_features + values.out_features
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * n_kv_heads * head_dim

@@ -1,0 +1,180 @@
+"""A model directory: config, tokenizer, weights and the trust in its code, each read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from finercut.model import modeling_finercut, remote_code, tensors
+from finercut.model.configs import read_object
+from finercut.model.families import Layout, layout_of
+from finercut.model.tensors import StoredTensor
+from finercut.sublayers import Sublayer
+
+# What transformers raises on files that are not as it expects.
+_UNEXPECTED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    RuntimeError,
+    OSError,
+    StrictDataclassError,
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' load reports and progress bars: the caller reports what matters."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Turns any error that a broken file causes into one line that starts with `what`.
+
+    Raises:
+        ValueError
+    """
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        # The tokenizers library raises nothing more exact than Exception.
+        if not isinstance(error, _UNEXPECTED) and type(error) is not Exception:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{what}: {type(error).__name__} {reason}".strip()) from error
+
+
+class ModelDirectory:
+    """A model in Hugging Face layout. Every part is read when it is first used, and once.
+
+    The files must not change while the value is in use; whoever writes a directory opens it anew.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def of(cls, model: ModelDirectory | Path | str) -> ModelDirectory:
+        """`model` itself, or the directory at that path."""
+        return model if isinstance(model, ModelDirectory) else cls(model)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def written_by(self, stage: str) -> Self:
+        """Itself.
+
+        Raises:
+            FileNotFoundError: there is no model; the message names the stage that writes it.
+        """
+        if not (self.path / "config.json").is_file():
+            raise FileNotFoundError(f"no model in {self.path}: run `finercut {stage}` first")
+        return self
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """config.json as it is stored.
+
+        Raises:
+            ValueError: it is not a JSON object.
+        """
+        return read_object(self.path / "config.json")
+
+    @property
+    def is_pruned(self) -> bool:
+        return str(self.settings.get("model_type")).startswith("finercut_")
+
+    @cached_property
+    def trusted(self) -> bool:
+        """Whether its own Python code may run, see `remote_code.trusts_code`.
+
+        Raises:
+            ValueError: the code has changed since it was trusted.
+        """
+        return remote_code.trusts_code(self.path)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """transformers' config; untrusted code of the model's own does not run.
+
+        Raises:
+            ValueError: it cannot be read, or needs such code.
+        """
+        _ = self.settings
+        trusted = self.trusted
+        with one_line_errors(f"{self.path / 'config.json'} is not a model's config"):
+            return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=trusted)
+
+    @property
+    def language(self) -> PreTrainedConfig:
+        """The config of the language model inside: `config` itself for a plain decoder."""
+        return self.config.get_text_config()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """
+        Raises:
+            ValueError: it cannot be read, or makes no tokens of a word.
+        """
+        trusted = self.trusted
+        with one_line_errors(f"the tokenizer in {self.path} cannot be read"):
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=trusted)
+            n_tokens = len(tokenizer("finercut").input_ids)
+        if not n_tokens:
+            raise ValueError(
+                f"the tokenizer in {self.path} makes no tokens of a word: its files do not belong together"
+            )
+        return tokenizer
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every stored tensor by name, from the files' headers; see `tensors.safetensors_shapes` for what it raises."""
+        return tensors.safetensors_shapes(self.path)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        return tensors.weights_sha256(self.path)
+
+    @property
+    def weights_bytes(self) -> int:
+        return tensors.weights_bytes(self.path)
+
+    @property
+    def n_elements(self) -> int:
+        """Numbers stored; a tied weight counts once."""
+        return sum(tensor.n_elements for tensor in self.tensors.values())
+
+    @property
+    def layout(self) -> Layout:
+        """Where a whole model keeps its sublayers.
+
+        Raises:
+            ValueError: the model cannot be pruned, and why; or its family is not declared.
+        """
+        return layout_of(self.config)
+
+    @property
+    def removed(self) -> list[Sublayer]:
+        """The sublayers that a pruned model lacks, by depth."""
+        return [Sublayer(*removed) for removed in modeling_finercut.removed_sublayers(self.config)]

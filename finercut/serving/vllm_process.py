@@ -1,0 +1,123 @@
+"""The process in which a vLLM engine runs: answers the requests of `vllm_engine.Engine`, one line of JSON each."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from finercut.serving.settings import EngineSettings
+from finercut.serving.vllm_engine import N_GENERATED, N_LIKELIEST, Continuation, Round
+
+
+def _main() -> None:
+    # Libraries print to the standard output: keep it to the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    requests: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    settings = EngineSettings.model_validate_json(sys.argv[2])
+    llm = _start_vllm(sys.argv[1], settings)
+    cache = llm.llm_engine.vllm_config.cache_config
+    print(json.dumps({"kv_cache_tokens": cache.kv_cache_size_tokens, "hardware": _hardware()}), file=answers)
+    while (request := requests.get()) is not None:
+        if "seed" in request:
+            answer = asdict(_serve_load(llm, settings.concurrency, **request))
+        else:
+            answer = [asdict(c) for c in _continue(llm, request["windows"])]
+        print(json.dumps(answer), file=answers)
+
+
+def _listen(requests: SimpleQueue[dict[str, Any] | None]) -> None:
+    # Unbuffered: a buffer's lock, held here, would abort a process that ends for an error of its own.
+    for line in open(0, "rb", buffering=0):  # noqa: SIM115
+        requests.put(json.loads(line))
+    # The pipe's other end is the parent's alone: it closes when the parent ends, whatever ended it.
+    shutil.rmtree(os.environ["VLLM_RPC_BASE_PATH"], ignore_errors=True)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _start_vllm(directory: str, settings: EngineSettings) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model=directory,
+        skip_tokenizer_init=True,
+        dtype=settings.dtype,
+        enforce_eager=settings.enforce_eager,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.concurrency,
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+        # The line above settles it; but vLLM still wants this share of the GPU to be free, beside the other engine.
+        gpu_memory_utilization=0.01,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+    )
+
+
+def _continue(llm: Any, windows: list[list[int]]) -> list[Continuation]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=N_GENERATED,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=N_LIKELIEST,
+        logprobs=N_LIKELIEST,
+    )
+    found = []
+    for answer in llm.generate([{"prompt_token_ids": w} for w in windows], sampling, use_tqdm=False):
+        generated = answer.outputs[0]
+        given = [*answer.prompt_logprobs[1:], *generated.logprobs]
+        found.append(
+            Continuation(
+                tokens=[*answer.prompt_token_ids, *generated.token_ids],
+                logprobs=[{token: value.logprob for token, value in position.items()} for position in given],
+            )
+        )
+    return found
+
+
+def _serve_load(llm: Any, concurrency: int, seed: int, input_tokens: int, output_tokens: int) -> Round:
+    from vllm import SamplingParams
+
+    draw = random.Random(seed)
+    vocabulary = range(llm.llm_engine.vllm_config.model_config.get_vocab_size())
+    prompts = [{"prompt_token_ids": draw.choices(vocabulary, k=input_tokens)} for _ in range(concurrency)]
+    n = output_tokens
+    sampling = SamplingParams(temperature=0, max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False)
+    started = time.perf_counter()
+    answers = [answer.metrics for answer in llm.generate(prompts, sampling, use_tqdm=False)]
+    seconds = time.perf_counter() - started
+    return Round(
+        output_tokens_per_s=concurrency * output_tokens / seconds,
+        ttft_s=statistics.median(a.first_token_latency for a in answers),
+        tpot_s=statistics.median((a.last_token_ts - a.first_token_ts) / (output_tokens - 1) for a in answers),
+    )
+
+
+def _hardware() -> str:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return current_platform.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.MULTILINE) if cpu.is_file() else None
+    return f"{name[1] if name else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+if __name__ == "__main__":
+    _main()

