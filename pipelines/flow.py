@@ -23,8 +23,8 @@ from finercut.registry import runs
 from finercut.registry.records import RegisterReport
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
+from pipelines import calibrate, dag, fetch, register, reports, settings, summary
 from pipelines import collect as collection
-from pipelines import dag, register, settings, summary
 from pipelines.params import Params, load
 
 # DVC's advice after every stage, which is for people who run it by hand.
@@ -87,7 +87,7 @@ def _execute(params: Params, pull: bool, push: bool, collect: bool) -> RegisterR
                     name=stage.name,
                     retries=params.flow.retries.get(stage.name, 0),
                     retry_delay_seconds=params.flow.retry_delay_s,
-                )(stage, mlflow_run, params.flow.timeout_s.get(stage.name), pull, log_file)
+                )(stage, mlflow_run, params.flow.timeout_s.get(stage.name), pull, log_file, _edited(stage, params))
             for path in register.PIPELINE_FILES:
                 mlflow_run.log_file(path, "pipeline")
             if push:
@@ -95,14 +95,31 @@ def _execute(params: Params, pull: bool, push: bool, collect: bool) -> RegisterR
             return _register_task(params, mlflow_run)
 
 
+def _edited(stage: dag.Stage, params: Params) -> bool:
+    """Whether the files behind a local source are not those that the stage took: DVC knows their path alone."""
+    sources = {"fetch": fetch.is_stale, "calibrate": calibrate.is_stale}
+    return stage.name in sources and sources[stage.name](params)
+
+
 # DVC is the cache. Prefect's own timeouts cannot interrupt a thread that waits for a process, so the deadline is ours.
 @task(task_run_name="{stage.name}", cache_policy=NO_CACHE, persist_result=False)
-def _reproduce(stage: dag.Stage, mlflow_run: runs.Run, timeout_s: float | None, pull: bool, log_file: Path) -> None:
-    """Reproduce one stage and log its reports, whether it ran or came from DVC's cache."""
+def _reproduce(
+    stage: dag.Stage, mlflow_run: runs.Run, timeout_s: float | None, pull: bool, log_file: Path, edited: bool
+) -> None:
+    """Reproduce one stage and log its reports, whether it ran or came from DVC's cache.
+
+    It runs in any case where its source was edited, or where another version left a report that this one cannot read.
+    """
     started = time.monotonic()
     options = ["--single-item", *(["--pull"] if pull else [])]
+    if edited:
+        get_run_logger().info("%s: its source has changed since", stage.name)
     try:
-        lines = _dvc(stage.name, ["repro", *options, stage.name], mlflow_run, timeout_s, log_file)
+        force = ["--force"] if edited else []
+        lines = _dvc(stage.name, ["repro", *options, *force, stage.name], mlflow_run, timeout_s, log_file)
+        if reason := reports.unreadable(stage.name):
+            get_run_logger().info("%s: runs again, for %s", stage.name, reason)
+            lines = _dvc(stage.name, ["repro", *options, "--force", stage.name], mlflow_run, timeout_s, log_file)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{stage.name}: stopped after {timeout_s:g} s, the limit in flow.timeout_s") from error
     ran = any(line.startswith("Running stage") for line in lines)

@@ -6,7 +6,6 @@ import logging
 
 from finercut.checkpoint.records import PruneReport
 from finercut.report.pictures import removal_map
-from finercut.selection.selection import Selection
 from pipelines import paths, steps
 from pipelines.params import Params
 
@@ -20,7 +19,7 @@ def run(params: Params) -> PruneReport:
         ValueError: they do not belong together, or the selection does not reach the budget.
     """
     report: PruneReport = steps.run("prune", params)
-    selection = Selection.read(paths.SELECTION).first(report.n_removals)
+    selection = steps.read_selection().first(report.n_removals)
     source = selection.origin.model_source if selection.origin else paths.MODEL
     title = f"{source}: {report.n_removed_sublayers} of {report.n_sublayers} sublayers removed"
     removal_map(selection, report.n_sublayers // 2, paths.REMOVALS_PICTURE, title)

@@ -36,6 +36,16 @@ def parent_of(name: str) -> ModelDirectory:
     return ModelDirectory({"fetch": paths.MODEL, **paths.CHAIN}[before]).written_by(before)
 
 
+def read_selection() -> Selection:
+    """
+    Raises:
+        FileNotFoundError: the search has not run.
+    """
+    if not paths.SELECTION.is_file():
+        raise FileNotFoundError(f"no {paths.SELECTION}: run `finercut search` first")
+    return Selection.read(paths.SELECTION)
+
+
 def run(name: str, params: Params) -> Record:
     """Run a step and write its checkpoint. The caller, or `run_and_report`, writes its report.
 
@@ -43,7 +53,7 @@ def run(name: str, params: Params) -> Record:
         FileNotFoundError: its parent, or another input, is missing.
         ValueError: they do not belong together, or the step cannot be done with its settings.
     """
-    inputs = Inputs(tokens=lambda: load_tokens(paths.CALIBRATION), selection=lambda: Selection.read(paths.SELECTION))
+    inputs = Inputs(tokens=lambda: load_tokens(paths.CALIBRATION), selection=read_selection)
     parent = parent_of(name)
     with staged(paths.CHAIN[name]) as directory:
         record = step(name).apply(parent, directory, getattr(params, name), inputs)

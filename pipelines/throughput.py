@@ -45,7 +45,12 @@ def run(params: Params) -> ThroughputReport:
         ModelDirectory(paths.FINAL).written_by(list(paths.CHAIN)[-1]),
     ]
     for model in models:
-        check_servable(model, settings.max_model_len)
+        check_servable(model)
+        context = model.language.max_position_embeddings
+        if settings.max_model_len > context:
+            raise ValueError(
+                f"throughput.max_model_len = {settings.max_model_len}: the model in {model} takes {context} tokens"
+            )
     timings = _timings([model.path for model in models], settings)
     whole, pruned = (_figures(m, timing, settings.dtype) for m, timing in zip(models, timings, strict=True))
     ratios = [p.output_tokens_per_s / w.output_tokens_per_s for w, p in zip(*(t.rounds for t in timings), strict=True)]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from conftest import TEXT
 from hypothesis import strategies as st
 
-from pipelines import calibrate, fetch, params, paths, prune, search
+from pipelines import calibrate, fetch, params, paths, prune, search, steps
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,7 @@ VALID = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
 def compress(root: Path, model: Path) -> None:
-    """Make `root` a project in which everything up to `prune` has run."""
+    """Make `root` a project in which everything up to `heal` has run."""
     shutil.copytree(model, root / "mine")
     (root / "text.txt").write_text("\n\n".join(TEXT * 6))
     changed = copy.deepcopy(VALID)
@@ -36,6 +36,7 @@ def compress(root: Path, model: Path) -> None:
         patch.chdir(root)
         for stage in (fetch, calibrate, search, prune):
             stage.run(params.load())
+        steps.run_and_report("heal", params.load())
     shutil.rmtree(root / paths.WORK)
 
 

@@ -95,7 +95,7 @@ def tiny_model(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pruned(tmp_path_factory, tiny_model) -> Path:
     """The tiny model less 2.attention and 3.mlp. Read it, do not write to it."""
-    from finercut.model.loading import write_pruned
+    from finercut.checkpoint.writing import write_pruned
     from finercut.sublayers import Sublayer
 
     directory = tmp_path_factory.mktemp("tiny") / "pruned"
@@ -106,7 +106,7 @@ def tiny_pruned(tmp_path_factory, tiny_model) -> Path:
 
 @pytest.fixture(scope="session")
 def compressed(tmp_path_factory, tiny_model) -> Path:
-    """A project of the tiny model in which everything up to `prune` has run. Read it, do not write to it."""
+    """A project of the tiny model in which everything up to `heal` has run. Read it, do not write to it."""
     from bad_input import compress
 
     root = tmp_path_factory.mktemp("compressed")

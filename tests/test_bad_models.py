@@ -200,9 +200,9 @@ def test_any_damage_to_weights_is_found_in_their_header_or_changes_only_numbers(
 
 @pytest.mark.parametrize(
     ("stage", "damage"),
-    [(stage, damage) for stage in ("search", "prune", "evaluate") for damage in ("weights cut", "header a list")]
-    + [(stage, "config a list") for stage in ("calibrate", "search", "prune", "evaluate")]
-    + [(stage, "tensor gone") for stage in ("search", "evaluate")]
+    [(stage, damage) for stage in ("search", "prune", "evaluate_whole") for damage in ("weights cut", "header a list")]
+    + [(stage, "config a list") for stage in ("calibrate", "search", "prune", "evaluate_whole")]
+    + [(stage, "tensor gone") for stage in ("search", "evaluate_whole")]
     + [("calibrate", damage) for damage in ("tokenizer empty", "tokenizer of nothing", "tokenizer config a list")],
 )
 def test_a_model_that_was_damaged_after_it_was_fetched(workspace, stage, damage):
@@ -237,11 +237,10 @@ PRUNED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), PRUNED.values(), ids=PRUNED)
-def test_a_checkpoint_that_is_not_evaluated(workspace, damage, message):
+def test_a_checkpoint_that_is_not_proved(workspace, damage, message):
     damage(paths.PRUNED)
-    for report in (paths.PARITY, paths.report("evaluate")):
-        assert not report.exists()
-    assert message in refused("evaluate")
+    assert message in refused("prove")
+    assert not paths.report("prove").exists()
 
 
 @pytest.mark.parametrize("damage", ["config not JSON", "no config", "skips a word"])

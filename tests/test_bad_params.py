@@ -103,8 +103,8 @@ PARAMS = [
     ("evaluate.seed", -1),
     ("evaluate.seed", 2**32),
     ("evaluate.batch_size", 0),
-    ("evaluate.parity_tolerance", 0),
-    ("evaluate.parity_tolerance", float("inf")),
+    ("prove.logit_tolerance", 0),
+    ("prove.logit_tolerance", float("inf")),
     ("throughput", VALID["throughput"] | {"max_model_len": 64}),
     ("throughput.kv_cache_gib", float("inf")),
     ("throughput.enforce_eager", "perhaps"),
@@ -166,7 +166,7 @@ def test_any_bytes_as_params_are_refused_in_one_line(tmp_path, content):
     assert names(file, complaint(params.load, file))
 
 
-@pytest.mark.parametrize("stage", ["search", "evaluate"])
+@pytest.mark.parametrize("stage", ["search", "evaluate_whole"])
 @pytest.mark.parametrize("device", ["abacus", "cuda:99", "meta", "cpu:x", "cuda:-1"])
 def test_a_device_that_is_not_here(workspace, stage, device):
     set_params(search__device=device, evaluate__device=device)

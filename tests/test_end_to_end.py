@@ -16,7 +16,7 @@ import yaml
 from conftest import TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finercut.checkpoint.records import ParityReport, PruneReport
+from finercut.checkpoint.records import ProveReport, PruneReport
 from finercut.evaluation.records import EvaluateReport
 from finercut.registry.records import RegisterReport
 from finercut.selection.trajectory import read_trajectory
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("finercut", "pipelines", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "pyproject.toml")
 # vLLM starts four times, each taking the better part of a minute on two cores.
 pytestmark = pytest.mark.timeout(1800)
-STAGES = ("fetch", "calibrate", "search", "prune", "evaluate", "throughput")
+STAGES = ("fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput")
 NAME = "finercut-tiny"
 
 
@@ -130,13 +130,14 @@ def project(tmp_path_factory, tiny_model, prefect_server):
 
 def test_a_model_goes_from_fetch_to_a_registered_version(project):
     assert project.states() == dict.fromkeys(STAGES, "ran")
-    pruned, parity = project.report(PruneReport, "prune"), project.report(ParityReport, "parity")
-    assert (pruned.n_removed_sublayers, pruned.shares.sublayers) == (2, 0.25)
+    pruned, proof = project.report(PruneReport, "prune"), project.report(ProveReport, "prove")
+    assert (pruned.n_removed_sublayers, pruned.shares["sublayers"]) == (2, 0.25)
     assert (
         pruned.removed
         == [r.sublayer for r in read_trajectory(project.root / "artifacts/trajectory.jsonl").removals][:2]
     )
-    assert parity.passed
+    assert [claim.name for claim in proof.claims] == ["prune", "heal", "serve_whole", "serve"]
+    assert proof.holds
     assert set(project.report(EvaluateReport, "evaluate").tasks) == {"finercut_agreement", "finercut_copying"}
     assert project.report(ThroughputReport, "throughput").pruned.output_tokens_per_s.median > 0
     assert project.report(RegisterReport, "register").status == "registered"

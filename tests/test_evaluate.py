@@ -1,5 +1,6 @@
-"""The stage `evaluate`, run in a project directory on the tiny model."""
+"""The stages `evaluate_whole` and `evaluate`, run in a project directory on the tiny model."""
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -9,12 +10,12 @@ import torch
 import yaml
 from conftest import random_llama
 
-from finercut.checkpoint.records import ParityReport
-from finercut.evaluation.records import EvaluateReport
-from finercut.model.loading import write_pruned
+from finercut.checkpoint.writing import write_pruned
+from finercut.evaluation import harness
+from finercut.evaluation.records import EvaluateReport, Measured
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
-from pipelines import evaluate, params, paths
+from pipelines import evaluate, evaluate_whole, params, paths
 
 ROOT = Path(__file__).parent.parent
 REMOVED = [parse("1.mlp").sublayers[0], parse("2.attention").sublayers[0]]
@@ -41,15 +42,19 @@ def project(tmp_path, monkeypatch, tiny_model, tokens):
     shutil.copytree(tiny_model, paths.MODEL)
     paths.CALIBRATION.mkdir()
     write_tokens(paths.CALIBRATION, Tokens(tokens[:4], tokens[4:]), {})
-    write_pruned(paths.MODEL, REMOVED, paths.PRUNED, {}, "")
+    write_pruned(paths.MODEL, REMOVED, paths.FINAL, {}, "")
     return tmp_path
+
+
+def both(chosen) -> EvaluateReport:
+    evaluate_whole.run(chosen)
+    return evaluate.run(chosen)
 
 
 def test_both_models_are_measured_on_the_same_tasks_and_held_out_tokens(project, tokens, caplog):
     with caplog.at_level(logging.INFO, logger="finercut"):
-        report = evaluate.run(settings())
+        report = both(settings())
     assert EvaluateReport.read(paths.report("evaluate")) == report
-    assert ParityReport.read(paths.PARITY).passed
 
     with torch.no_grad():
         whole = random_llama()
@@ -75,46 +80,55 @@ def test_both_models_are_measured_on_the_same_tasks_and_held_out_tokens(project,
 
 def test_the_same_models_give_the_same_bytes(project):
     quick = settings(tasks=[{"name": "finercut_agreement", "metric": "acc", "limit": 4}])
-    evaluate.run(quick)
-    files = [paths.PARITY, paths.report("evaluate")]
+    both(quick)
+    files = [paths.report("evaluate_whole"), paths.report("evaluate")]
     first = [file.read_bytes() for file in files]
-    evaluate.run(quick)
+    both(quick)
     assert [file.read_bytes() for file in files] == first
 
 
-def test_nothing_goes_on_when_the_checkpoint_is_not_the_masked_model(project):
-    paths.report("evaluate").parent.mkdir()
-    paths.report("evaluate").write_text("of an earlier checkpoint")
-    damaged = random_llama(hidden_act="gelu")
-    shutil.rmtree(paths.PRUNED)
-    damaged.save_pretrained("damaged")
-    write_pruned(Path("damaged"), REMOVED, paths.PRUNED, {}, "")
+def test_the_whole_model_is_measured_once_for_all_that_is_compared_with_it(project):
+    quick = settings(tasks=[{"name": "finercut_agreement", "metric": "acc", "limit": 4}])
+    measured = evaluate_whole.run(quick)
+    assert Measured.read(paths.report("evaluate_whole")) == measured
+    shutil.rmtree(paths.MODEL)  # another budget needs no whole model
+    report = evaluate.run(quick)
+    assert report.whole_perplexity == measured.perplexity
+    assert report.tasks["finercut_agreement"].whole == measured.tasks["finercut_agreement"].value
 
-    with pytest.raises(RuntimeError, match=r"does not compute what .* allowed 0\.001; nothing was evaluated"):
-        evaluate.run(settings())
-    parity = ParityReport.read(paths.PARITY)
-    assert not parity.passed
-    assert parity.max_logit_difference > 0.001
-    assert not paths.report("evaluate").exists()
+
+def test_figures_of_other_tasks_are_not_compared(project):
+    evaluate_whole.run(settings(tasks=[]))
+    with pytest.raises(ValueError, match="measured on other tasks or tokens: run `finercut evaluate_whole`"):
+        evaluate.run(settings(tasks=[{"name": "finercut_agreement", "metric": "acc", "limit": 4}]))
 
 
 def test_a_wrong_task_is_refused_before_a_model_is_read(project):
     (paths.MODEL / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no smoke task 'finercut_agrement'"):
-        evaluate.run(settings(tasks=[{"name": "finercut_agrement", "metric": "acc"}]))
-    assert not paths.PARITY.exists()
+        evaluate_whole.run(settings(tasks=[{"name": "finercut_agrement", "metric": "acc"}]))
 
 
 def test_without_tasks_perplexity_is_still_measured(project):
-    report = evaluate.run(settings(tasks=[]))
+    report = both(settings(tasks=[]))
     assert report.tasks == {}
     assert report.mean_retention is None
     assert report.note == "No tasks were evaluated."
     assert report.pruned_perplexity > 0
 
 
-@pytest.mark.parametrize(("missing", "stage"), [(paths.MODEL, "fetch"), (paths.PRUNED, "prune")])
+@pytest.mark.parametrize(("missing", "stage"), [(paths.MODEL, "fetch"), (paths.FINAL, "heal")])
 def test_a_missing_model_names_the_stage_that_makes_it(project, missing, stage):
     shutil.rmtree(missing)
     with pytest.raises(FileNotFoundError, match=f"run `finercut {stage}` first"):
-        evaluate.run(settings())
+        both(settings(tasks=[]))
+
+
+def test_lm_evals_warnings_reach_the_log_and_its_bars_do_not(caplog):
+    with contextlib.closing(harness._WithoutBars()) as stream, caplog.at_level(logging.WARNING, logger="finercut"):
+        print("50%|#####     |\r100%|##########|", file=stream)
+        print("tokenizer has no BOS", file=stream)
+        stream.write("cut ")
+        stream.flush()
+        stream.write("off")
+    assert [record.getMessage() for record in caplog.records] == ["lm-eval: tokenizer has no BOS", "lm-eval: cut off"]

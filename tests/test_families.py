@@ -14,8 +14,10 @@ from family_models import CASES, N_BLOCKS, UNDECLARED, random_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache, pipeline
 
+from finercut.checkpoint.writing import write_pruned
 from finercut.model.families import FAMILIES, LAYOUT_KEY, Layout, check_supported, layout_of
-from finercut.model.loading import load_pruned, load_whole, masked, write_pruned
+from finercut.model.loading import load_pruned, load_whole
+from finercut.model.masking import masked
 from finercut.selection.greedy import search
 from finercut.sublayers import Sublayer, candidates, parse
 

@@ -7,7 +7,7 @@ import torch
 from conftest import random_llama
 
 from finercut.model.families import PRE_NORM
-from finercut.model.loading import masked
+from finercut.model.masking import masked
 from finercut.selection.blocks import Blocks
 from finercut.selection.divergence import DIVERGENCES
 from finercut.selection.greedy import search

@@ -8,20 +8,18 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DeepseekV3Config, StaticCache
 
-from finercut.model.loading import (
-    describe,
-    dtype_of,
-    load_pruned,
-    load_whole,
-    masked,
-    removed_sublayers,
-    room_for,
-    sizes,
-    write_pruned,
-)
+from finercut.checkpoint.writing import write_pruned
+from finercut.model.costs import costs_of, costs_of_config
+from finercut.model.devices import dtype_of, room_for
+from finercut.model.directory import ModelDirectory
+from finercut.model.families import LAYOUT_KEY, PRE_NORM
+from finercut.model.loading import load_pruned, load_whole
+from finercut.model.masking import masked
+from finercut.model.modeling_finercut import removed_sublayers
 from finercut.sublayers import parse
+from pipelines.inspection import describe
 
 REMOVALS = {
     "first attention": ["0.attention"],
@@ -102,7 +100,7 @@ def test_a_left_padded_batch_generates_what_each_prompt_does_alone(pair, tokens)
 
 def test_the_cache_holds_kept_attentions_only(pair, tokens):
     _, pruned = pair
-    n_kept = 4 - sum(s.kind == "attention" for s in removed_sublayers(pruned.config))
+    n_kept = 4 - sum(kind == "attention" for _, kind in removed_sublayers(pruned.config))
     with torch.no_grad():
         cache = pruned(tokens, use_cache=True).past_key_values
     assert cache.get_seq_length() == tokens.shape[1]
@@ -129,26 +127,52 @@ def test_config_follows_the_schema_of_transformers(pruned_directory, removed):
     assert raw["finercut"]["source"] == "tiny"
 
 
-def test_sizes_are_those_of_the_files(pruned_directory, tiny_model, removed):
-    measured = sizes(AutoConfig.from_pretrained(tiny_model))
+def test_costs_are_those_of_the_files(pruned_directory, tiny_model, removed):
+    costs = costs_of(ModelDirectory(tiny_model))
     before, left = (
         sum(t.numel() for t in load_file(d / "model.safetensors").values()) for d in (tiny_model, pruned_directory)
     )
-    assert measured.n_parameters == before
-    assert sum(measured.parameters[s] for s in removed) == before - left
+    assert costs["parameters"].whole == before
+    assert costs["parameters"].of(removed) == before - left
     # keys and values of 2 heads of 32 in float32
-    assert set(measured.kv_bytes_per_token.values()) == {2 * 2 * 32 * 4, 0}
-    assert measured.shares(removed).sublayers == len(removed) / 8
+    assert set(costs["kv_cache"].by_sublayer.values()) == {2 * 2 * 32 * 4, 0}
+    assert costs.shares(removed)["sublayers"] == len(removed) / 8
+    assert costs.shares(removed)["parameters"] == (before - left) / before
+
+
+def test_latent_attention_caches_one_vector_and_one_rotary_key():
+    config = DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        first_k_dense_replace=2,
+        q_lora_rank=16,
+        kv_lora_rank=12,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        dtype="float32",
+    )
+    setattr(config, LAYOUT_KEY, PRE_NORM.to_dict())
+    assert set(costs_of_config(config)["kv_cache"].by_sublayer.values()) == {(12 + 4) * 4, 0}
 
 
 def test_describe_tells_what_is_gone(pruned_directory, removed):
-    text = describe(pruned_directory)
+    text = describe(str(pruned_directory))
     assert f"{len(removed)} of 8 sublayers removed" in text
     assert "source: tiny" in text
 
 
 def test_describe_knows_a_whole_model(tiny_model):
-    assert describe(tiny_model) == "whole llama model, 4 blocks, nothing removed"
+    assert describe(str(tiny_model)) == "whole llama model, 4 blocks, nothing removed"
 
 
 def test_saving_and_loading_again_changes_nothing(pair, pruned_directory, tokens, tmp_path):

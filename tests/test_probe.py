@@ -8,7 +8,7 @@ from family_models import CASES, random_model
 from own_code import OwnAttention, random_own
 
 from finercut.model.families import LAYOUT_KEY, Branch, Layout, base_architecture, layout_of
-from finercut.model.loading import masked
+from finercut.model.masking import masked
 from finercut.model.probe import find_layout
 from finercut.selection.greedy import search
 from finercut.sublayers import candidates

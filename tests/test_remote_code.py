@@ -16,14 +16,15 @@ from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
 from own_code import random_own
 from transformers import AutoModelForCausalLM
 
-from finercut.checkpoint.records import ParityReport
-from finercut.model.checks import read_config, read_tokenizer
-from finercut.model.families import layout_of
-from finercut.model.loading import load_pruned, load_whole, masked
+from finercut.checkpoint.steps import Proof, step
+from finercut.model.directory import ModelDirectory
+from finercut.model.loading import load_pruned, load_whole
+from finercut.model.masking import masked
 from finercut.model.remote_code import TRUSTED_KEY, code_sha256, note_trusted
+from finercut.sources.settings import HubModel
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
-from pipelines import evaluate, fetch, params, paths, prune, search, throughput
+from pipelines import evaluate, evaluate_whole, fetch, params, paths, prove, prune, search, steps
 
 CODE = Path(__file__).parent / "own_code"
 AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
@@ -120,9 +121,9 @@ def test_code_changed_after_it_was_fetched_is_not_run(own, canary):
     canary.unlink()
     with (paths.MODEL / "modeling_own.py").open("a") as file:
         file.write("open('changed', 'w').close()\n")
-    for read in (read_config, read_tokenizer, load_whole):
+    for read in (lambda m: m.config, lambda m: m.tokenizer, load_whole):
         with pytest.raises(ValueError, match="not those that were trusted when they were fetched, and are not run"):
-            read(paths.MODEL)
+            read(ModelDirectory(paths.MODEL))
     assert not canary.exists()
     assert not Path("changed").exists()
 
@@ -156,11 +157,14 @@ def test_it_goes_through_the_stages_to_a_checkpoint_that_carries_its_code(own, c
     assert report.whole_parameters - report.pruned_parameters == sum(
         mlp if name.endswith("mlp") else attention for name in report.removed
     )
+    steps.run_and_report("heal", chosen)
+    evaluate_whole.run(chosen)
     evaluate.run(chosen)
-    assert ParityReport.read(paths.PARITY).passed
+    proof = Proof(tokens[4:], chosen.prove.logit_tolerance, torch.device("cpu"))
+    assert all(step(name).claim(parent, child, proof).holds for name, parent, child in steps.chain())
 
     whole = random_own()
-    with torch.no_grad(), masked(whole, [parse(n).sublayers[0] for n in removed], layout_of(read_config(paths.MODEL))):
+    with torch.no_grad(), masked(whole, [parse(n).sublayers[0] for n in removed], ModelDirectory(paths.MODEL).layout):
         expected = whole(tokens).logits
         assert torch.allclose(load_pruned(paths.PRUNED)(tokens).logits, expected, atol=1e-5)
     assert "trust_remote_code=True" in (paths.PRUNED / "README.md").read_text()
@@ -179,8 +183,8 @@ def test_it_goes_through_the_stages_to_a_checkpoint_that_carries_its_code(own, c
     with pytest.raises(ValueError, match="pass the argument `trust_remote_code=True`"):
         AutoModelForCausalLM.from_pretrained(paths.PRUNED, trust_remote_code=False)
 
-    with pytest.raises(ValueError, match="vLLM has no model of it: it cannot be timed"):
-        throughput.run(chosen)
+    with pytest.raises(ValueError, match="vLLM has no model of it: it cannot be served"):
+        prove.run(chosen)
 
     with (paths.PRUNED / "modeling_finercut.py").open("a") as file:
         file.write("# changed\n")
@@ -204,7 +208,7 @@ def test_a_models_file_named_like_one_of_ours_is_refused(own):
 )
 def test_trust_in_a_repository_names_it_and_its_commit(revision, trusted, message):
     with pytest.raises(ValueError, match=message):
-        params.HubModel(kind="hub", repository="org/own", revision=revision, trust_remote_code=trusted)
+        HubModel(kind="hub", repository="org/own", revision=revision, trust_remote_code=trusted)
 
 
 FETCH = """

@@ -15,7 +15,8 @@ import yaml
 from conftest import random_llama
 from safetensors.torch import load_file
 
-from finercut.model.loading import load_pruned, load_whole, masked
+from finercut.model.loading import load_pruned, load_whole
+from finercut.model.masking import masked
 from finercut.model.tensors import weights_bytes, weights_sha256
 from finercut.selection.trajectory import read_trajectory
 from finercut.sources.records import FetchReport
@@ -201,10 +202,12 @@ def test_bad_settings_are_one_error_and_nothing_is_written(project, changes, mes
     assert not paths.report("search").exists()
 
 
-def test_stages_say_which_stage_is_missing(tmp_path, monkeypatch):
+def test_stages_say_which_stage_is_missing(tmp_path, monkeypatch, tiny_model):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="run `finercut fetch` first"):
-        search.run(settings())
+    for stage in (search, prune):
+        with pytest.raises(FileNotFoundError, match="run `finercut fetch` first"):
+            stage.run(settings())
+    shutil.copytree(tiny_model, paths.MODEL)
     with pytest.raises(FileNotFoundError, match="run `finercut search` first"):
         prune.run(settings())
 
@@ -216,14 +219,14 @@ def test_prune_cuts_the_trajectory_at_the_budget(project, tokens):
         report = prune.run(with_changes(prune__budget=budget))
         removed = [s for r in found.removals[:n_removals] for s in parse(r.sublayer).sublayers]
         assert report.removed == [str(s) for s in removed]
-        assert report.shares.sublayers == n_removals / 8
+        assert report.shares["sublayers"] == n_removals / 8
         assert report.divergence == found.removals[n_removals - 1].divergence
         whole, pruned = load_whole(paths.MODEL), load_pruned(paths.PRUNED)
         assert report.pruned_parameters == sum(p.numel() for p in pruned.parameters())
         assert report.whole_parameters == sum(p.numel() for p in whole.parameters())
         assert report.pruned_bytes == weights_bytes(paths.PRUNED)
         n_attentions = sum(s.kind == "attention" for s in removed)
-        assert report.shares.kv_cache == n_attentions / 4
+        assert report.shares["kv_cache"] == n_attentions / 4
         assert report.pruned_kv_bytes_per_token == (4 - n_attentions) * 2 * 2 * 32 * 4
         with torch.no_grad(), masked(whole, removed):
             assert torch.allclose(whole(tokens).logits, pruned(tokens).logits, atol=1e-5)

@@ -17,14 +17,16 @@ from conftest import random_llama
 from safetensors.torch import load_file, save_file
 from servers import open_to_others
 
-from finercut.checkpoint.records import ParityReport
-from finercut.model.loading import load_whole, masked, write_pruned
+from finercut.checkpoint.records import Claim, ProveReport
+from finercut.checkpoint.writing import write_pruned
+from finercut.model.loading import load_whole
+from finercut.model.masking import masked
 from finercut.serving import vllm_engine
 from finercut.serving.settings import Throughput
 from finercut.serving.vllm_engine import Continuation, largest_difference
 from finercut.sublayers import Sublayer
 from finercut.tokens import Tokens, write_tokens
-from pipelines import paths, throughput
+from pipelines import paths, prove, throughput
 from pipelines.params import load
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +42,6 @@ SETTINGS = Throughput(
     kv_cache_gib=0.0625,
     enforce_eager=True,
     interleave=True,
-    parity_tolerance=0.001,
 )
 
 
@@ -206,52 +207,60 @@ def test_missing_vllm_names_the_extras_to_install(monkeypatch):
 
 
 @pytest.fixture
-def stage(pruned, tiny_model, tokens, tmp_path, monkeypatch):
-    """Runs the stage on the tiny models with some of its settings changed; no engine starts before a check fails."""
+def stages(pruned, tiny_model, tokens, tmp_path, monkeypatch):
+    """Runs a stage on the tiny models with some of its settings changed; no engine starts before a check fails."""
     monkeypatch.chdir(tmp_path)
-    for path, target in ((paths.MODEL, tiny_model), (paths.PRUNED, pruned)):
+    for path, target in ((paths.MODEL, tiny_model), (paths.PRUNED, pruned), (paths.HEALED, pruned)):
         path.parent.mkdir(exist_ok=True)
         path.symlink_to(target)
     paths.CALIBRATION.mkdir()
     write_tokens(paths.CALIBRATION, Tokens(tokens[:4], tokens[4:]), {})
-    parity(passed=True)
-    whole = load(ROOT / "params.yaml")
+    proved(holds=True)
+    whole = load(ROOT / "params.yaml").model_copy(update={"throughput": SETTINGS})
 
-    def run(**changes):
-        section = SETTINGS.model_copy(update=changes)
-        return throughput.run(whole.model_copy(update={"throughput": section}))
+    def run(module, **changes):
+        section = module.__name__.rpartition(".")[2]
+        changed = getattr(whole, section).model_copy(update=changes)
+        return module.run(whole.model_copy(update={section: changed}))
 
     return run
 
 
-def parity(passed):
-    report = ParityReport(
-        passed=passed, tolerance=0.1, max_logit_difference=0.0, max_logit_difference_cached=0.0, n_tokens=8
+def proved(holds):
+    claim = Claim(name="prune", statement="equals", holds=holds, figures={}, limit=0.1)
+    ProveReport(claims=[claim], engine="vllm 0", torch_version="2", transformers_version="5").write(
+        paths.report("prove")
     )
-    report.write(paths.PARITY)
 
 
-def test_a_pruned_model_that_failed_its_parity_check_is_not_timed(stage):
-    parity(passed=False)
-    with pytest.raises(RuntimeError, match=r"reports/parity\.json"):
-        stage()
-    paths.PARITY.unlink()
-    with pytest.raises(FileNotFoundError, match="no reports/parity.json"):
-        stage()
+def test_a_checkpoint_whose_claim_does_not_hold_is_not_timed(stages):
+    proved(holds=False)
+    with pytest.raises(RuntimeError, match=r"reports/prove\.json has a claim that does not hold"):
+        stages(throughput)
+    paths.report("prove").unlink()
+    with pytest.raises(FileNotFoundError, match="no reports/prove.json"):
+        stages(throughput)
 
 
-def test_a_load_longer_than_the_models_context_is_refused(stage):
+def test_a_load_longer_than_the_models_context_is_refused(stages):
     with pytest.raises(ValueError, match="max_model_len = 257: the model in artifacts/model takes 256 tokens"):
-        stage(max_model_len=257)
+        stages(throughput, max_model_len=257)
 
 
-def test_a_missing_model_names_the_stage_that_makes_it(stage):
-    paths.PRUNED.unlink()
-    with pytest.raises(FileNotFoundError, match="no model in artifacts/pruned: run `finercut prune` first"):
-        stage()
+def test_a_missing_model_names_the_stage_that_makes_it(stages):
+    paths.HEALED.unlink()
+    with pytest.raises(FileNotFoundError, match="no model in artifacts/healed: run `finercut heal` first"):
+        stages(throughput)
 
 
-def test_a_model_that_vllm_computes_otherwise_is_not_timed(stage):
-    with pytest.raises(RuntimeError, match=r"artifacts/model are up to 0\.0000 nats.*nothing was timed"):
-        stage(parity_tolerance=1e-12)
-    assert not paths.report("throughput").exists()
+def test_vllm_that_computes_otherwise_fails_the_proof_and_the_report_says_so(stages):
+    with pytest.raises(RuntimeError, match=r"not proved: serve_whole \(vLLM's log-probabilities.*serve \("):
+        stages(prove, log_probability_tolerance=1e-12)
+    report = ProveReport.read(paths.report("prove"))
+    assert {claim.name: claim.holds for claim in report.claims} == {
+        "prune": True,
+        "heal": True,
+        "serve_whole": False,
+        "serve": False,
+    }
+    assert all(c.figures["max_logprob_difference"] < 0.001 for c in report.claims if c.name.startswith("serve"))

@@ -3,9 +3,8 @@ import math
 import pytest
 
 from finercut.selection import trajectory
-from finercut.selection.settings import Budget
-from finercut.selection.trajectory import Provenance, Removal, Trajectory, read_trajectory, removals_within
-from finercut.sublayers import Sublayer, candidates
+from finercut.selection.trajectory import Provenance, Removal, Trajectory, read_trajectory
+from finercut.sublayers import Sublayer
 
 
 def provenance(**changes) -> Provenance:
@@ -113,47 +112,3 @@ def test_a_line_that_cannot_be_is_named(path, lines):
     path.write_text("".join(line.strip() + "\n" for line in lines))
     with pytest.raises(ValueError, match=f"trajectory.jsonl:{len(lines)}: |is not a sublayer"):
         read_trajectory(path)
-
-
-# Attention weighs 10 parameters, an MLP 30, of 200 in all (40 elsewhere).
-PARAMETERS = {s: 10 if s.kind == "attention" else 30 for c in candidates(4) for s in c.sublayers}
-ORDER = ["3.attention", "2.attention", "2.mlp", "1.attention"]
-
-
-def within(unit, amount, order=ORDER):
-    removals = tuple(removal(i, name) for i, name in enumerate(order, start=1))
-    return removals_within(Trajectory(provenance(), removals), Budget(unit=unit, amount=amount), PARAMETERS, 200)
-
-
-def test_budget_in_sublayers_by_number_and_by_share():
-    assert within("sublayers", 3) == 3
-    assert within("sublayers", 0.25) == 2
-    assert within("sublayers", 4) == 4
-
-
-def test_budget_in_parameters_stops_before_it_is_overrun():
-    # 10, 20, 50, 60 of 200 are gone after each removal
-    assert within("parameters", 0.1) == 2
-    assert within("parameters", 0.2) == 2
-    assert within("parameters", 0.25) == 3
-
-
-def test_budget_in_kv_cache_counts_attention_only():
-    assert within("kv_cache", 0.5) == 3
-
-
-def test_a_budget_the_trajectory_does_not_reach_is_refused():
-    with pytest.raises(ValueError, match="raise search.removals"):
-        within("sublayers", 5)
-    with pytest.raises(ValueError, match="raise search.removals"):
-        within("parameters", 0.5)
-
-
-def test_a_budget_below_the_first_removal_is_refused():
-    with pytest.raises(ValueError, match="first removal, 3.attention, is already over"):
-        within("parameters", 0.01)
-
-
-def test_more_than_the_model_has_is_refused():
-    with pytest.raises(ValueError, match="cannot remove 8 of 8 sublayers"):
-        within("sublayers", 8)

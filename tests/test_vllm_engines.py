@@ -14,7 +14,7 @@ import torch
 from family_models import CASES, N_BLOCKS
 from vllm_cases import REMOVED, TOLERANCE, model_for_vllm, sublayers, write
 
-from finercut.model.loading import masked
+from finercut.model.masking import masked
 from finercut.serving.vllm_engine import N_GENERATED, Continuation, largest_difference
 from finercut.sublayers import Sublayer
 

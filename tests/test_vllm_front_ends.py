@@ -24,7 +24,8 @@ from conftest import TEXT
 from transformers import AutoTokenizer
 from vllm_cases import REMOVED, TOLERANCE
 
-from finercut.model.loading import load_pruned, write_pruned
+from finercut.checkpoint.writing import write_pruned
+from finercut.model.loading import load_pruned
 from finercut.serving import vllm_engine
 from finercut.system.processes import end_group
 

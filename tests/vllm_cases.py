@@ -7,7 +7,7 @@ from typing import Any
 
 from family_models import CASES, N_BLOCKS, random_model
 
-from finercut.model.loading import write_pruned
+from finercut.checkpoint.writing import write_pruned
 from finercut.sublayers import Sublayer, parse
 
 TOLERANCE = 1e-4

@@ -82,6 +82,8 @@ def _selection(selection: Selection | Trajectory | Sequence[Sublayer | Removal |
 
 
 def _write(parent: ModelDirectory, selection: Selection, budget: Budget | None, directory: Path) -> PruneReport:
+    if not selection.removals:
+        raise ValueError("nothing to remove: the selection is empty")
     _check_origin(parent, selection)
     costs = costs_of(parent)
     taken = selection if budget is None else selection.within(budget, costs)

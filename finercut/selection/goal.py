@@ -59,8 +59,11 @@ class Goal:
         which = f"of search.candidates = {settings.candidates} that search.protect leaves"
         if not any(amount > 0 and fits(amount, allowed) for amount in amounts):
             raise ValueError(f"{asked} is less than any single candidate {which}: raise the budget")
-        if sum(amounts) < allowed:
-            share = sum(amounts) / cost.whole
+        # One attention stays, whatever the budget.
+        attending = [cost.of(c.sublayers) for c in pool if any(s.kind == "attention" for s in c.sublayers)]
+        most = sum(amounts) - (min(attending) if len(attending) == self.n_blocks else 0)
+        if most < allowed:
+            share = most / cost.whole
             raise ValueError(f"{asked} is more than all candidates {which}, {share:.3g}: lower the budget")
 
     def end(self, removals: Sequence[str]) -> int | None:

@@ -13,7 +13,8 @@ from finercut.system.staging import staged_file
 class Record(BaseModel):
     """Written with sorted structure and no timestamps, so that an unchanged result is an unchanged file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
+    # Fields that another version added are passed over.
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     def write(self, path: Path) -> None:
         """Replaces `path` at once: a reader sees the old file or the new one."""
@@ -25,11 +26,16 @@ class Record(BaseModel):
         """
         Raises:
             FileNotFoundError: the stage that writes it has not run.
-            ValueError: it was written by something else.
+            ValueError: it was written by something else, or by a version that did not record what this one needs.
         """
         if not path.is_file():
             raise FileNotFoundError(f"no {path}: run `finercut {path.stem}` first")
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            raise ValueError(f"{path} is not a {cls.__name__}: {error.errors()[0]['msg']}") from error
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "the file"
+            raise ValueError(
+                f"{path} is not a {cls.__name__} of this version ({where}: {problem['msg']}): `finercut run` makes it "
+                f"again, or `dvc repro --force --single-item {path.stem}`"
+            ) from error
