@@ -7,7 +7,6 @@ its sake alone (norms). Members are named as attributes of the block.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -197,37 +196,3 @@ def base_architecture(model_type: str) -> str:
             "carry it and vLLM has no model of it; it can be searched, and run with sublayers masked"
         )
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-
-
-def register_configs() -> None:
-    """Make transformers' `AutoConfig` know the pruned models of every type it has. May be called again.
-
-    Names only, as transformers keeps its own: the classes cannot be made while transformers is still being imported.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
-
-    from finercut.model import modeling_finercut
-
-    for model_type, config_class in list(CONFIG_MAPPING_NAMES.items()):
-        if model_type.startswith("finercut_"):
-            continue
-        pruned = f"finercut_{model_type}"
-        CONFIG_MAPPING_NAMES[pruned] = modeling_finercut.PREFIX + config_class
-        # Where transformers looks for the classes of a model type.
-        sys.modules[f"transformers.models.{model_type_to_module_name(pruned)}"] = modeling_finercut
-
-
-def register_models() -> None:
-    """Make transformers' `AutoModelForCausalLM` know the pruned models, by name too. May be called again."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    from finercut.model.modeling_finercut import PREFIX
-
-    for model_type, architecture in list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
-        if model_type.startswith("finercut_"):
-            continue
-        pruned = f"finercut_{model_type}"
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[pruned] = PREFIX + architecture
-        # Made from the configs' names when that module was imported, which may have been before ours were among them.
-        MODEL_FOR_CAUSAL_LM_MAPPING._reverse_config_mapping[CONFIG_MAPPING_NAMES[pruned]] = pruned

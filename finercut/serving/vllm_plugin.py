@@ -10,10 +10,10 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    from finercut.model import families
+    from finercut.model import families, registration
     from finercut.model.modeling_finercut import PREFIX
 
-    families.register_configs()
+    registration.register_configs()
     served = ModelRegistry.get_supported_archs()
     for base in sorted({families.base_architecture(model_type) for model_type in families.FAMILIES}):
         name = PREFIX + base
