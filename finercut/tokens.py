@@ -1,4 +1,4 @@
-"""The token file: what `calibrate` writes and every later stage reads."""
+"""The token file that `calibrate` writes and every later stage reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door to lm-eval, and perplexity on held-out tokens."""
+"""Runs lm-eval tasks, and computes perplexity on held-out tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON files beside a model's weights: reading them, and noting in config.json what later stages must know."""
+"""Reads the JSON files beside a model's weights, and adds keys to config.json for later stages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where each family of decoder keeps its sublayers. Adding a family is one entry here.
+"""Declares where each decoder family keeps its sublayers. A new family is one entry here.
 
-A sublayer is a core module, whose output is added to the residual stream, and what runs just before and after it for
-its sake alone (norms). Members are named as attributes of the block.
+A sublayer consists of a core module, whose output is added to the residual stream, and the modules that run before and
+after it for that core alone (norms). Members are named as attributes of the block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Branch:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     n_outputs: int | None = None
-    """Of the core, the first being what it adds. None: 2 of an attention (its weights are the other), 1 of an MLP."""
+    """Values that the core returns; the first is added to the stream. None: 2 for an attention, 1 for an MLP."""
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -29,14 +29,14 @@ class Branch:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the blocks are in the model, and the sublayers in a block. Travels in a pruned checkpoint's config."""
+    """Where the blocks are in the model, and the sublayers in a block. Stored in a pruned checkpoint's config."""
 
     blocks: str
     attention: Branch
     mlp: Branch
     sequential: bool = True
-    """A block is its attention followed by its MLP. Otherwise, where both read the same stream or a norm lies on the
-    stream itself, a block is run as one."""
+    """A block is its attention followed by its MLP. False where both read the same stream, or a norm lies on the stream
+    itself: such a block runs as one unit."""
 
     def branch(self, kind: str) -> Branch:
         return self.attention if kind == "attention" else self.mlp
@@ -59,7 +59,7 @@ class Layout:
 
 
 LAYOUT_KEY = "finercut_layout"
-"""Of a whole model's config.json: where an undeclared family keeps its sublayers, found or written by hand."""
+"""Key of a whole model's config.json: the layout of an undeclared family, found by the probe or written by hand."""
 EXAMPLE = json.dumps(
     {
         "blocks": "model.layers",

@@ -1,10 +1,9 @@
-"""Finds the sublayers of a model nobody declared, by running it and comparing.
+"""Finds the sublayers of an undeclared model by running it.
 
-The blocks are the longest list of equal modules. In one forward, each block's own modules are watched: the one whose
-output at the last token changes with the token before is the attention, the last other one with matrices the MLP,
-and what hands its output to a core, or takes a core's, is part of its sublayer. What was found is believed only if it
-proves to be so: without its sublayers a block hands on what it is given, and every sublayer taken out gives what
-masking it does, with a KV cache and without.
+The blocks are the longest list of equal modules. One forward records each block's own modules. The module whose
+output at the last token depends on the token before is the attention; the last other module with matrices is the MLP;
+modules that feed only a core, or are fed only by it, belong to its sublayer. The result is verified: a block without
+its sublayers returns its input, and removing any sublayer equals masking it, with a KV cache and without.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from finercut.model.modeling_finercut import bypass, cached_by
 from finercut.sublayers import KINDS, Sublayer
 
 N_TOKENS = 8
-# Rounding, as a share of the norm: what differs by more was not computed alike.
+# Differences below this share of the norm count as rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 

@@ -1,7 +1,7 @@
-"""Python code that models bring along: which of it is trusted, and what a pruned model of such a kind carries.
+"""Python code that comes with a model: which of it is trusted, and what a pruned checkpoint carries of it.
 
-A model that transformers has no code for is taken only if params.yaml names the code it trusts. `fetch` notes its hash
-in the model's config.json, and nobody else may; every later stage runs the code only while it still has that hash.
+A model that transformers has no code for is accepted only if params.yaml names the trusted code. `fetch` alone writes
+the code's hash into config.json; later stages run the code only while it still has that hash.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRUSTED_KEY = "finercut_trusted_code"
-"""Of a config.json: `code_sha256` of the directory when its code was trusted."""
+"""Key of config.json: `code_sha256` of the directory when its code was trusted."""
 
 PRUNED_FILE = "modeling_pruned.py"
 OUR_FILES = ("modeling_finercut.py", PRUNED_FILE)
-"""Names that no file of a whole model's may have."""
+"""File names reserved for pruned checkpoints."""
 
 _PRUNED = '''\
 """{model} less the sublayers its config lists as skipped. Written by finercut."""
@@ -38,7 +38,7 @@ from .modeling_finercut import pruned_config_class, pruned_model_class
 
 
 def python_files(directory: Path) -> list[Path]:
-    """Beside config.json, sorted by name. Folders are not looked into."""
+    """The Python files beside config.json, sorted by name; folders are not searched."""
     return sorted(file for file in directory.glob("*.py") if file.is_file())
 
 
@@ -52,12 +52,12 @@ def code_sha256(directory: Path) -> str:
 
 
 def note_trusted(directory: Path, sha256: str) -> None:
-    """Let later stages run the code of this hash."""
+    """Record that later stages may run the code with this hash."""
     note(directory, TRUSTED_KEY, sha256)
 
 
 def trusts_code(directory: Path) -> bool:
-    """Whether transformers may run the Python files in `directory`: the only place that decides it.
+    """Whether transformers may run the Python files in `directory`. No other place decides that.
 
     Raises:
         ValueError: they were trusted, and have changed since; or its configs name code that lies elsewhere.
@@ -83,7 +83,7 @@ def trusts_code(directory: Path) -> bool:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All that are in a JSON value, at any depth; not the names of fields."""
+    """Every string value in a JSON value, at any depth; field names excluded."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -92,13 +92,15 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def pruned_class(whole: PreTrainedModel, whole_directory: Path, directory: Path) -> type[PreTrainedModel]:
-    """Put the code of the pruned model into `directory`: the whole one's, `modeling_finercut.py` and what joins them.
+    """Write the code of the pruned model into `directory`.
+
+    That is the whole model's files, `modeling_finercut.py`, and a module that combines them.
 
     Args:
-        whole: loaded from `whole_directory`, by code that is trusted.
+        whole: loaded from `whole_directory` by trusted code.
 
     Returns:
-        The pruned model's class, of that code.
+        The pruned model's class, defined by that code.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

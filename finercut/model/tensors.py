@@ -1,4 +1,4 @@
-"""What a directory's safetensors files hold, from their headers: no tensor is read."""
+"""Names, shapes and dtypes in a directory's safetensors files, from their headers, and hashes of the files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors writes it: BF16, F16, F32, ..."""
+    """In safetensors' spelling: BF16, F16, F32, ..."""
     nbytes: int
 
     @property
@@ -68,12 +68,12 @@ def _stored(view: Any) -> StoredTensor:
 
 
 def weights_bytes(directory: Path) -> int:
-    """Of the safetensors files, headers included."""
+    """Total size of the safetensors files, headers included."""
     return sum(file.stat().st_size for file in safetensors_files(directory))
 
 
 def weights_sha256(directory: Path) -> str:
-    """Over the sorted names and contents of the safetensors files: the same weights give the same one anywhere."""
+    """Hash over the sorted names and contents of the safetensors files; the same files give the same hash anywhere."""
     digest = hashlib.sha256()
     for file in safetensors_files(directory):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())

@@ -1,7 +1,7 @@
-"""The door to vLLM: what a model computes there, and how fast.
+"""Starts vLLM engines, and asks them for log-probabilities and timed rounds.
 
-An engine runs in a fresh process, in a process group of its own: nothing of an earlier engine is left in memory, and
-none outlives the process that asked for it. Requests and answers are lines of JSON on its standard streams.
+An engine runs in a fresh process and a process group of its own: no earlier engine is left in memory, and none outlives
+the process that started it. Requests and answers are lines of JSON on its standard streams (`vllm_process`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ N_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class Continuation:
-    """A window and what vLLM went on with, greedily."""
+    """A window and vLLM's greedy continuation of it."""
 
     tokens: list[int]
     """Of the window, then those generated."""
@@ -77,7 +77,7 @@ def installed() -> str:
 
 
 class Engine:
-    """A vLLM engine in a process of its own, which may still be starting: the first question waits for it."""
+    """A vLLM engine in a process of its own. It may still be starting; the first request waits for it."""
 
     def __init__(self, directory: Path, settings: EngineSettings, process: subprocess.Popen[str], log: IO[str]) -> None:
         self.directory = directory
@@ -109,7 +109,7 @@ class Engine:
         return Round(**self._ask({"seed": seed, **load}))
 
     def continuations(self, windows: Sequence[Sequence[int]]) -> list[Continuation]:
-        """What the model makes of `windows`.
+        """The model's continuations of `windows`, with log-probabilities.
 
         Args:
             windows: token ids; with N_GENERATED more they must fit the engine's `max_model_len`.
