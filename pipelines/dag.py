@@ -49,9 +49,9 @@ def _reports(outs) -> tuple[Path, ...]:
 
 
 def stale() -> list[str]:
-    """Stages whose inputs, parameters, code or outputs are not those of `dvc.lock`."""
+    """Stages whose inputs, parameters, code or outputs differ from `dvc.lock`; not those that run every time."""
     with _repo() as repo:
-        return sorted(name for name, changes in repo.status().items() if changes != ["always changed"])
+        return sorted(name for name, changes in repo.status().items() if "always changed" not in changes)
 
 
 def md5(output: Path) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import dag, fetch, paths, reports
+from pipelines import dag, environment, fetch, paths, reports
 from pipelines.cli import STAGES
 from pipelines.params import Params
 
@@ -172,3 +174,94 @@ def test_mlflows_copies_of_dvc_yaml_are_no_stages(tmp_path, monkeypatch):
         (folder / "dvc.yaml").write_text("stages: {fetch: {cmd: 'true', outs: [a]}}")
     monkeypatch.chdir(tmp_path)
     assert [stage.name for stage in dag.stages()] == ["fetch"]
+
+
+def stand_ins(declared: dict) -> None:
+    """A file for everything that the stages write, so that DVC has something to compare."""
+    for stage in declared.values():
+        for out in (*stage.get("outs", []), *stage.get("metrics", [])):
+            path = Path(next(iter(out)) if isinstance(out, dict) else out)
+            path.parent.mkdir(exist_ok=True)
+            if path.suffix:
+                path.write_text("{}")
+            else:
+                path.mkdir()
+                (path / "file").write_text(path.name)
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """A clone whose dvc.lock records stand-ins of all results."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("committed"))
+        _commit_stand_ins()
+        return Path.cwd()
+
+
+@pytest.fixture
+def reproduced(committed, tmp_path, monkeypatch):
+    """A copy of it, and the current directory."""
+    monkeypatch.chdir(shutil.copytree(committed, tmp_path / "clone"))
+
+
+def _commit_stand_ins() -> None:
+    for folder in ("finercut", "pipelines", ".dvc"):
+        ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
+        shutil.copytree(ROOT / folder, folder, ignore=ignored)
+    for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, name)
+    stand_ins(DECLARED)
+    environment.run(None)
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "commit", "--quiet", "--force"], check=True)
+    assert dag.stale() == []
+
+
+def change_environment(**changes):
+    versions = json.loads(paths.ENVIRONMENT.read_text())
+    assert changes.keys() <= versions.keys()
+    paths.ENVIRONMENT.write_text(json.dumps(versions | changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "stale"),
+    [
+        ("vllm", ["prove", "throughput"]),
+        ("lm_eval", ["evaluate", "evaluate_whole"]),
+        ("tokenizers", ["calibrate"]),
+        ("hardware", ["prove", "throughput"]),
+        ("torch", ["evaluate", "evaluate_whole", "prove", "search", "throughput"]),
+        ("transformers", ["calibrate", "evaluate", "evaluate_whole", "prove", "prune", "search"]),
+    ],
+)
+def test_another_version_makes_those_stages_stale_that_it_decides(reproduced, key, stale):
+    change_environment(**{key: "another"})
+    assert dag.stale() == stale
+
+
+def test_a_comment_in_every_module_does_not_make_fetch_stale(reproduced):
+    for module in Path("finercut").rglob("*.py"):
+        module.write_text(module.read_text() + "# a comment\n")
+    assert "fetch" not in dag.stale()
+
+
+@pytest.mark.parametrize(
+    ("room", "stale"),
+    [
+        ("finercut/serving/vllm_engine.py", ["prove", "throughput"]),
+        ("finercut/evaluation/harness.py", ["evaluate", "evaluate_whole"]),
+        ("finercut/sources/texts.py", ["calibrate"]),
+        ("finercut/registry/gate.py", []),
+        ("finercut/system/staging.py", []),
+        ("pipelines/flow.py", []),
+    ],
+)
+def test_a_change_of_code_concerns_the_stages_of_its_room(reproduced, room, stale):
+    Path(room).write_text(Path(room).read_text() + "# a comment\n")
+    assert dag.stale() == stale
+
+
+def test_compiled_files_make_nothing_stale(reproduced):
+    (Path("finercut/model/__pycache__")).mkdir()
+    Path("finercut/model/__pycache__/x.cpython-311.pyc").write_bytes(b"compiled")
+    assert dag.stale() == []
