@@ -114,7 +114,6 @@ PREFECT = {
     # The server it starts when it has none can need longer than the default 20 s on a busy machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
-PARAMS = Path("params.yaml")
 
 
 class Commands(click.Group):
@@ -183,9 +182,10 @@ def _add_stage(name: str, explanation: str) -> None:
         from finercut.system.staging import exclusive
         from pipelines import params
 
-        settings = params.load(PARAMS)
-        # The processes that torchrun starts share their search.
-        with exclusive(paths.WORK) if "TORCHELASTIC_RUN_ID" not in os.environ else nullcontext():
+        settings = params.load(paths.PARAMS)
+        # Of the processes that torchrun starts, on one or several machines, the first alone writes files.
+        follows = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+        with nullcontext() if follows else exclusive(paths.WORK):
             _stage(name)(settings, **options)
 
     command = main.command(name, help=explanation, short_help=explanation.partition("\n")[0])(run_stage)
@@ -220,28 +220,33 @@ def run(file: Path | None, pull: bool) -> None:
     Reads     params.yaml, dvc.yaml, and what the stages read
     Writes    artifacts/, reports/, dvc.lock, a run in MLflow and in Prefect
     """
-    if file is not None:
-        _take_params(file)
-    for name, value in PREFECT.items():
-        os.environ.setdefault(name, value)
-    from pipelines import summary
-    from pipelines.flow import compress
-    from pipelines.register import Refused
+    from finercut.system.staging import exclusive
+    from pipelines import params
 
-    local_store = "MLFLOW_TRACKING_URI" not in os.environ
-    try:
-        compress(pull=pull)
-    except Refused:
+    params.load(file or paths.PARAMS)
+    # The flow holds the workspace too, but params.yaml is replaced before it, and Prefect takes seconds to start.
+    with exclusive(paths.WORK):
+        if file is not None:
+            _take_params(file)
+        for name, value in PREFECT.items():
+            os.environ.setdefault(name, value)
+        from pipelines import summary
+        from pipelines.flow import compress
+        from pipelines.register import Refused
+
+        local_store = "MLFLOW_TRACKING_URI" not in os.environ
+        try:
+            compress(pull=pull)
+        except Refused:
+            click.echo(summary.markdown())
+            raise
         click.echo(summary.markdown())
-        raise
-    click.echo(summary.markdown())
-    click.echo(_where_to_look(local_store))
+        click.echo(_where_to_look(local_store))
 
 
 def _take_params(file: Path) -> None:
-    from pipelines import params, settings
+    from pipelines import settings
 
-    params.load(file)
     if settings.replace(file.read_text(encoding="utf-8")):
         click.echo(f"params.yaml is now a copy of {file}; what it was is in {settings.PREVIOUS}", err=True)
 
@@ -295,7 +300,7 @@ def promote(name: str | None, wanted: str, reason: str, dry_run: bool) -> None:
     """
     from pipelines import params, promote, summary
 
-    settings = params.load(PARAMS)
+    settings = params.load(paths.PARAMS)
     judgement = None
     try:
         outcome = promote.promote(settings, name or settings.register_.name, wanted, reason, dry_run)
@@ -341,7 +346,7 @@ def status(name: str | None) -> None:
     """
     from pipelines import params, status
 
-    settings = params.load(PARAMS)
+    settings = params.load(paths.PARAMS)
     click.echo(status.text(settings, name or settings.register_.name))
 
 
@@ -382,14 +387,14 @@ def collect(name: str | None, dry_run: bool) -> None:
     """
     from pipelines import collect, params
 
-    settings = params.load(PARAMS)
+    settings = params.load(paths.PARAMS)
     click.echo(collect.text(collect.run(settings, name or settings.register_.name, dry_run), dry_run))
 
 
 def _registered_name() -> str:
     from pipelines import params
 
-    return params.load(PARAMS).register_.name
+    return params.load(paths.PARAMS).register_.name
 
 
 @main.command("summary")
@@ -427,7 +432,7 @@ def explain_params() -> None:
     """Explain every field of params.yaml, with its value there."""
     from pipelines import params_help
 
-    click.echo(params_help.text(PARAMS))
+    click.echo(params_help.text(paths.PARAMS))
 
 
 # A step on checkpoints that is not described above describes itself.

@@ -1,4 +1,4 @@
-"""The door to DVC: which stages `dvc.yaml` has, in order, and what `dvc.lock` vouches for."""
+"""All calls to DVC, and the git revision it works in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from scmrepo.exceptions import SCMError
 
-from pipelines import paths
+from pipelines import paths, settings
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,20 @@ def remote() -> str:
 
 
 def revision() -> dict[str, str]:
-    """Tags: the git commit, and whether the tree differs from it. `dvc.lock` does not count, every run writes it."""
+    """Tags: the git commit, which of its params files was taken, and whether anything else differs from it.
+
+    `dvc.lock` and `.finercut/` do not count, because every run writes them. Nor does params.yaml where it is a
+    committed params file, with or without overrides: then `params.file` and `params.overrides` name them.
+    """
     with _repo() as repo:
         staged, unstaged, untracked = repo.scm.status(untracked_files="all")
         changed = {path for group in staged.values() for path in group} | {*unstaged, *untracked}
+        # Git's names start at its root, of which the project can be a folder.
+        here = Path(repo.root_dir).resolve().relative_to(Path(repo.scm.root_dir).resolve())
+        changed = {p for p in changed if p != str(here / "dvc.lock") and not Path(p).is_relative_to(here / paths.WORK)}
+        if taken := settings.source():
+            changed -= {str(here / paths.PARAMS)}
         return {
             "mlflow.source.git.commit": repo.scm.get_rev(),
-            "git.dirty": str(bool(changed - {"dvc.lock"})).lower(),
-        }
+            "git.dirty": str(bool(changed)).lower(),
+        } | (taken or {})

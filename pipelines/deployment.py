@@ -1,31 +1,40 @@
-"""What `finercut deploy` declares on a Prefect server: prefect.yaml, what it names, and alerts."""
+"""Declares the deployments of prefect.yaml on a Prefect server, with their work pools, limits and alerts."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import yaml
+import httpx
 from prefect.automations import Automation, AutomationCore, CallWebhook, ChangeFlowRunState, DoNothing, EventTrigger
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate, GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import Posture
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
+from prefect.settings import get_current_settings
 
+from finercut.system import yaml_files
 from pipelines.flow import compress
 
 PREFECT_YAML = Path("prefect.yaml")
+# Of deployments that name none.
+ENTRYPOINT = "pipelines.flow.compress"
+POOL = "finercut"
 WEBHOOK_BLOCK = "finercut-alerts"
-# Three times as long as a run lets pass between saying that it is alive (PREFECT_FLOWS_HEARTBEAT_FREQUENCY), and a bit.
+# A little over three heartbeats of a run (PREFECT_FLOWS_HEARTBEAT_FREQUENCY).
 SILENCE = timedelta(minutes=10)
 ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "TimedOut")}
-# `text` is what Slack and its likes show.
+# Slack and similar services show `text`.
 ALERT = json.dumps(
     {
         "text": "finercut: {{ flow_run.name }} is {{ flow_run.state.name }}",
@@ -36,27 +45,30 @@ ALERT = json.dumps(
 
 
 def deploy(webhook: str | None = None) -> str:
-    """Create or update everything; what was done, a line each.
+    """Create or update everything; returns what was done, a line each.
 
     Args:
         webhook: an address that alerts are posted to; without one they are only events in Prefect's own feed
 
     Raises:
-        ValueError: prefect.yaml has parameters that the flow has not; nothing is declared.
-        RuntimeError: Prefect refused prefect.yaml; the message is its last line.
+        FileNotFoundError: there is no prefect.yaml.
+        ValueError: prefect.yaml has no deployments, one without a name, or parameters that the flow does not have;
+            nothing is declared.
+        RuntimeError: Prefect refused prefect.yaml (the message is its last line), or the server does not answer.
     """
-    deployments = yaml.safe_load(PREFECT_YAML.read_text(encoding="utf-8"))["deployments"]
-    for deployment in deployments:
-        _check_parameters(deployment)
+    document = _read()
+    deployments = document["deployments"]
     pools = {deployment["work_pool"]["name"] for deployment in deployments}
-    accelerators = {deployment["parameters"]["accelerator"] for deployment in deployments}
-    with get_client(sync_client=True) as client:
+    with _server_errors(), get_client(sync_client=True) as client:
         _create_pools(client, sorted(pools))
+        _deploy_all(document)
+        accelerators = set()
+        for deployment in deployments:
+            declared = _declared(client, deployment["name"])
+            _refuse_unknown_parameters(client, declared)
+            accelerators |= _accelerators(declared)
         for name in sorted(accelerators):
             _create_limit(client, name)
-        _deploy_all()
-        for deployment in deployments:
-            _refuse_unknown_parameters(client, deployment["name"])
         automations = [_alert(_webhook_action(webhook)), _lost_runs()]
         for automation in automations:
             _put(client, automation)
@@ -70,8 +82,70 @@ def deploy(webhook: str | None = None) -> str:
     )
 
 
+def _read() -> dict[str, Any]:
+    """prefect.yaml, with the defaults of what it leaves out or empty, so that Prefect asks for nothing.
+
+    The work pool is Prefect's default one, or else `finercut`.
+    """
+    if not PREFECT_YAML.is_file():
+        raise FileNotFoundError(f"no {PREFECT_YAML} here; run from the project's root")
+    document = yaml_files.read(PREFECT_YAML, version="1.1")
+    found = document.get("deployments") if isinstance(document, dict) else None
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{PREFECT_YAML}: `deployments` is no list of deployments; give at least one")
+    return document | {"deployments": [_complete(entry, number) for number, entry in enumerate(found, start=1)]}
+
+
+def _complete(entry: object, number: int) -> dict[str, Any]:
+    deployment = _mapping(entry, f"deployment {number}")
+    name = deployment.get("name")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{PREFECT_YAML}: deployment {number} has no name")
+    where = f"deployment {name}"
+    deployment["parameters"] = _parameters(deployment, where)
+    deployment.setdefault("entrypoint", ENTRYPOINT)
+    pool = _mapping(deployment.get("work_pool", {}), f"{where}: work_pool")
+    default = get_current_settings().deployments.default_work_pool_name or POOL
+    deployment["work_pool"] = {"name": default} | pool
+    schedules = deployment.get("schedules", [])
+    if not isinstance(schedules, list):
+        raise ValueError(f"{PREFECT_YAML}: {where}: schedules is no list")
+    deployment["schedules"] = [_mapping(entry, f"{where}: schedule") for entry in schedules]
+    old = [deployment["schedule"]] if isinstance(deployment.get("schedule"), dict) else []  # its name in Prefect 2
+    for schedule in (*deployment["schedules"], *old):
+        schedule["parameters"] = _parameters(schedule, where)
+    return deployment
+
+
+def _mapping(entry: object, where: str) -> dict[str, Any]:
+    """Without what is empty, which Prefect refuses in some places."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{PREFECT_YAML}: {where} is no mapping")
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+def _parameters(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    parameters = given.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{PREFECT_YAML}: {where}: parameters is no mapping")
+    known = compress.parameters.properties
+    if unknown := sorted(str(name) for name in parameters if name not in known):
+        raise ValueError(f"{PREFECT_YAML}: {where}: no parameter {', '.join(unknown)}; there are {', '.join(known)}")
+    return parameters
+
+
+@contextmanager
+def _server_errors() -> Iterator[None]:
+    """Raise what Prefect's client does as RuntimeErrors of one line."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException) as error:
+        where = get_current_settings().api.url or "the server started for this command"
+        raise RuntimeError(f"Prefect at {where}: {error or type(error).__name__}") from error
+
+
 def _create_pools(client: SyncPrefectClient, names: Iterable[str]) -> None:
-    """Pools of processes, unless they exist: then they may well be of another type."""
+    """Create pools of processes, leaving those that exist, which can be of another type."""
     for name in names:
         try:
             client.create_work_pool(WorkPoolCreate(name=name, type="process"))
@@ -86,30 +160,34 @@ def _create_limit(client: SyncPrefectClient, name: str) -> None:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
 
 
-def _deploy_all() -> None:
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _deploy_all(document: Mapping[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / PREFECT_YAML.name
+        file.write_text(yaml_files.dump(document, version="1.1"), encoding="utf-8")
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         told = (done.stderr + done.stdout).strip().splitlines() or ["no output"]
         raise RuntimeError(f"prefect deploy: {told[-1]}")
 
 
-def _check_parameters(deployment: dict) -> None:
-    given = [
-        deployment["parameters"],
-        *(schedule.get("parameters", {}) for schedule in deployment.get("schedules", [])),
-    ]
-    known = compress.parameters.properties
-    if unknown := sorted({name for names in given for name in names} - set(known)):
-        raise ValueError(
-            f"{PREFECT_YAML}: deployment {deployment['name']}: no parameter {', '.join(unknown)}; "
-            f"there are {', '.join(known)}"
-        )
+def _declared(client: SyncPrefectClient, name: str) -> DeploymentResponse:
+    try:
+        return client.read_deployment_by_name(f"{compress.name}/{name}")
+    except ObjectNotFound as error:
+        raise RuntimeError(
+            f"Prefect took no deployment {name} from {PREFECT_YAML}; `prefect deploy --name {name}` says why"
+        ) from error
 
 
-def _refuse_unknown_parameters(client: SyncPrefectClient, name: str) -> None:
-    """Let the server refuse a run with a parameter that the flow has not; its own schema would let it begin."""
-    deployment = client.read_deployment_by_name(f"{compress.name}/{name}")
+def _accelerators(deployment: DeploymentResponse) -> set[str]:
+    """The concurrency limits that its runs name, by their parameters or by those of a schedule."""
+    given = [deployment.parameters, *(schedule.parameters for schedule in deployment.schedules)]
+    return {name for parameters in given if (name := parameters.get("accelerator"))}
+
+
+def _refuse_unknown_parameters(client: SyncPrefectClient, deployment: DeploymentResponse) -> None:
+    """Let the server refuse a run with a parameter that the flow does not have; its own schema would let it begin."""
     schema = deployment.parameter_openapi_schema | {"additionalProperties": False}
     client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
 
@@ -131,7 +209,7 @@ def _alert(action: CallWebhook | DoNothing) -> AutomationCore:
 
 
 def _lost_runs() -> AutomationCore:
-    """Calls a run crashed that was killed together with whatever would have reported it."""
+    """Marks a run as crashed that was killed together with whatever would have reported it."""
     heartbeat = "prefect.flow-run.heartbeat"
     return AutomationCore(
         name="finercut: a run that went silent has crashed",

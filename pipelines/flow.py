@@ -23,7 +23,8 @@ from finercut.registry import runs
 from finercut.registry.records import RegisterReport
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
-from pipelines import calibrate, dag, fetch, register, reports, settings, summary
+from finercut.system.staging import exclusive
+from pipelines import calibrate, dag, fetch, paths, register, reports, settings, summary
 from pipelines import collect as collection
 from pipelines.params import Params, load
 
@@ -42,7 +43,8 @@ def compress(
 ) -> RegisterReport:
     """Compress the model `params.yaml` names, in the current directory, and register the result.
 
-    Stages run one at a time, in DVC's order: two on one accelerator would fight for it and falsify the throughput.
+    Stages run one at a time, in DVC's order: two on one accelerator would fight for it and falsify the throughput. The
+    execution holds the workspace from the choice of params to the collection.
 
     Args:
         params_file: makes params.yaml what this file is in the last commit; none: params.yaml as it lies there
@@ -54,11 +56,14 @@ def compress(
 
     Raises:
         ValueError: an override of no params_file, or of a field that does not exist or does not allow it.
-        RuntimeError: a stage failed; the message is its name and its last line.
+        RuntimeError: a stage failed (the message is its name and its last line), or another process works in this
+            workspace.
         register.Refused: the pruned model did not pass the gate.
     """
     # A run of hours must not die because the server was restarted and a lease came late.
-    with concurrency([accelerator] if accelerator else [], strict=True, raise_on_lease_renewal_failure=False):
+    slot = concurrency([accelerator] if accelerator else [], strict=True, raise_on_lease_renewal_failure=False)
+    # First the slot: a run of another deployment, which waits for it, must not find the workspace taken.
+    with slot, exclusive(paths.WORK):
         if params_file:
             settings.take_committed(params_file, overrides or {})
         elif overrides:

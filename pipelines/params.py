@@ -1,12 +1,12 @@
-"""The one typed reading of `params.yaml`: each room has its section, and they are put together here."""
+"""The typed form of params.yaml, composed of the sections that the sub-packages of `finercut` define."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, PositiveFloat, ValidationError
 
 from finercut.checkpoint.settings import Heal, Prove, Prune
@@ -15,22 +15,26 @@ from finercut.registry.settings import Promote, Register, Retention
 from finercut.selection.settings import Search
 from finercut.serving.settings import Throughput
 from finercut.sources.settings import Calibrate, Fetch
-from finercut.system.redaction import redacted
+from finercut.system import redaction, yaml_files
 from finercut.system.settings import Section
+from finercut.system.yaml_files import Entry
+from pipelines import paths
 
 Stage = Literal["fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput"]
 # Errors beyond these are only counted.
 N_ERRORS_SHOWN = 5
+# Booleans in YAML 1.1, text in YAML 1.2.
+_YES_OR_NO = frozenset({"yes", "no", "on", "off", "y", "n"})
 
 
 class Flow(Section):
     experiment: str
     """MLflow experiment."""
     retries: dict[Stage, Annotated[int, Field(ge=0)]]
-    """By stage; others are not retried."""
+    """Additional attempts of each stage; 0 for stages not named."""
     retry_delay_s: Annotated[float, Field(ge=0)]
     timeout_s: dict[Stage, PositiveFloat]
-    """By stage; others have no limit."""
+    """Limit for each attempt of a stage; none for stages not named."""
 
 
 class Params(Section):
@@ -48,18 +52,7 @@ class Params(Section):
     flow: Flow
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which no mapping has a key twice: PyYAML would take the last one in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def load(path: Path = Path("params.yaml")) -> Params:
+def load(path: Path = paths.PARAMS) -> Params:
     """Read and check a params file.
 
     Raises:
@@ -71,51 +64,98 @@ def load(path: Path = Path("params.yaml")) -> Params:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML: {error}; save it as UTF-8") from error
     return parse(text, str(path))
 
 
 def parse(text: str, name: str) -> Params:
-    """Check the text of a params file that errors call `name`.
+    """Check the text of a params file.
+
+    Args:
+        name: what error messages call the file
 
     Raises:
-        ValueError: it is not YAML, or a field is missing, unknown or out of range; one line.
+        ValueError: it is not YAML, contains a credential, or a field is missing, unknown or out of range; one line.
     """
-    try:
-        given = yaml.load(text, _Loader)
-    # The last ones are what PyYAML makes of `!!bool maybe`, of `!!timestamp now` and of ten thousand brackets.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())[:300]}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if redacted(line) != line:
-            raise ValueError(
-                f"{name}:{number}: there is a credential in this line, and the file is stored with every run: take it "
-                "out, and give it by the environment"
-            )
+    given = yaml_files.parse(text, name)
+    found = list(yaml_files.entries(text, name))
+    _refuse_credentials(text, found, name)
     try:
         return Params.model_validate(given)
     except ValidationError as error:
-        raise ValueError(f"{name}: {_complaints(error, given)}") from error
+        raise ValueError(f"{name}: {_complaints(error, given, found)}") from error
 
 
-def _complaints(error: ValidationError, given: object) -> str:
-    """One phrase a field; values are not shown, there may be a secret among them."""
-    found: dict[str, list[str]] = {}
-    for e in error.errors(include_url=False, include_context=False, include_input=False):
-        found.setdefault(_place(e["loc"], given), []).append(e["msg"].removeprefix("Value error, "))
-    phrases = [f"{place}: {' or '.join(dict.fromkeys(messages))}" for place, messages in found.items()]
+def _refuse_credentials(text: str, found: Iterable[Entry], name: str) -> None:
+    """Every run stores the file, comments included, where many can read it.
+
+    What a value may be does not depend on the machine, except that it must not be a credential of the environment.
+    """
+    stored = "every run stores this file: remove it, and pass it through the environment instead"
+    for number, line in enumerate(text.splitlines(), start=1):
+        if redaction.contains_token(line):
+            raise ValueError(f"{name}:{number}: this line contains a credential, and {stored}")
+    for entry in found:
+        if entry.text is None:
+            continue
+        field = ".".join(map(str, entry.place))
+        if redaction.contains_password(entry.text):
+            raise ValueError(f"{name}:{entry.line}: {field} contains a credential, in a URI, and {stored}")
+        if variable := redaction.variable_holding(entry.text):
+            raise ValueError(
+                f"{name}:{entry.line}: {field} is the credential in the environment variable {variable}, and every run "
+                "stores this file: remove it here; where the variable holds no credential, rename it"
+            )
+
+
+def _complaints(error: ValidationError, given: object, found: Iterable[Entry]) -> str:
+    """One phrase a field; values are not shown, one may be a secret."""
+    lines = {entry.place: entry.line for entry in found}
+    messages: dict[str, list[str]] = {}
+    shown: dict[str, str] = {}
+    for e in error.errors(include_url=False, include_context=False):
+        place = _place(e["loc"], given)
+        field = ".".join(map(str, place)) or "the file"
+        shown[field] = f" (line {lines[place]})" if place in lines else ""
+        messages.setdefault(field, []).append(e["msg"].removeprefix("Value error, ") + _advice(e["type"], e["input"]))
+    phrases = [f"{field}: {' or '.join(dict.fromkeys(said))}{shown[field]}" for field, said in messages.items()]
     more = [f"{len(phrases) - N_ERRORS_SHOWN} more"] if len(phrases) > N_ERRORS_SHOWN else []
     return "; ".join(phrases[:N_ERRORS_SHOWN] + more)
 
 
-def _place(location: tuple[int | str, ...], given: object) -> str:
+def _advice(problem: str, value: object) -> str:
+    """What to write, where YAML reads a value as another type than its writer may have meant."""
+    if problem == "string_type" and isinstance(value, int | float | date):
+        return ": put it in quotes"
+    if problem == "bool_type" and isinstance(value, str) and value.lower() in _YES_OR_NO:
+        return ": write true or false"
+    if problem == "int_type" and isinstance(value, float) and value.is_integer():
+        return ": write it without point and exponent"
+    if problem in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):
+        return ": write it without quotes"
+    if problem in ("int_type", "float_type") and isinstance(value, str) and value.endswith("%"):
+        return ": write a share as 0.25"
+    if problem == "path_type" and value is None:
+        return ": write ~/, as ~ alone is null"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _place(location: tuple[int | str, ...], given: object) -> tuple[int | str, ...]:
     """Where in the file: pydantic's location also names the alternatives it tried."""
-    place: list[str] = []
+    place: list[int | str] = []
     for part in location:
         inside = given if isinstance(given, dict) else dict(enumerate(given)) if isinstance(given, list) else {}
         if part in inside:
             given = inside[part]
         elif not (isinstance(given, dict) and part == location[-1]):
             continue
-        place.append(str(part))
-    return ".".join(place) or "the file"
+        place.append(part)
+    return tuple(place)

@@ -1,4 +1,4 @@
-"""What each field of `params.yaml` means, from the docstrings of `finercut.params`."""
+"""Explains every field of params.yaml, from the docstrings of its sections."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from finercut.system import yaml_files
 from pipelines.params import Params, load
 
 
@@ -19,10 +19,10 @@ def text(path: Path) -> str:
     """Every field with its meaning, what it may be, and its value in `path`; laid out as YAML.
 
     Raises:
-        FileNotFoundError, ValueError: as `finercut.params.load`.
+        FileNotFoundError, ValueError: as `pipelines.params.load`.
     """
     load(path)
-    return "\n".join(_fields(Params, yaml.safe_load(path.read_text(encoding="utf-8")), ""))
+    return "\n".join(_fields(Params, yaml_files.read(path), ""))
 
 
 def _fields(section: type[BaseModel], values: dict | None, indent: str) -> Iterator[str]:

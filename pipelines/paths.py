@@ -1,8 +1,9 @@
-"""The files that one stage writes and another reads, relative to the project's root."""
+"""Paths of the files that stages exchange, relative to the project's root."""
 
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
+"""The settings; DVC reads no other file."""
 
 MODEL = Path("artifacts/model")
 CALIBRATION = Path("artifacts/calibration")
@@ -22,9 +23,11 @@ CURVE = REPORTS / "curve.csv"
 CURVE_PICTURE = REPORTS / "search.png"
 REMOVALS_PICTURE = REPORTS / "removals.png"
 
-# This clone's working files, which DVC leaves alone: the lock, searches in progress, downloads, promotions under way,
-# the params file that another one replaced.
 WORK = Path(".finercut")
+"""What is neither input nor output of a stage, so that DVC leaves it alone: `lock`, held by the process that works in
+this workspace; `search/`, the searches in progress; `fetch/` and `promote/`, downloads in progress; PREVIOUS."""
+PREVIOUS = WORK / "params.previous.yaml"
+"""What params.yaml was before another file replaced it."""
 
 
 def report(stage: str) -> Path:

@@ -1,23 +1,26 @@
-"""Which settings an execution takes. DVC reads params.yaml, so whatever is chosen has to become it."""
+"""Copies the chosen params file over params.yaml, the only one DVC reads."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import GetJsonSchemaHandler, JsonValue
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from finercut.system import yaml_files
 from finercut.system.staging import staged_file
 from pipelines import params
+from pipelines.paths import PARAMS, PREVIOUS
 
-PARAMS = Path("params.yaml")
-PREVIOUS = Path(".finercut/params.previous.yaml")
+# The first line of a params.yaml with overrides.
+_ORIGIN = re.compile(r"# (?P<file>\S+) as committed, with overrides (?P<overrides>\{.*\})\n")
 
 
 def offered() -> list[str]:
@@ -26,7 +29,7 @@ def offered() -> list[str]:
 
 
 class _Offered:
-    """Puts the choice into the JSON schema that a deployment is given, and so into the form of Prefect's UI."""
+    """Lists the files in the JSON schema of a deployment, and so in the form of Prefect's UI."""
 
     def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return handler(core_schema) | {"enum": offered()}
@@ -36,46 +39,88 @@ ParamsFile = Annotated[str, _Offered()]
 
 
 def take_committed(file: str, overrides: Mapping[str, JsonValue]) -> None:
-    """Make params.yaml what git has of `file`, with single fields changed.
+    """Make params.yaml what the last commit has of `file`, with single fields changed.
 
-    From the commit and not from the working tree, so that what one execution overrode, the next one does not inherit.
+    From the commit and not from the working tree, so that no execution inherits what another one overrode. With
+    overrides, the first line of params.yaml is a comment that names `file` and them.
 
     Args:
         file: one of `offered()`
         overrides: by dotted name, `{"prune.budget.amount": 0.3}`
 
     Raises:
-        ValueError: git has no such file, there is no such field, or its value is not allowed.
+        ValueError: the commit has no such file, there is no such field, or its value is not allowed.
     """
-    shown = subprocess.run(["git", "show", f"HEAD:./{file}"], capture_output=True, text=True, check=False)
-    if file not in offered() or shown.returncode:
+    committed = _committed(file) if file in offered() else None
+    if committed is None:
         raise ValueError(f"no params file {file} in the last commit; there are {', '.join(offered())}")
-    text = shown.stdout
-    if overrides:
-        text = yaml.safe_dump(_overridden(yaml.safe_load(text), overrides), sort_keys=False)
+    text = _with_overrides(committed, file, overrides)
     params.parse(text, " and ".join([file, *(["overrides"] if overrides else [])]))
-    replace(text)
+    replace(_origin(file, overrides) + text)
 
 
-def _overridden(document: dict, overrides: Mapping[str, JsonValue]) -> dict:
-    for name, value in overrides.items():
-        *sections, field = name.split(".")
+def source() -> dict[str, str] | None:
+    """Tags that name the committed file that params.yaml is, and the overrides of `take_committed`.
+
+    Returns:
+        None if params.yaml has been changed in any other way.
+    """
+    text = PARAMS.read_bytes() if PARAMS.is_file() else b""
+    for file in offered():
+        if _shown(file) == text:
+            return {"params.file": file}
+    origin = _ORIGIN.match(text.decode("utf-8", errors="replace"))
+    if origin is None:
+        return None
+    file = origin["file"]
+    try:
+        overrides = json.loads(origin["overrides"])
+        taken = _origin(file, overrides) + _with_overrides(_committed(file) or "", file, overrides)
+    except ValueError:
+        return None
+    return {"params.file": file, "params.overrides": origin["overrides"]} if taken.encode() == text else None
+
+
+def _origin(file: str, overrides: Mapping[str, JsonValue]) -> str:
+    return f"# {file} as committed, with overrides {json.dumps(dict(overrides))}\n" if overrides else ""
+
+
+def _committed(file: str) -> str | None:
+    """The text of `file` in the last commit, if it is there."""
+    shown = _shown(file)
+    try:
+        return None if shown is None else shown.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not YAML: {error}; save it as UTF-8") from error
+
+
+def _shown(file: str) -> bytes | None:
+    done = subprocess.run(["git", "show", f"HEAD:./{file}"], capture_output=True, check=False)
+    return None if done.returncode else done.stdout
+
+
+def _with_overrides(text: str, name: str, overrides: Mapping[str, JsonValue]) -> str:
+    if not overrides:
+        return text
+    document = yaml_files.editable(text, name)
+    for dotted, value in overrides.items():
+        *sections, field = dotted.split(".")
         section = document
         for part in sections:
             section = section.get(part) if isinstance(section, dict) else None
         if not isinstance(section, dict):
-            raise ValueError(f"overrides: no field {name}; names look like prune.budget.amount")
+            raise ValueError(f"overrides: no field {dotted}; names look like prune.budget.amount")
         section[field] = value
-    return document
+    return yaml_files.dump(document)
 
 
 def replace(text: str) -> bool:
     """Make `text` params.yaml, keeping what it was in `PREVIOUS`; whether that changed it."""
-    if PARAMS.is_file() and PARAMS.read_text(encoding="utf-8") == text:
+    if PARAMS.is_file() and PARAMS.read_bytes() == text.encode():
         return False
     if PARAMS.is_file():
         PREVIOUS.parent.mkdir(exist_ok=True)
         shutil.copyfile(PARAMS, PREVIOUS)
     with staged_file(PARAMS) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(text.encode())
     return True

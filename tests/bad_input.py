@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from click.testing import CliRunner
 from conftest import TEXT
 from hypothesis import strategies as st
 
+from finercut.system import yaml_files
 from pipelines import calibrate, fetch, params, paths, prune, search, steps
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
-VALID = yaml.safe_load((ROOT / "params.yaml").read_text())
+VALID = yaml_files.read(ROOT / "params.yaml")
 
 
 def compress(root: Path, model: Path) -> None:
@@ -31,7 +31,7 @@ def compress(root: Path, model: Path) -> None:
     changed["search"] |= {"removals": 4, "dtype": "float32", "device": "cpu"}
     changed["prune"]["budget"]["amount"] = 2
     changed["evaluate"] |= {"tasks": [], "device": "cpu"}
-    (root / "params.yaml").write_text(yaml.safe_dump(changed))
+    (root / "params.yaml").write_text(yaml_files.dump(changed))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for stage in (fetch, calibrate, search, prune):
@@ -63,14 +63,14 @@ def refused(*arguments: str) -> str:
 
 def set_params(**changes: object) -> None:
     """Dotted paths, with `__` for the dot, in params.yaml."""
-    values = yaml.safe_load(Path("params.yaml").read_text())
+    values = yaml_files.read(Path("params.yaml"))
     for name, value in changes.items():
         *sections, field = name.split("__")
         section = values
         for key in sections:
             section = section[key]
         section[field] = value
-    Path("params.yaml").write_text(yaml.safe_dump(values))
+    Path("params.yaml").write_text(yaml_files.dump(values))
 
 
 def complaint(action: Callable[..., object], file: Path) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from bad_input import ROOT, VALID, complaint, names, refused, set_params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finercut.system import yaml_files
 from pipelines import params
 
 PARAMS_FILES = {
@@ -40,10 +39,21 @@ PARAMS_FILES = {
 
 
 @pytest.mark.parametrize("content", PARAMS_FILES.values(), ids=PARAMS_FILES)
-def test_a_params_file_that_is_none(workspace, content):
+def test_a_params_file_that_is_none(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes(content)
-    assert "params.yaml" in refused("params")
+    said = complaint(params.load, Path("params.yaml"))
+    assert names(Path("params.yaml"), said)
+    assert not said.endswith("is good")
     assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("content", ["fetch: {source: {kind: local", "fetch: {}\nfetch: {}\n", "a: 1"])
+def test_a_command_refuses_it_and_writes_nothing(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(content)
+    for command in ("params", "search", "run"):
+        assert "params.yaml" in refused(command)
 
 
 PARAMS = [
@@ -126,10 +136,19 @@ PARAMS = [
 
 
 @pytest.mark.parametrize(("field", "value"), PARAMS, ids=[f"{field}={value!r}"[:60] for field, value in PARAMS])
-def test_a_field_that_cannot_be(workspace, field, value):
-    shutil.copy(ROOT / "params.yaml", "params.yaml")
-    set_params(**{field.replace(".", "__"): value})
-    assert f"{field}: " in refused("params") or f"{field}." in refused("params")
+def test_a_field_that_cannot_be(field, value):
+    values = copy.deepcopy(VALID)
+    *sections, last = field.split(".")
+    section = values
+    for key in sections:
+        section = section[key]
+    section[last] = value
+    with pytest.raises(ValueError) as raised:
+        params.parse(yaml_files.dump(values), "params.yaml")
+    said = str(raised.value)
+    assert said.startswith(f"params.yaml: {field}: ") or f" {field}." in said
+    assert names(Path("params.yaml"), said)
+    assert "pydantic" not in said
 
 
 def _leaves(values: object, path: tuple = ()) -> list[tuple]:
@@ -154,7 +173,7 @@ def test_any_value_in_any_field_is_taken_or_named(tmp_path, path, value):
         section = section[key]
     section[path[-1]] = value
     file = tmp_path / "params.yaml"
-    file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    file.write_text(yaml_files.dump(values), encoding="utf-8", errors="surrogatepass")
     assert names(file, complaint(params.load, file))
 
 

@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 from dvc.repo import Repo
 from example_versions import project
+from holder import holding
 
 from finercut.registry import versions
 from finercut.registry.ledger import Ledger
 from finercut.registry.records import RegisterReport
-from finercut.system.staging import exclusive
 from pipelines import collect, paths
 from pipelines.cli import main
 
@@ -201,11 +201,11 @@ def test_while_a_stage_is_at_work_here_nothing_goes(here):
     here.client.delete_registered_model_alias(here.name, "challenger")
     add("first")
     add("second")
-    with exclusive(paths.WORK):
+    with holding() as other:
         said = CliRunner().invoke(main, ["collect"])
         assert said.exit_code == 1
         assert said.stderr == (
-            f"finercut collect: process {os.getpid()} works in {Path.cwd()}: wait until it has ended, or end it\n"
+            f"finercut collect: process {other.pid} works in {Path.cwd()}: wait until it has ended, or end it\n"
         )
         assert folders(here, "1") == {"checkpoint", "evidence"}
         assert in_cache() == {"first", "second"}

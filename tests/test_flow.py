@@ -14,12 +14,13 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
+from holder import holding
 from prefect.client.orchestration import get_client
 from toy import ROOT, STAGES, make_toy, write
 
 from finercut.registry.ledger import Ledger
 from finercut.registry.records import RegisterReport
-from finercut.system.staging import exclusive
+from finercut.system.staging import HELD_BY
 from pipelines import dag, paths, register
 from pipelines.flow import compress, run_group
 from pipelines.params import load
@@ -196,15 +197,29 @@ def test_however_a_flow_ends_it_frees_the_disk_and_ends_as_it_would_have(toy, en
 
 def test_a_disk_that_cannot_be_freed_leaves_the_run_registered_and_is_told(toy):
     leave_searches(4)
-    with exclusive(paths.WORK):
-        report = compress(collect=True)
+    oldest = paths.WORK / "search" / "0"
+    oldest.rename("elsewhere")
+    oldest.symlink_to(Path("elsewhere").absolute())  # no folder to delete
+    report = compress(collect=True)
     assert report.status == "registered"
-    assert len(searches()) == 4
     (run,) = runs(toy["flow"]["experiment"])
     assert run.info.status == "FINISHED"
-    assert run.data.tags["collect"].startswith(f"failed: process {os.getpid()} works in {Path.cwd()}: ")
+    assert run.data.tags["collect"].startswith("failed: ")
     flow_run, states = task_runs(run)
     assert (flow_run.state.name, states["register"], states["collect"]) == ("Completed", "Completed", "Failed")
+
+
+def test_an_execution_holds_the_workspace_for_itself_and_its_stages(toy):
+    command = f"{sys.executable} -m pipelines.cli prune"
+    tries = f"{command} 2>inside; env -u {HELD_BY} {command} 2>outside; {STAGES['evaluate']['cmd']}"
+    write(stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": tries}})
+    assert compress().status == "registered"
+    assert "run `finercut search` first" in Path("inside").read_text()
+    works = f"process {os.getpid()} works in {Path.cwd()}: wait until it has ended, or end it"
+    assert Path("outside").read_text() == f"finercut prune: {works}\n"
+    with holding() as other, pytest.raises(RuntimeError, match=rf"^process {other.pid} works in "):
+        compress()
+    assert len(runs(toy["flow"]["experiment"])) == 1, "nothing was begun"
 
 
 def test_a_checkpoint_that_was_collected_is_a_new_version_when_it_is_made_again(toy):

@@ -1,10 +1,22 @@
-"""What is under a name is the old one or the new one, never half of it."""
+"""Atomic writes, and the workspace lock."""
 
 from __future__ import annotations
 
-import pytest
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-from finercut.system.staging import staged, staged_file
+import pytest
+from click.testing import CliRunner
+from holder import ROOT, holding
+
+from finercut.system import staging
+from finercut.system.staging import exclusive, staged, staged_file
+from pipelines import paths
+from pipelines.cli import main
 
 
 def test_the_new_directory_takes_the_place_of_the_old(tmp_path):
@@ -35,10 +47,35 @@ def test_what_a_killed_process_left_is_not_taken_over(tmp_path):
         assert list(directory.iterdir()) == []
 
 
-def test_everyone_may_read_what_only_its_writer_could(tmp_path):
+@pytest.fixture
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("umask", "file", "script", "folder"),
+    [(0o022, 0o644, 0o744, 0o755), (0o027, 0o640, 0o740, 0o750), (0o077, 0o600, 0o700, 0o700)],
+    indirect=["umask"],
+)
+def test_whom_the_umask_admits_may_read_every_file_and_enter_every_folder(tmp_path, umask, file, script, folder):
+    outside = tmp_path / "outside"
+    outside.touch()
+    outside.chmod(0o600)
     with staged(tmp_path / "model") as directory:
         (directory / "model.safetensors").touch(mode=0o600)
-    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+        (directory / "custom_generate").mkdir(mode=0o700)
+        (directory / "custom_generate" / "run.sh").touch(mode=0o700)
+        (directory / "link").symlink_to(outside)
+
+    def mode(name):
+        return (tmp_path / "model" / name).stat().st_mode & 0o777
+
+    assert mode("model.safetensors") == file
+    assert mode("custom_generate") == folder
+    assert mode("custom_generate/run.sh") == script
+    assert outside.stat().st_mode & 0o777 == 0o600
 
 
 def test_read_only_files_of_the_old_directory_are_replaced_not_written(tmp_path):
@@ -66,3 +103,77 @@ def test_a_file_is_replaced_at_the_end_or_left_alone(tmp_path, existing):
         partial.write_text("whole")
     assert [p.name for p in target.parent.iterdir()] == ["file"]
     assert target.read_text() == "whole"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A project's root, and the current directory."""
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [["prune"], ["register"], ["run"], ["run", "--params", "other.yaml"]])
+def test_while_another_process_works_here_every_command_that_writes_names_it_and_writes_nothing(here, command):
+    Path("other.yaml").write_text(Path("params.yaml").read_text().replace("n_samples: 8", "n_samples: 9"))
+    before = Path("params.yaml").read_text()
+    with holding() as other:
+        said = CliRunner().invoke(main, command)
+    assert said.exit_code == 1
+    assert said.stderr == (
+        f"finercut {command[0]}: process {other.pid} works in {here}: wait until it has ended, or end it\n"
+    )
+    assert Path("params.yaml").read_text() == before
+
+
+def test_a_killed_holder_lets_go(here):
+    with holding() as other:
+        other.kill()
+        other.wait()
+        with exclusive(paths.WORK):
+            assert (paths.WORK / "lock").read_text() == str(os.getpid())
+
+
+PRUNE = [sys.executable, "-m", "pipelines.cli", "prune"]
+REFUSED = "works in"
+WENT_ON = "run `finercut search` first"
+
+
+def prune(**environment):
+    done = subprocess.run(PRUNE, capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_what_the_holder_starts_works_under_its_hold_and_nothing_else_does(here):
+    with exclusive(paths.WORK):
+        held_by = os.environ[staging.HELD_BY]
+        assert WENT_ON in prune()
+        assert WENT_ON in prune(TORCHELASTIC_RUN_ID="1", RANK="0")
+        assert REFUSED in prune(**{staging.HELD_BY: ""})
+        with exclusive(paths.WORK):  # as the flow collects
+            pass
+        assert REFUSED in prune(**{staging.HELD_BY: ""})
+    assert staging.HELD_BY not in os.environ
+    with holding():
+        assert REFUSED in prune(**{staging.HELD_BY: held_by})
+
+
+def test_the_first_process_of_a_torchrun_search_holds_the_workspace_for_all(here):
+    with holding():
+        assert REFUSED in prune(TORCHELASTIC_RUN_ID="1", RANK="0")
+        assert WENT_ON in prune(TORCHELASTIC_RUN_ID="1", RANK="1")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(here, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said = CliRunner().invoke(main, ["prune"])
+    assert said.exit_code == 1
+    (line,) = said.stderr.splitlines()
+    assert line.startswith(f"finercut prune: the file system of {here / paths.WORK} has no file locks (")
+    assert "such as a local disk" in line

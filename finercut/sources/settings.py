@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from finercut.system.settings import Dtype, Section
 
@@ -14,7 +14,16 @@ from finercut.system.settings import Dtype, Section
 PackageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 PackageVersion = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")]
 Repository = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")]
-File = Annotated[Path, Field(strict=False)]
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"no home directory of {path.parts[0]} here") from error
+
+
+File = Annotated[Path, Field(strict=False), AfterValidator(_expanded)]
 
 
 class PackageModel(Section):

@@ -1,7 +1,7 @@
-"""Ending what was started, with everything it started.
+"""Terminates a process with all its descendants.
 
-Run as a script, it starts a command that ends, with everything in its process group, when whoever started the script
-does: `python -m finercut.system.processes COMMAND ...`, as the leader of a group, with a pipe for its standard input.
+As a script, `python -m finercut.system.processes COMMAND ...` runs a command and kills its own process group as soon as
+the process that started the script has ended. It must lead that group, and its standard input must be a pipe.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import sys
 import threading
 import time
 
-# Goes before a command that is not to outlive the process that starts it.
+# Before a command: it does not outlive the process that starts it.
 BOUND = (sys.executable, "-m", "finercut.system.processes")
-# A process that is asked to end is given this long; then it is killed.
+# Between SIGTERM and SIGKILL.
 GRACE_S = 10.0
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End every process of the group that `process` leads (`start_new_session=True`), politely first.
+    """Terminate every process of the group that `process` leads (`start_new_session=True`), and kill what is left.
 
-    To end the leader alone would leave its children, and the accelerator with them.
+    The leader's children, which hold the accelerator, would survive its death.
     """
     for sent in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + GRACE_S
         try:
             os.killpg(process.pid, sent)
             while time.monotonic() < deadline:
-                process.poll()  # a leader that has ended stays in its group until it is waited for
+                process.poll()  # a leader that has ended stays in its group until it is reaped
                 os.killpg(process.pid, 0)
                 time.sleep(0.05)
         except ProcessLookupError:
@@ -42,8 +42,8 @@ def _main() -> None:
 
 
 def _watch() -> None:
-    # The pipe's other end is the starter's alone: it closes when the starter ends, whatever ended it. PR_SET_PDEATHSIG
-    # would reach the command, but nothing that the command starts.
+    # Only the starter has the pipe's other end, so it closes when the starter ends, for whatever reason.
+    # PR_SET_PDEATHSIG would kill the command, but not the processes that the command starts.
     os.read(0, 1)
     os.killpg(0, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""What a stage or a step measured, typed: JSON on disk that the next stage and the registry rely on."""
+"""The base of all reports: typed JSON that stages write, and that later stages and the registry read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from finercut.system.staging import staged_file
 
 
 class Record(BaseModel):
-    """Written with sorted structure and no timestamps, so that an unchanged result is an unchanged file."""
+    """Has no timestamps, so that an unchanged result is an unchanged file."""
 
     # Fields that another version added are passed over.
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     def write(self, path: Path) -> None:
-        """Replaces `path` at once: a reader sees the old file or the new one."""
+        """Replace `path` atomically."""
         with staged_file(path) as partial:
             partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
@@ -26,7 +26,7 @@ class Record(BaseModel):
         """
         Raises:
             FileNotFoundError: the stage that writes it has not run.
-            ValueError: it was written by something else, or by a version that did not record what this one needs.
+            ValueError: the file has another form, or a version wrote it that did not record what this one needs.
         """
         if not path.is_file():
             raise FileNotFoundError(f"no {path}: run `finercut {path.stem}` first")

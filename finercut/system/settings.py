@@ -1,4 +1,4 @@
-"""What the sections of params.yaml have in common."""
+"""The base of all sections of params.yaml, and types that several use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Frozen; a misspelt key is an error, and so is `8` in quotes, `true` for 1, an empty text or infinity."""
+    """Frozen and strict: unknown keys, numbers in quotes, `true` for 1, empty text and infinity are errors."""
 
     model_config = ConfigDict(
         extra="forbid",

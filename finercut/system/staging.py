@@ -1,24 +1,27 @@
-"""Files and directories that are whole or not there, and a folder that one process at a time works in."""
+"""Atomic writes, and the workspace lock."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+# For processes that the holder of a folder starts: its id and the folder.
+HELD_BY = "FINERCUT_HELD_BY"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Errors within the block say what could not be written: the system's often do not, safetensors' are no OSErrors.
-
-    Raises:
-        OSError
-    """
+    """Raise errors of the block as OSErrors that name `target`: some of the system's name no file, and safetensors'
+    are no OSErrors."""
     try:
         yield
     except SafetensorError as error:
@@ -31,10 +34,13 @@ def writing(target: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the system lets go of it when the process ends, however it ends.
+    """Hold `folder` for this process and those it starts meanwhile, which find in the environment who holds it.
+
+    The lock goes with the process, however that ends.
 
     Raises:
         RuntimeError: another process holds it.
+        OSError: the file system of `folder` has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as file:
@@ -42,21 +48,46 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise RuntimeError(
-                f"process {file.read()} works in {folder.absolute().parent}: wait until it has ended, or end it"
+            holder = file.read()
+            if not holder or os.environ.get(HELD_BY) != _hold(holder, folder):
+                raise RuntimeError(
+                    f"process {holder or 'unknown'} works in {folder.absolute().parent}: "
+                    "wait until it has ended, or end it"
+                ) from error
+            yield
+            return
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise OSError(
+                f"the file system of {folder.absolute()} has no file locks ({error.strerror}): "
+                "work on one that has them, such as a local disk, or have them enabled"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        before = os.environ.get(HELD_BY)
+        os.environ[HELD_BY] = _hold(str(os.getpid()), folder)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[HELD_BY]
+            else:
+                os.environ[HELD_BY] = before
+            file.truncate(0)
+
+
+def _hold(holder: str, folder: Path) -> str:
+    return f"{holder}:{folder.resolve()}"
 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target` that takes its place when the block ends well, and goes when it does not.
+    """An empty directory beside `target`, which replaces it if the block succeeds and is deleted if it fails.
 
-    A process killed on the way leaves `.<name>.partial` or `.<name>.old`, which the next one clears away, never a
-    mixture under the name itself.
+    A killed process leaves `.<name>.partial` or `.<name>.old`, which the next call deletes, but never a mixture of old
+    and new files under the name itself.
     """
     partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
     for leftover in (partial, old):
@@ -65,8 +96,7 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         with writing(target):
             yield partial
-        for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
+        _admit_readers(partial)
         if target.exists():
             target.rename(old)
         partial.rename(target)
@@ -75,9 +105,21 @@ def staged(target: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _admit_readers(directory: Path) -> None:
+    """Let whoever may read `directory` read what is in it: safetensors writes files that only their owner can read."""
+    allowed = directory.stat().st_mode  # as the umask has it
+    for path in directory.rglob("*"):
+        if path.is_symlink():
+            continue
+        added = allowed & 0o777 if path.is_dir() else 0o600 | allowed & 0o444
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode | added != mode:
+            path.chmod(mode | added)
+
+
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; what is there when the block ends well is on the disk and takes its place."""
+    """A path beside `target`; what is written there is on the disk and replaces `target` if the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:

@@ -1,0 +1,119 @@
+"""`finercut deploy` on what prefect.yaml may be, on a real Prefect server; no run is started."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bad_input import ROOT
+from click.testing import CliRunner
+from prefect.client.orchestration import get_client
+
+from finercut.system import yaml_files
+from pipelines.cli import main
+
+DOCUMENT = yaml_files.read(ROOT / "prefect.yaml", version="1.1")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+
+
+def write(*deployments):
+    document = copy.deepcopy(DOCUMENT) | {"deployments": list(deployments)}
+    Path("prefect.yaml").write_text(yaml_files.dump(document, version="1.1"))
+
+
+def nightly(**changes):
+    """The deployment of ours under another name, without what is `...`."""
+    changed = copy.deepcopy(DOCUMENT["deployments"][0]) | changes
+    return {key: value for key, value in changed.items() if value is not ...}
+
+
+def deploy():
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "deploy"], capture_output=True, text=True, check=False
+    )
+
+
+OPTIONAL = ("description", "entrypoint", "parameters", "schedules", "concurrency_limit", "work_pool")
+
+
+def test_everything_but_the_name_can_be_left_out_or_empty(here, prefect_server, monkeypatch):
+    monkeypatch.setenv("ACCELERATOR", "from-environment")
+    due = {"cron": "0 3 * * *", "parameters": {"accelerator": "of-schedule"}}
+    write(
+        {"name": "bare"},
+        nightly(name="empty", **dict.fromkeys(OPTIONAL)),
+        nightly(name="some", parameters={"accelerator": None, "overrides": {"search.exclude": None}}, schedules=[due]),
+        nightly(name="templated", parameters={"accelerator": "{{ $ACCELERATOR }}"}, work_pool={"name": "other"}),
+        nightly(name="nulls", schedules=[due | {"parameters": None, "slug": None}], work_pool={"name": None}),
+    )
+    said = deploy()
+    assert said.returncode == 0, said.stderr
+    assert "accelerator  of-schedule, one run at a time\n" in said.stdout
+    with get_client(sync_client=True) as client:
+        pools = {}
+        for name in ("bare", "empty", "some", "templated", "nulls"):
+            deployment = client.read_deployment_by_name(f"finercut/{name}")
+            pools[name] = deployment.work_pool_name
+            assert deployment.entrypoint == "pipelines.flow.compress"
+        assert pools == dict.fromkeys(pools, "finercut") | {"templated": "other"}
+        some = client.read_deployment_by_name("finercut/some")
+        assert some.parameters == {"accelerator": None, "overrides": {"search.exclude": None}}
+        for limit in ("of-schedule", "from-environment"):
+            assert client.read_global_concurrency_limit_by_name(limit).limit == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no prefect.yaml here; run from the project's root"),
+        ("", "prefect.yaml: `deployments` is no list of deployments; give at least one"),
+        ("[1]", "prefect.yaml: `deployments` is no list of deployments; give at least one"),
+        ("deployments:", "prefect.yaml: `deployments` is no list of deployments; give at least one"),
+        ("deployments: {a: 1}", "prefect.yaml: `deployments` is no list of deployments; give at least one"),
+        ("deployments: [nightly]", "prefect.yaml: deployment 1 is no mapping"),
+        ("deployments: [{name: a}, {parameters: {}}]", "prefect.yaml: deployment 2 has no name"),
+        ("deployments: [{name: a, parameters: [1]}]", "prefect.yaml: deployment a: parameters is no mapping"),
+        ("deployments: [{name: a, work_pool: b}]", "prefect.yaml: deployment a: work_pool is no mapping"),
+        ("deployments: [{name: a, schedules: {cron: x}}]", "prefect.yaml: deployment a: schedules is no list"),
+        ("deployments: [{name: a, schedules: [x]}]", "prefect.yaml: deployment a: schedule is no mapping"),
+        (
+            "deployments: [{name: a, name: b}]",
+            "prefect.yaml:1: name is there twice in one section; remove one of the two",
+        ),
+        ("deployments: [", "prefect.yaml:1 is not YAML: *"),
+        ("deployments: [{name: a, parameters: {1: 2}}]", "prefect.yaml: deployment a: no parameter 1; there are *"),
+    ],
+)
+def test_what_cannot_be_declared_is_one_line(here, text, said):
+    if text is not None:
+        Path("prefect.yaml").write_text(text)
+    found = CliRunner().invoke(main, ["deploy"])
+    assert isinstance(found.exception, SystemExit)
+    (line,) = found.stderr.splitlines()
+    expected = f"finercut deploy: {said}"
+    assert line.startswith(expected[:-1]) if expected.endswith("*") else line == expected
+
+
+def test_a_server_that_does_not_answer_is_one_line(here, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    write({"name": "bare"})
+    said = deploy()
+    assert said.returncode == 1
+    assert said.stderr == "finercut deploy: Prefect at http://127.0.0.1:9/api: [Errno 111] Connection refused\n"
+
+
+def test_a_deployment_that_prefect_does_not_take_is_one_line(here, prefect_server):
+    write(nightly(name="odd", schedules=[{"cron": "never", "interval": 3}]))
+    said = deploy()
+    assert said.returncode == 1
+    (line,) = said.stderr.splitlines()
+    assert line.startswith("finercut deploy: ")
