@@ -205,7 +205,7 @@ def _stage(name: str) -> Callable[[Params], object]:
 @click.option("--params", "file", type=click.Path(path_type=Path), help="Replace params.yaml by this file first.")
 @click.option("--pull", is_flag=True, help="Take results from the DVC remote where it has them.")
 def run(file: Path | None, pull: bool) -> None:
-    """Run every stage that something changed for, then register the model.
+    """Run every stage whose inputs changed, then register the model.
 
     A Prefect flow over the stages of dvc.yaml, recorded as one MLflow run. Stages whose inputs are unchanged are
     taken from DVC's cache. Ends with status 1 if a stage fails or the model does not pass the gate.
@@ -265,7 +265,7 @@ def _where_to_look(local_store: bool) -> str:
 @main.command()
 @click.argument("what", metavar="PATH_OR_URI")
 def inspect(what: str) -> None:
-    """Tell what a checkpoint, a trajectory or a registered version is.
+    """Describe a checkpoint, trajectory or registered version.
 
     \b
     finercut inspect artifacts/pruned
@@ -294,7 +294,7 @@ def promote(name: str | None, wanted: str, reason: str, dry_run: bool) -> None:
     finercut promote finercut-smollm2-135m --version 7
 
     \b
-    Reads     params.yaml (register, promote, evaluate.parity_tolerance), the version's files, artifacts/model if it is
+    Reads     params.yaml (register, promote, prove), the version's files, artifacts/model if it is
               the version's whole model
     Writes    the alias champion, an entry of NAME.promotions
     """
@@ -305,7 +305,7 @@ def promote(name: str | None, wanted: str, reason: str, dry_run: bool) -> None:
     try:
         outcome = promote.promote(settings, name or settings.register_.name, wanted, reason, dry_run)
         judgement, message = outcome.judgement, outcome.message
-    except promote.Refused as refused:
+    except promote.NotPromoted as refused:
         judgement = refused.judgement
         raise
     finally:
@@ -336,7 +336,7 @@ def rollback(name: str | None, to: str | None, reason: str) -> None:
 @main.command()
 @click.argument("name", required=False)
 def status(name: str | None) -> None:
-    """Tell who is champion, who could be, and what became of the others.
+    """Show the champion, eligible challengers and the status of other versions.
 
     Each version is judged by the gate and the margins of params.yaml, against today's champion. Writes nothing.
 
@@ -365,17 +365,17 @@ def watch(uri: str, command: tuple[str, ...], directory: Path, interval_s: float
     \b
     finercut watch models:/finercut-smollm2-135m@champion -- vllm serve {} --host 127.0.0.1
     """
-    from finercut.registry.versions import Reference
+    from finercut.registry.versions import VersionReference
     from pipelines import watch
 
-    sys.exit(watch.run(Reference.parse(uri), directory, command, interval_s))
+    sys.exit(watch.run(VersionReference.parse(uri), directory, command, interval_s))
 
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--dry-run", is_flag=True, help="Tell what would go; delete nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be deleted; delete nothing.")
 def collect(name: str | None, dry_run: bool) -> None:
-    """Free the disk of what `retention` in params.yaml does not keep.
+    """Delete checkpoints and caches beyond what `collect` in params.yaml keeps.
 
     Checkpoints of old versions in MLflow (never one with an alias, nor the last run's), uploads that no version came
     of, files of DVC's cache that neither the workspace nor the last commits use, old work in .finercut. Evidence and
@@ -388,7 +388,10 @@ def collect(name: str | None, dry_run: bool) -> None:
     from pipelines import collect, params
 
     settings = params.load(paths.PARAMS)
-    click.echo(collect.text(collect.run(settings, name or settings.register_.name, dry_run), dry_run))
+    collected = collect.run(settings, name or settings.register_.name, dry_run)
+    click.echo(collect.text(collected, dry_run))
+    if collected.problems:
+        sys.exit(1)
 
 
 def _registered_name() -> str:

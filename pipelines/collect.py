@@ -1,15 +1,16 @@
-"""Free the disk of what no rule keeps: old versions' checkpoints, DVC's cache, interrupted work.
+"""Deletes what no rule keeps: old versions' checkpoints, DVC's cache, interrupted work.
 
-A version keeps its evidence, its metrics and its place in the registry; only the checkpoint goes. That it goes is first
-an entry of the log in `finercut.registry.ledger`, so that no promotion or rollback can choose it meanwhile.
+A version keeps its evidence, its metrics and its place in the registry; only the checkpoint is deleted. First the log
+in `finercut.registry.ledger` gets an entry, so that no promotion or rollback chooses the version meanwhile.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,24 +20,47 @@ from mlflow.entities.model_registry import ModelVersion
 from finercut.registry import versions
 from finercut.registry.ledger import Ledger, State
 from finercut.registry.records import RegisterReport
-from finercut.registry.runs import mlflow_errors
+from finercut.registry.server import mlflow_errors
 from finercut.system.staging import exclusive
 from pipelines import dag, paths
 from pipelines.params import Params
+
+logger = logging.getLogger("finercut")
 
 CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True)
 class Freed:
-    """One thing that went, or would go."""
+    """One thing that was deleted, or would be."""
 
     what: str
     n_bytes: int
 
 
-def run(params: Params, name: str, dry_run: bool = False) -> list[Freed]:
-    """Delete what `params.retention` does not keep.
+@dataclass(frozen=True)
+class Collected:
+    """The result of a collection."""
+
+    freed: list[Freed] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What could not be deleted, and why; each kept nothing else from being deleted."""
+
+    def take(self, found: Iterator[Freed]) -> None:
+        """Add what `found` deletes, up to its first error."""
+        try:
+            for one in found:
+                self.freed.append(one)
+        except (RuntimeError, ValueError, OSError) as error:
+            self.problems.append(str(error))
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(one.n_bytes for one in self.freed)
+
+
+def run(params: Params, name: str, dry_run: bool = False) -> Collected:
+    """Delete what `params.collect` does not keep.
 
     Raises:
         RuntimeError: no such registered model, or as `free` does.
@@ -44,35 +68,47 @@ def run(params: Params, name: str, dry_run: bool = False) -> list[Freed]:
     return free(params, name, versions.connect(name), dry_run)
 
 
-def free(params: Params, name: str, client: MlflowClient, dry_run: bool = False) -> list[Freed]:
+def free(params: Params, name: str, client: MlflowClient, dry_run: bool = False) -> Collected:
     """As `run`, also where no version of `name` has been registered yet.
 
     Raises:
-        RuntimeError: a registry that does not answer, no DVC repository, or a stage at work in this workspace: then
-            nothing has gone.
+        RuntimeError: a stage at work in this workspace: then nothing is deleted.
     """
-    keep = params.retention
+    keep = params.collect
     before = datetime.now(UTC) - timedelta(days=keep.unfinished_days)
+    collected = Collected()
     with nullcontext() if dry_run else exclusive(paths.WORK):
-        return [
-            *_checkpoints(client, name, keep.versions, dry_run),
-            *_uploads(client, params.flow.experiment, name, before, dry_run),
-            *_cache(keep.commits, dry_run),
-            *_work(keep.versions, before.timestamp(), dry_run),
-        ]
+        for version in _unkept(client, name, keep.versions, collected):
+            collected.take(_checkpoint(client, Ledger(client, name), version, dry_run))
+        collected.take(_uploads(client, params.flow.experiment, name, before, dry_run))
+        collected.take(_cache(keep.commits, dry_run))
+        collected.take(_work(keep.versions, before.timestamp(), dry_run))
+    return collected
 
 
-def _checkpoints(client: MlflowClient, name: str, n_kept: int, dry_run: bool) -> Iterator[Freed]:
-    ledger = Ledger(client, name)
-    for version in reversed(versions.every(client, name)[n_kept:]):
-        if not _given_up(ledger, version, dry_run):
-            continue
-        stored = versions.stored(client, version)
-        n_bytes = stored.n_bytes(CHECKPOINT)
-        if n_bytes:
-            if not dry_run:
-                stored.delete(CHECKPOINT)
-            yield Freed(f"checkpoint of {name} version {version.version}", n_bytes)
+def _unkept(client: MlflowClient, name: str, n_kept: int, collected: Collected) -> list[ModelVersion]:
+    """Finercut's own versions of `name` but the newest, oldest first."""
+    try:
+        listed = versions.every(client, name)[n_kept:]
+    except RuntimeError as error:
+        collected.problems.append(str(error))
+        return []
+    for version in listed:
+        if versions.PRUNED_MD5 not in version.tags:
+            logger.warning("collect: %s version %s is not finercut's, and stays", name, version.version)
+    return [version for version in reversed(listed) if versions.PRUNED_MD5 in version.tags]
+
+
+def _checkpoint(client: MlflowClient, ledger: Ledger, version: ModelVersion, dry_run: bool) -> Iterator[Freed]:
+    # Found before the log says that it is given up: a version whose files cannot be found stays as it is.
+    stored = versions.stored(client, version)
+    if not _given_up(ledger, version, dry_run):
+        return
+    n_bytes = stored.n_bytes(CHECKPOINT)
+    if n_bytes:
+        if not dry_run:
+            stored.delete(CHECKPOINT)
+        yield Freed(f"checkpoint of {ledger.model} version {version.version}", n_bytes)
 
 
 def _given_up(ledger: Ledger, version: ModelVersion, dry_run: bool) -> bool:
@@ -84,7 +120,7 @@ def _given_up(ledger: Ledger, version: ModelVersion, dry_run: bool) -> bool:
             return True
         if number in _in_use(ledger, state):
             return False
-        if dry_run or ledger.append(state, "collected", number, version.run_id, reason="retention"):
+        if dry_run or ledger.append(state, "collected", number, version.run_id, reason="collect"):
             return True
 
 
@@ -134,16 +170,12 @@ def _touched(path: Path) -> float:
     return max((p.stat().st_mtime for p in path.rglob("*")), default=path.stat().st_mtime)
 
 
-def text(freed: list[Freed], dry_run: bool) -> str:
-    """For people, with the total."""
-    lines = [f"{_size(f.n_bytes):>10}  {f.what}" for f in freed]
+def text(collected: Collected, dry_run: bool) -> str:
+    """For people, with the total and what could not be deleted."""
+    lines = [f"{_size(one.n_bytes):>10}  {one.what}" for one in collected.freed]
     verb = "would be freed" if dry_run else "freed"
-    return "\n".join([*lines, f"{_size(total(freed)):>10}  {verb}"])
-
-
-def total(freed: list[Freed]) -> int:
-    """Bytes."""
-    return sum(f.n_bytes for f in freed)
+    problems = [f"not deleted: {problem}" for problem in collected.problems]
+    return "\n".join([*lines, f"{_size(collected.n_bytes):>10}  {verb}", *problems])
 
 
 def _size(n_bytes: int) -> str:

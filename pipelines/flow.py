@@ -19,7 +19,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
 from pydantic import JsonValue
 
-from finercut.registry import runs
+from finercut.registry import runs, server
 from finercut.registry.records import RegisterReport
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
@@ -51,7 +51,7 @@ def compress(
         overrides: fields of params_file to change for this run, {"prune.budget.amount": 0.3}
         pull: take what is missing from the DVC remote instead of computing it
         push: store every result in the DVC remote before the model is registered
-        collect: at the end, free the disk of what `retention` in params.yaml does not keep
+        collect: at the end, free the disk of what `collect` in params.yaml does not keep
         accelerator: the Prefect concurrency limit to hold, so that one run at a time uses the accelerator
 
     Raises:
@@ -169,7 +169,7 @@ def _environment(mlflow_run: runs.Run) -> dict[str, str]:
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
-        "MLFLOW_TRACKING_URI": runs.tracking_uri(),
+        "MLFLOW_TRACKING_URI": server.tracking_uri(),
         "MLFLOW_RUN_ID": mlflow_run.run_id,
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -263,9 +263,11 @@ def _collect(params: Params, mlflow_run: runs.Run) -> None:
 @task(name="collect", task_run_name="collect", cache_policy=NO_CACHE, persist_result=False)
 def _collect_task(params: Params, mlflow_run: runs.Run) -> int:
     """Bytes that are free now."""
-    freed = collection.free(params, params.register_.name, mlflow_run.client)
-    get_run_logger().info("%s", collection.text(freed, dry_run=False))
-    return collection.total(freed)
+    collected = collection.free(params, params.register_.name, mlflow_run.client)
+    get_run_logger().info("%s", collection.text(collected, dry_run=False))
+    if collected.problems:
+        raise RuntimeError("; ".join(collected.problems))
+    return collected.n_bytes
 
 
 def _publish_summary() -> None:
@@ -274,7 +276,7 @@ def _publish_summary() -> None:
 
 def _link(mlflow_run: runs.Run) -> None:
     """The MLflow run, one click away; a local store has no page to link to."""
-    uri = runs.without_credentials(runs.tracking_uri())
+    uri = server.without_credentials(server.tracking_uri())
     if uri.startswith(("http://", "https://")):
         page = f"{uri.rstrip('/')}/#/experiments/{mlflow_run.experiment_id}/runs/{mlflow_run.run_id}"
         create_link_artifact(page, link_text="MLflow run", key="finercut-mlflow-run")

@@ -1,4 +1,4 @@
-"""What `finercut inspect` tells of a checkpoint, a trajectory or a registered version."""
+"""What `finercut inspect` prints: a description of a checkpoint, a trajectory or a registered version."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ def describe(what: str) -> str:
         RuntimeError: MLflow has no such version, or does not answer.
     """
     if what.startswith("models:"):
-        from finercut.registry import versions
-
-        return versions.describe(what)
+        return _version(what)
     if Path(what).is_dir():
         return _checkpoint(Path(what))
     return _trajectory(Path(what))
@@ -42,6 +40,22 @@ def _checkpoint(path: Path) -> str:
         *(f"  step {s.step}: finercut {s.version}, {s.settings}" for s in lineage_of(model)),
     ]
     return "\n".join(lines)
+
+
+def _version(uri: str) -> str:
+    from finercut.registry import versions
+
+    reference = versions.VersionReference.parse(uri)
+    found = versions.find(versions.connect(reference.name), reference)
+    lines = {
+        "model": f"{reference.name} version {found.version}",
+        "aliases": ", ".join(found.aliases) or "none",
+        "run": found.run_id or "none",
+        **dict(sorted(found.tags.items())),
+        "download": f"mlflow artifacts download -u {uri} -d DIRECTORY",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
 
 
 def _trajectory(path: Path) -> str:

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, ValidationError
 
 from finercut.checkpoint.settings import Heal, Prove, Prune
 from finercut.evaluation.settings import Evaluate
-from finercut.registry.settings import Promote, Register, Retention
+from finercut.registry.settings import Collect, Promote, Register
 from finercut.selection.settings import Search
 from finercut.serving.settings import Throughput
 from finercut.sources.settings import Calibrate, Fetch
@@ -48,7 +48,7 @@ class Params(Section):
     throughput: Throughput
     register_: Annotated[Register, Field(alias="register")]
     promote: Promote
-    retention: Retention
+    collect: Collect
     flow: Flow
 
 
@@ -80,10 +80,29 @@ def parse(text: str, name: str) -> Params:
     given = yaml_files.parse(text, name)
     found = list(yaml_files.entries(text, name))
     _refuse_credentials(text, found, name)
+    _refuse_former_names(given, name)
     try:
         return Params.model_validate(given)
     except ValidationError as error:
         raise ValueError(f"{name}: {_complaints(error, given, found)}") from error
+
+
+# Where fields of version 0.1 are now.
+_FORMER = {
+    "retention": "the section is called collect",
+    "evaluate.parity_tolerance": "it is prove.logit_tolerance",
+    "throughput.parity_tolerance": "it is prove.log_probability_tolerance",
+}
+
+
+def _refuse_former_names(given: object, name: str) -> None:
+    for former, now in _FORMER.items():
+        *sections, field = former.split(".")
+        section = given
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and field in section:
+            raise ValueError(f"{name}: {former}: since version 0.2 {now}; CHANGELOG.md lists what moved")
 
 
 def _refuse_credentials(text: str, found: Iterable[Entry], name: str) -> None:

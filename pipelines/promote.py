@@ -17,8 +17,8 @@ from mlflow.entities.model_registry import ModelVersion
 from finercut.registry import evidence, promotion, versions
 from finercut.registry.evidence import Evidence
 from finercut.registry.ledger import Ledger, State
-from finercut.registry.promotion import Check
-from finercut.registry.runs import mlflow_errors
+from finercut.registry.records import Check
+from finercut.registry.server import mlflow_errors
 from pipelines import recheck, summary
 from pipelines.params import Params
 
@@ -45,8 +45,8 @@ class Judgement:
         return "; ".join(check.reason for check in self.checks if not check.passed)
 
 
-class Refused(RuntimeError):
-    """The challenger does not take the champion's place."""
+class NotPromoted(RuntimeError):
+    """The challenger does not become champion."""
 
     def __init__(self, message: str, judgement: Judgement | None = None) -> None:
         super().__init__(message)
@@ -84,14 +84,14 @@ def read_evidence(version: ModelVersion) -> Evidence:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a promotion or a rollback came to."""
+class Moved:
+    """The result of a promotion or a rollback."""
 
     message: str
     judgement: Judgement | None = None
 
 
-def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: bool = False) -> Outcome:
+def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: bool = False) -> Moved:
     """Make a version champion if the rule lets it through; at once, done already, or not at all.
 
     Args:
@@ -99,12 +99,12 @@ def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: b
         dry_run: compare only; nothing is downloaded but the evidence, nothing is written
 
     Raises:
-        Refused: with a reason for each check that failed; it is recorded on the version.
+        NotPromoted: with a reason for each check that failed; it is recorded on the version.
         RuntimeError: no such version, or the alias was moved outside finercut.
         ValueError: a version's evidence cannot be read.
     """
     client = versions.connect(name)
-    version = versions.find(client, versions.Reference(name, wanted))
+    version = versions.find(client, versions.VersionReference(name, wanted))
     ledger, number = Ledger(client, name), str(version.version)
     challenger = read_evidence(version)
     proof: list[Check] = []
@@ -113,9 +113,11 @@ def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: b
         if state.moved_outside(alias):
             return _accept(ledger, state, version, alias, reason, dry_run)
         if state.champion == number:
-            return Outcome(f"{name} version {number} is already champion")
+            return Moved(f"{name} version {number} is already champion")
         if number in state.collected:
-            raise Refused(f"the checkpoint of {name} version {number} was collected: compress again to have it back")
+            raise NotPromoted(
+                f"the checkpoint of {name} version {number} was collected: compress again to have it back"
+            )
         judgement = judge(params, challenger, _champion(client, name, state))
         if judgement.passed and not dry_run:
             proof = proof or recheck.files(params, version, challenger)
@@ -123,25 +125,25 @@ def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: b
         if not judgement.passed:
             if not dry_run:
                 _record_refusal(ledger, version, judgement)
-            raise Refused(_verdict(name, judgement), judgement)
+            raise NotPromoted(_verdict(name, judgement), judgement)
         if dry_run:
-            return Outcome(_verdict(name, judgement), judgement)
+            return Moved(_verdict(name, judgement), judgement)
         details = summary.comparison(judgement.checks)
         if ledger.append(state, "promoted", number, version.run_id, reason=reason, details=details):
             _sign(ledger.settle(), ledger)
-            return Outcome(f"{name} version {number} is champion, after {_shown(state.champion)}", judgement)
+            return Moved(f"{name} version {number} is champion, after {_shown(state.champion)}", judgement)
         logger.info("promote: someone else moved %s meanwhile; comparing again", name)
 
 
 def _champion(client: MlflowClient, name: str, state: State) -> Evidence | None:
     if state.champion is None:
         return None
-    return read_evidence(versions.find(client, versions.Reference(name, state.champion)))
+    return read_evidence(versions.find(client, versions.VersionReference(name, state.champion)))
 
 
 def _accept(
     ledger: Ledger, state: State, version: ModelVersion, alias: str | None, reason: str, dry_run: bool
-) -> Outcome:
+) -> Moved:
     """Promoting what someone made champion by hand takes their word for it."""
     number, name = str(version.version), ledger.model
     if number != alias:
@@ -152,10 +154,10 @@ def _accept(
         )
     if not dry_run and ledger.append(state, "accepted", number, version.run_id, reason=reason):
         _sign(ledger.settle(), ledger)
-    return Outcome(f"{name} version {number} is champion already; moved outside finercut, now accepted")
+    return Moved(f"{name} version {number} is champion already; moved outside finercut, now accepted")
 
 
-def rollback(name: str, to: str | None = None, reason: str = "") -> Outcome:
+def rollback(name: str, to: str | None = None, reason: str = "") -> Moved:
     """Undo the last promotion, once however often it is asked for; or go back to the former champion `to`.
 
     Raises:
@@ -171,13 +173,13 @@ def rollback(name: str, to: str | None = None, reason: str = "") -> Outcome:
             former = ", ".join(state.champions[:-1]) or "none"
             raise RuntimeError(f"{name} has no version {to or 'before this one'} to go back to; former: {former}")
         if target == alias:
-            return Outcome(_nothing_to_undo(name, state, to))
+            return Moved(_nothing_to_undo(name, state, to))
         if target in state.collected:
             raise RuntimeError(f"the checkpoint of {name} version {target} was collected: it cannot serve")
-        run_id = versions.find(client, versions.Reference(name, target)).run_id
+        run_id = versions.find(client, versions.VersionReference(name, target)).run_id
         if ledger.append(state, "rolled back", target, run_id, reason=reason):
             _sign(ledger.settle(), ledger)
-            return Outcome(f"{name} version {target} is champion again, after {_shown(alias)}")
+            return Moved(f"{name} version {target} is champion again, after {_shown(alias)}")
         logger.info("rollback: someone else moved %s meanwhile; looking again", name)
 
 

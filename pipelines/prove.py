@@ -50,6 +50,7 @@ def run(params: Params) -> ProveReport:
         )
     report = ProveReport(
         claims=claims,
+        sha256=ModelDirectory(paths.FINAL).weights_sha256,
         engine=engine,
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,

@@ -1,4 +1,4 @@
-"""The proof of a registered version, once more on the files the registry gives out."""
+"""Checks a registered version's downloaded files: their hashes, and the claim of pruning once more."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 from mlflow.entities.model_registry import ModelVersion
 
+from finercut.checkpoint.lineage import lineage_of
 from finercut.checkpoint.parity import check_parity
 from finercut.model.devices import device_of
+from finercut.model.directory import ModelDirectory
 from finercut.model.tensors import weights_sha256
 from finercut.registry import evidence, versions
 from finercut.registry.evidence import Evidence
-from finercut.registry.promotion import Check
-from finercut.registry.runs import PRUNED_MD5
+from finercut.registry.records import Check
+from finercut.registry.versions import PRUNED_MD5
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import HubModel
 from pipelines import paths
@@ -42,24 +44,34 @@ def files(params: Params, version: ModelVersion, recorded: Evidence) -> list[Che
         checkpoint = versions.download(version, "checkpoint", Path(folder))
         checks = [
             _known_files(checkpoint),
-            _same("weights_sha256", weights_sha256(checkpoint), recorded.prune.sha256),
+            _same("weights_sha256", weights_sha256(checkpoint), recorded.sha256),
             _same("files_md5", directory_md5(checkpoint), version.tags.get(PRUNED_MD5, "unknown")),
         ]
         if not all(check.passed for check in checks):
             # What is not what was registered is not loaded.
             return checks
+        if later := [step.step for step in lineage_of(ModelDirectory(checkpoint)) if step.step != "prune"]:
+            reason = f"the files are those that were proved; {', '.join(later)} changed the weights after pruning"
+            return [*checks, Check(name="proved", value=None, passed=True, reason=reason)]
         whole = _whole_model(version, recorded, Path(folder))
         logger.info("promote: repeating the parity check on the downloaded files")
         report = check_parity(
-            whole,
-            checkpoint,
+            ModelDirectory(whole),
+            ModelDirectory(checkpoint),
             _any_tokens(checkpoint, recorded),
-            params.evaluate.parity_tolerance,
-            device_of(params.evaluate.device),
+            params.prove.logit_tolerance,
+            device_of(params.prove.device),
         )
     largest = max(report.max_logit_difference, report.max_logit_difference_cached)
     reason = f"repeated parity is {largest:.4g}; at most {report.tolerance:.4g} is "
-    return [*checks, Check("parity_again", largest, None, report.passed, reason + _outcome(report.passed))]
+    again = Check(
+        name="parity_again",
+        value=largest,
+        limit=report.tolerance,
+        passed=report.passed,
+        reason=reason + _outcome(report.passed),
+    )
+    return [*checks, again]
 
 
 def _outcome(passed: bool) -> str:
@@ -72,13 +84,13 @@ def _known_files(checkpoint: Path) -> Check:
     reason = (
         f"the checkpoint holds {', '.join(strange)}" if strange else "the checkpoint holds known kinds of files only"
     )
-    return Check("files", len(strange), None, not strange, reason)
+    return Check(name="files", value=len(strange), passed=not strange, reason=reason)
 
 
 def _same(name: str, found: str, expected: str) -> Check:
     passed = found == expected
     reason = f"{name} of the downloaded checkpoint is {found[:12]}, {expected[:12]} is {_outcome(passed)}"
-    return Check(name, None, None, passed, reason)
+    return Check(name=name, value=None, passed=passed, reason=reason)
 
 
 def directory_md5(directory: Path) -> str:

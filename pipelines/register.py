@@ -9,20 +9,21 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from finercut.checkpoint.records import PruneReport
+from finercut.checkpoint.records import ProveReport, PruneReport
 from finercut.evaluation.records import EvaluateReport
-from finercut.registry import gate, runs
+from finercut.registry import gate, runs, server, versions
 from finercut.registry.ledger import Ledger
-from finercut.registry.records import GateCheck, RegisterReport
+from finercut.registry.records import Check, RegisterReport
 from finercut.selection.records import SearchReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport
-from pipelines import dag, paths
+from pipelines import dag, paths, reports
+from pipelines.environment import Environment
 from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
 
-PIPELINE_FILES = (Path("params.yaml"), Path("dvc.yaml"), Path("dvc.lock"))
+PIPELINE_FILES = (paths.PARAMS, Path("dvc.yaml"), Path("dvc.lock"))
 
 
 class Refused(RuntimeError):
@@ -35,12 +36,13 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
     Raises:
         FileNotFoundError: a report is missing.
         Refused: the gate was not passed; the report is written and the reasons are in the MLflow run.
-        RuntimeError: the files are not those `dvc.lock` vouches for, or MLflow does not answer.
+        RuntimeError: the files are not those that `dvc.lock` records, or MLflow does not answer.
     """
-    checks = _judge(params)
     stages = dag.stages()
-    if stale := dag.stale():
+    unreadable = [stage.name for stage in stages if reports.unreadable(stage.name)]
+    if stale := sorted({*dag.stale(), *unreadable}):
         raise RuntimeError(f"not reproduced since something changed: {', '.join(stale)}; run `finercut run`")
+    checks = _judge(params)
     if mlflow_run is not None:
         return _register(params, checks, stages, mlflow_run)
     mlflow_run = runs.open_run(params.flow.experiment, params.model_dump(mode="json", by_alias=True), dag.revision())
@@ -52,11 +54,11 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
         return _register(params, checks, stages, mlflow_run)
 
 
-def _judge(params: Params) -> list[GateCheck]:
+def _judge(params: Params) -> list[Check]:
     limits = params.register_
     return gate.check(
         evaluate=EvaluateReport.read(paths.report("evaluate")),
-        proof=ProveReport.read(paths.report("prove")),
+        claims=ProveReport.read(paths.report("prove")).claims,
         throughput=ThroughputReport.read(paths.report("throughput")),
         min_retention=limits.min_retention,
         min_speed_up=limits.min_speed_up,
@@ -64,7 +66,7 @@ def _judge(params: Params) -> list[GateCheck]:
     )
 
 
-def _register(params: Params, checks: list[GateCheck], stages: list[dag.Stage], mlflow_run: runs.Run) -> RegisterReport:
+def _register(params: Params, checks: list[Check], stages: list[dag.Stage], mlflow_run: runs.Run) -> RegisterReport:
     name = params.register_.name
     failed = [c.reason for c in checks if not c.passed]
     if failed:
@@ -73,9 +75,9 @@ def _register(params: Params, checks: list[GateCheck], stages: list[dag.Stage], 
         md5 = dag.md5(paths.FINAL)
         # A version whose checkpoint was collected does not hold it any more.
         collected = Ledger(mlflow_run.client, name).read().collected
-        known = runs.find_version(mlflow_run, name, md5, collected)
+        known = versions.find_version(mlflow_run, name, md5, collected)
         found = known or _new_version(stages, checks, name, md5, mlflow_run)
-        runs.challenge(mlflow_run, name, found.version)
+        versions.challenge(mlflow_run, name, found.version)
         report = _report("already registered" if known else "registered", found, checks, name, mlflow_run)
     report.write(paths.report("register"))
     mlflow_run.log_file(paths.report("register"), "reports")
@@ -87,7 +89,7 @@ def _register(params: Params, checks: list[GateCheck], stages: list[dag.Stage], 
 
 
 def _report(
-    status: str, found: runs.Registered | None, checks: list[GateCheck], name: str, mlflow_run: runs.Run
+    status: str, found: versions.Registered | None, checks: list[Check], name: str, mlflow_run: runs.Run
 ) -> RegisterReport:
     return RegisterReport(
         status=status,
@@ -97,25 +99,26 @@ def _report(
         version=found.version if found else None,
         model_uri=found.model_uri if found else None,
         run_id=mlflow_run.run_id,
-        tracking_uri=runs.without_credentials(runs.tracking_uri()),
+        tracking_uri=server.without_credentials(server.tracking_uri()),
     )
 
 
 def _new_version(
-    stages: list[dag.Stage], checks: list[GateCheck], name: str, md5: str, mlflow_run: runs.Run
-) -> runs.Registered:
-    reports = [path for stage in stages for path in stage.reports]
+    stages: list[dag.Stage], checks: list[Check], name: str, md5: str, mlflow_run: runs.Run
+) -> versions.Registered:
+    written = [path for stage in stages for path in stage.reports]
     metrics: dict[str, float] = {}
-    for path in reports:
+    for path in written:
         if path.suffix == ".json":
             metrics |= runs.numbers(path)
     logger.info("uploading %s as a version of %s", paths.FINAL, name)
-    return runs.register(
-        mlflow_run, name, paths.FINAL, [*reports, *PIPELINE_FILES], metrics, dag.revision() | _provenance(checks), md5
-    )
+    files, tags = [*written, *PIPELINE_FILES], dag.revision() | _provenance(checks)
+    measured_with = Environment.read(paths.ENVIRONMENT).model_dump() if paths.ENVIRONMENT.is_file() else {}
+    libraries = {library: found for library, found in measured_with.items() if found}
+    return versions.register(mlflow_run, name, paths.FINAL, files, metrics, tags, md5, libraries)
 
 
-def _provenance(checks: list[GateCheck]) -> dict[str, str]:
+def _provenance(checks: list[Check]) -> dict[str, str]:
     fetch = FetchReport.read(paths.report("fetch"))
     prune = PruneReport.read(paths.report("prune"))
     evaluate = EvaluateReport.read(paths.report("evaluate"))

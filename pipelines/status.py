@@ -11,7 +11,7 @@ from mlflow.entities.model_registry import ModelVersion
 from finercut.registry import versions
 from finercut.registry.evidence import Evidence
 from finercut.registry.ledger import CHAMPION, PREVIOUS, Ledger, State
-from finercut.registry.runs import mlflow_errors
+from finercut.registry.server import mlflow_errors
 from pipelines import promote, summary
 from pipelines.params import Params
 

@@ -1,4 +1,4 @@
-"""What an execution came to, as Markdown that also reads well in a terminal."""
+"""The result of an execution, as Markdown that also reads well in a terminal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from finercut.checkpoint.records import PruneReport
 from finercut.evaluation.records import EvaluateReport
-from finercut.registry.promotion import Check
-from finercut.registry.records import RegisterReport
+from finercut.registry.records import Check, RegisterReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import FetchReport
 from pipelines import paths
@@ -70,8 +69,7 @@ def _speed() -> str:
 def comparison(checks: Sequence[Check]) -> str:
     """A challenger beside the champion."""
     rows = [
-        [c.name, _figure(c.challenger), _figure(c.champion), "passed" if c.passed else "FAILED", c.reason]
-        for c in checks
+        [c.name, _figure(c.value), _figure(c.champion), "passed" if c.passed else "FAILED", c.reason] for c in checks
     ]
     return table(["check", "challenger", "champion", "", "why"], rows)
 

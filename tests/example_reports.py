@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from finercut.checkpoint.records import ParityReport, PruneReport
-from finercut.evaluation.records import EvaluateReport, TaskResult
-from finercut.selection.records import SearchReport, Shares
+from finercut.checkpoint.records import Claim, HealReport, ProveReport, PruneReport
+from finercut.evaluation.records import EvaluateReport, Measured, TaskResult
+from finercut.selection.records import SearchReport
 from finercut.serving.records import EngineFigures, Spread, ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport
 from pipelines import paths
@@ -71,7 +71,7 @@ def prune() -> PruneReport:
         removed=["2.attention", "3.mlp"],
         n_removed_sublayers=2,
         n_sublayers=8,
-        shares=Shares(sublayers=0.25, parameters=0.2, kv_cache=0.125),
+        shares={"sublayers": 0.25, "parameters": 0.2, "kv_cache": 0.125},
         divergence=0.25,
         held_out_divergence=0.375,
         whole_parameters=1000,
@@ -84,22 +84,51 @@ def prune() -> PruneReport:
     )
 
 
-def parity(**changes) -> ParityReport:
+def heal() -> HealReport:
+    return HealReport(method="none", changed=[], sha256="5" * 64)
+
+
+def claim(**changes) -> Claim:
     settings = {
-        "passed": True,
-        "tolerance": 0.001,
-        "max_logit_difference": 0.0005,
-        "max_logit_difference_cached": 0.00025,
-        "n_tokens": 16,
+        "name": "prune",
+        "statement": "equals the masked whole model",
+        "holds": True,
+        "figures": {"max_logit_difference": 0.0005, "max_logit_difference_cached": 0.00025, "n_tokens": 16},
+        "limit": 0.001,
     }
-    return ParityReport(**settings | changes)
+    return Claim(**settings | changes)
+
+
+def prove(**changes) -> ProveReport:
+    settings = {
+        "claims": [claim()],
+        "sha256": "5" * 64,
+        "engine": "toy",
+        "torch_version": "2",
+        "transformers_version": "5",
+    }
+    return ProveReport(**settings | changes)
+
+
+def evaluate_whole() -> Measured:
+    return Measured(
+        sha256="1" * 64,
+        dtype="bfloat16",
+        perplexity=10.0,
+        bits_per_byte=1.0,
+        held_out_sha256="3" * 64,
+        tasks={},
+        lm_eval_version="0.4",
+        transformers_version="5",
+        torch_version="2",
+    )
 
 
 def evaluate(**changes) -> EvaluateReport:
     task = TaskResult(
         metric="acc",
         whole=0.8,
-        whole_stderr=0.01,
+        whole_stderr=None,
         pruned=0.6,
         pruned_stderr=None,
         retention=0.75,
@@ -132,7 +161,6 @@ def throughput(**changes) -> ThroughputReport:
         tpot_s=Spread(median=0.01, low=0.01, high=0.01),
         kv_cache_tokens=1024,
         weights_gib=0.5,
-        max_logprob_difference=0.001,
     )
     settings = {
         "whole": figures,
@@ -156,20 +184,21 @@ def throughput(**changes) -> ThroughputReport:
 
 def write_model_reports() -> None:
     """Everything up to the pruned checkpoint, which is a file of text."""
-    for name, report in (("fetch", fetch()), ("calibrate", calibrate()), ("search", search()), ("prune", prune())):
-        report.write(paths.report(name))
+    for report in (fetch, calibrate, search, prune, heal):
+        report().write(paths.report(report.__name__))
     paths.CURVE.write_text(
         "step,sublayer,divergence,held_out_divergence\n1,2.attention,0.125,0.1\n2,3.mlp,0.25,0.375\n"
     )
-    paths.PRUNED.mkdir(parents=True)
-    (paths.PRUNED / "model.safetensors").write_text("weights")
+    paths.FINAL.mkdir(parents=True)
+    (paths.FINAL / "model.safetensors").write_text("weights")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "model":
         write_model_reports()
     elif sys.argv[1] == "evaluate":
-        parity().write(paths.PARITY)
+        prove().write(paths.report("prove"))
+        evaluate_whole().write(paths.report("evaluate_whole"))
         evaluate().write(paths.report("evaluate"))
     else:
         speed_up = float(Path("speed_up.txt").read_text())

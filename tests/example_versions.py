@@ -10,7 +10,7 @@ import example_reports
 import yaml
 
 from finercut.model.tensors import weights_sha256
-from finercut.registry import runs
+from finercut.registry import runs, versions
 from pipelines import paths
 from pipelines.params import Params
 from pipelines.recheck import directory_md5
@@ -33,13 +33,11 @@ class Project:
     def client(self):
         return self.run.client
 
-    def register(
-        self, checkpoint: Path = paths.PRUNED, *, evaluate=None, throughput=None, parity=None, **reports
-    ) -> str:
+    def register(self, checkpoint: Path = paths.FINAL, *, evaluate=None, throughput=None, claim=None, **reports) -> str:
         """A version of `checkpoint`, the challenger; its number.
 
         Args:
-            evaluate, throughput, parity: changes of the reports
+            evaluate, throughput, claim: changes of the reports, and of the one claim
             reports: changes of others, by stage
         """
         folder = Path("evidence")
@@ -55,11 +53,13 @@ class Project:
             report.write(folder / f"{stage}.json")
         example_reports.evaluate(**evaluate or {}).write(folder / "evaluate.json")
         example_reports.throughput(**throughput or {}).write(folder / "throughput.json")
-        example_reports.parity(**parity or {}).write(folder / "parity.json")
+        example_reports.prove(claims=[example_reports.claim(**claim or {})], sha256=changed["prune"]["sha256"]).write(
+            folder / "prove.json"
+        )
         md5 = directory_md5(checkpoint)
         evidence = sorted(folder.iterdir())
-        version = runs.register(self.run, self.name, checkpoint, evidence, {"a": 1.0}, {}, md5).version
-        runs.challenge(self.run, self.name, version)
+        version = versions.register(self.run, self.name, checkpoint, evidence, {"a": 1.0}, {}, md5).version
+        versions.challenge(self.run, self.name, version)
         return version
 
     def aliases(self) -> dict[str, str]:
@@ -82,12 +82,12 @@ def retained(retention: float, **changes) -> dict:
 
 def project(directory: Path, whole: Path, pruned: Path, **promote) -> Project:
     """Fill `directory`, the current one; MLFLOW_TRACKING_URI says where versions go."""
-    for source, target in ((whole, paths.MODEL), (pruned, paths.PRUNED)):
+    for source, target in ((whole, paths.MODEL), (pruned, paths.FINAL)):
         shutil.copytree(source, directory / target)
     settings = yaml.safe_load((ROOT / "params.yaml").read_text())
     settings["register"]["name"] = settings["flow"]["experiment"] = directory.name
     settings["fetch"]["source"] = {"kind": "local", "path": str(whole)}
-    settings["evaluate"]["device"] = "cpu"
+    settings["prove"]["device"] = "cpu"
     settings["promote"] |= promote
     (directory / "params.yaml").write_text(yaml.safe_dump(settings))
     return Project(Params.model_validate(settings), runs.open_run(directory.name, {}, {}))

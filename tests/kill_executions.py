@@ -99,11 +99,11 @@ def _registered(root: Path) -> Registered:
 def _write_registered(root: str, file: str) -> None:
     from mlflow import MlflowClient
 
-    from finercut.registry import runs
+    from finercut.registry import versions
 
     client = MlflowClient(_store(Path(root))["MLFLOW_TRACKING_URI"])
     held = [
-        f"{v.tags.get(runs.PRUNED_MD5)} {digest(Path(_folder(client, v)) / 'checkpoint')}"
+        f"{v.tags.get(versions.PRUNED_MD5)} {digest(Path(_folder(client, v)) / 'checkpoint')}"
         for v in client.search_model_versions()
     ]
     aliases = {alias: str(v) for m in client.search_registered_models() for alias, v in m.aliases.items()}

@@ -157,7 +157,7 @@ def _soak(folder: Path, store: servers.S3, planned: Sequence[Planned]) -> list[O
     with servers.running(worker, folder / "worker.log", lambda: True, env=environment, cwd=root):
         scheduled = schedule(planned, in_s=60)
         done = []
-        for outcome in follow(site, scheduled, Expected(CONCERNED, STAGES, settings["retention"]["versions"])):
+        for outcome in follow(site, scheduled, Expected(CONCERNED, STAGES, settings["collect"]["versions"])):
             print(outcome, file=sys.stderr, flush=True)
             done.append(outcome)
     return done

@@ -32,8 +32,8 @@ def here(tmp_path, monkeypatch, mlflow_server, tiny_model, tiny_pruned):
     subprocess.run(["git", "init", "-q"], check=True)
     Repo.init().close()
     commit()
-    keep = found.params.retention.model_copy(update={"versions": 1, "commits": 1, "unfinished_days": 7.0})
-    return type(found)(found.params.model_copy(update={"retention": keep}), found.run)
+    keep = found.params.collect.model_copy(update={"versions": 1, "commits": 1, "unfinished_days": 7.0})
+    return type(found)(found.params.model_copy(update={"collect": keep}), found.run)
 
 
 def commit():
@@ -114,11 +114,11 @@ def test_a_champion_the_alias_does_not_show_yet_stays(here):
 def test_uploads_that_no_version_came_of_go_once_they_are_old(here):
     here.register()
     upload = here.client.create_logged_model(here.run.experiment_id, here.name, here.run.run_id)
-    here.client.log_model_artifacts(upload.model_id, str(paths.PRUNED), "checkpoint")
+    here.client.log_model_artifacts(upload.model_id, str(paths.FINAL), "checkpoint")
     assert freed(here) == {}
-    at_once = here.params.retention.model_copy(update={"unfinished_days": 1e-9})
-    here = type(here)(here.params.model_copy(update={"retention": at_once}), here.run)
-    size = sum(file.stat().st_size for file in paths.PRUNED.iterdir())
+    at_once = here.params.collect.model_copy(update={"unfinished_days": 1e-9})
+    here = type(here)(here.params.model_copy(update={"collect": at_once}), here.run)
+    size = sum(file.stat().st_size for file in paths.FINAL.iterdir())
     assert freed(here) == {f"upload {upload.model_id} that no version came of": size}
     assert folders(here, "1") == {"checkpoint", "evidence"}
     assert freed(here) == {}

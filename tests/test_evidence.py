@@ -11,7 +11,7 @@ from finercut.registry import evidence
 
 @pytest.fixture
 def folder(tmp_path):
-    for stage in ("fetch", "calibrate", "prune", "parity", "evaluate", "throughput"):
+    for stage in ("fetch", "calibrate", "prune", "prove", "evaluate", "throughput"):
         getattr(example_reports, stage)().write(tmp_path / f"{stage}.json")
     return tmp_path
 
@@ -25,6 +25,30 @@ def test_the_reports_of_a_version_are_read(folder):
     assert found.version == "7"
     assert found.evaluate.tasks["finercut_copying"].retention == 0.75
     assert (found.throughput.speed_up, found.prune.sha256, found.fetch.sha256) == (1.25, "5" * 64, "1" * 64)
+
+
+def test_a_version_of_0_1_has_one_claim_the_parity_it_recorded(folder):
+    proved = (folder / "prove.json").read_text()
+    (folder / "prove.json").unlink()
+    parity = {"passed": True, "tolerance": 0.001, "max_logit_difference": 0.0005, "max_logit_difference_cached": 0.0}
+    (folder / "parity.json").write_text(json.dumps(parity))
+    found = evidence.read(folder, "7")
+    assert [(c.name, c.holds, c.limit, c.figures["max_logit_difference"]) for c in found.claims] == [
+        ("prune", True, 0.001, 0.0005)
+    ]
+    assert found.sha256 == found.prune.sha256
+    change(folder / "parity.json", passed=False)
+    assert not evidence.read(folder, "7").claims[0].holds
+    # Where both are there, the proof of the final checkpoint counts.
+    (folder / "prove.json").write_text(proved)
+    change(folder / "prove.json", sha256="7" * 64)
+    assert evidence.read(folder, "7").sha256 == "7" * 64
+
+
+def test_without_any_proof_the_report_that_is_missing_is_named(folder):
+    (folder / "prove.json").unlink()
+    with pytest.raises(ValueError, match=r"^version 7 carries no evidence/prove\.json: register it again$"):
+        evidence.read(folder, "7")
 
 
 def test_what_a_younger_finercut_writes_beside_is_passed_over(folder):

@@ -10,9 +10,9 @@ from finercut.registry import gate
 LIMITS = {"min_retention": 0.75, "min_speed_up": 1.25, "max_perplexity_ratio": 1.5}
 
 
-def judged(parity=None, evaluate=None, throughput=None):
+def judged(claim=None, evaluate=None, throughput=None):
     checks = gate.check(
-        example_reports.parity(**parity or {}),
+        [example_reports.claim(**claim or {})],
         example_reports.evaluate(**evaluate or {}),
         example_reports.throughput(**throughput or {}),
         **LIMITS,
@@ -20,11 +20,15 @@ def judged(parity=None, evaluate=None, throughput=None):
     return {c.name: c for c in checks}
 
 
+def largest(difference):
+    """The claim of pruning with this largest difference."""
+    return {"claim": {"figures": {"max_logit_difference": difference, "n_tokens": 16}}}
+
+
 def test_a_model_exactly_at_every_limit_passes():
-    checks = judged(parity={"max_logit_difference": 0.001})
+    checks = judged(**largest(0.001))
     assert [(c.value, c.limit, c.passed) for c in checks.values()] == [
         (0.001, 0.001, True),
-        (0.00025, 0.001, True),
         (0.75, 0.75, True),
         (1.25, 1.25, True),
         (1.5, 1.5, True),
@@ -45,11 +49,10 @@ def test_a_model_exactly_at_every_limit_passes():
             "perplexity_ratio",
             "perplexity_ratio is 1.51; at most 1.5 is required",
         ),
-        ({"parity": {"max_logit_difference": 0.01}}, "parity", "parity is 0.01; at most 0.001 is required"),
         (
-            {"parity": {"max_logit_difference_cached": 0.01}},
-            "parity_cached",
-            "parity_cached is 0.01; at most 0.001 is required",
+            largest(0.01),
+            "claim.prune",
+            "the claim of prune, equals the masked whole model, does not hold (0.01; at most 0.001)",
         ),
     ],
 )
@@ -59,10 +62,27 @@ def test_each_limit_refuses_alone_and_says_why(reports, name, reason):
     assert checks[name].reason == reason
 
 
-def test_a_parity_check_that_failed_is_not_excused_by_its_figures():
-    checks = judged(parity={"passed": False})
-    assert not checks["parity"].passed
-    assert not checks["parity_cached"].passed
+def test_a_claim_that_does_not_hold_is_not_excused_by_its_figures():
+    assert not judged(claim={"holds": False})["claim.prune"].passed
+
+
+def test_a_claim_without_figures_counts_by_its_word():
+    for holds in (True, False):
+        check = judged(claim={"name": "heal", "figures": {}, "limit": None, "holds": holds})["claim.heal"]
+        assert (check.passed, check.value, check.limit) == (holds, None, None)
+
+
+def test_every_claim_must_hold():
+    claims = [example_reports.claim(), example_reports.claim(name="serve", holds=False)]
+    checks = gate.check(claims, example_reports.evaluate(), example_reports.throughput(), **LIMITS)
+    assert [c.name for c in checks if not c.passed] == ["claim.serve"]
+
+
+def test_a_model_of_which_nothing_is_claimed_does_not_pass():
+    checks = gate.check([], example_reports.evaluate(), example_reports.throughput(), **LIMITS)
+    assert [(c.name, c.reason) for c in checks if not c.passed] == [
+        ("claims", "no claim was checked; at least 1 is required")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,8 +91,7 @@ def test_a_parity_check_that_failed_is_not_excused_by_its_figures():
         ({"evaluate": {"mean_retention": None}}, "mean_retention"),
         ({"evaluate": {"perplexity_ratio": math.nan}}, "perplexity_ratio"),
         ({"throughput": {"speed_up": math.nan}}, "speed_up"),
-        ({"parity": {"max_logit_difference": math.nan}}, "parity"),
-        ({"parity": {"max_logit_difference_cached": math.nan}}, "parity_cached"),
+        (largest(math.nan), "claim.prune"),
     ],
 )
 def test_a_figure_that_is_no_number_refuses(reports, name):

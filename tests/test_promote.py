@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from finercut.registry.ledger import Ledger
 from pipelines import paths, promote, recheck, status
 from pipelines.cli import main
-from pipelines.promote import Refused
+from pipelines.promote import NotPromoted
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_one_that_is_worse_is_refused_with_the_reason_on_the_version(here):
     promoted(here)
     here.register(evaluate=retained(0.7))
     reason = r"retention is 0\.7 over 1 common tasks; at least 0\.74 is required"
-    with pytest.raises(Refused, match=rf"version 2 does not take the place of version 1: {reason}$"):
+    with pytest.raises(NotPromoted, match=rf"version 2 does not take the place of version 1: {reason}$"):
         promoted(here)
     assert here.aliases()["champion"] == "1"
     assert here.tags("2")["promotion.refused"].startswith("against version 1: retention is 0.7")
@@ -72,10 +72,12 @@ def test_one_that_is_worse_is_refused_with_the_reason_on_the_version(here):
 
 def test_the_gate_of_today_counts_and_so_does_evaluation_in_part(here):
     here.register(throughput={"speed_up": 1.0})
-    with pytest.raises(Refused, match=r"speed_up is 1; at least 1\.05 is required$"):
+    with pytest.raises(NotPromoted, match=r"speed_up is 1; at least 1\.05 is required$"):
         promoted(here)
     here.register(evaluate={"tasks": {"finercut_copying": task(0.75, n_samples=10)}})
-    with pytest.raises(Refused, match=r"evaluated in part: finercut_copying \(10 of 100\); promote\.allow_limited is"):
+    with pytest.raises(
+        NotPromoted, match=r"evaluated in part: finercut_copying \(10 of 100\); promote\.allow_limited is"
+    ):
         promoted(here)
     assert "champion" not in here.aliases()
 
@@ -84,9 +86,9 @@ def test_a_dry_run_compares_and_writes_nothing(here):
     here.register()
     outcome = promote.promote(here.params, here.name, "1", dry_run=True)
     assert outcome.message == f"{here.name} version 1 may take the place of no version"
-    assert {c.name for c in outcome.judgement.checks} >= {"parity", "mean_retention", "limited_tasks"}
+    assert {c.name for c in outcome.judgement.checks} >= {"claim.prune", "mean_retention", "limited_tasks"}
     here.register(throughput={"speed_up": 1.0})
-    with pytest.raises(Refused):
+    with pytest.raises(NotPromoted):
         promote.promote(here.params, here.name, "2", dry_run=True)
     assert here.aliases() == {"challenger": "2"}
     assert "promotion.refused" not in here.tags("2")
@@ -120,7 +122,7 @@ def scaled(directory):
 )
 def test_a_checkpoint_that_is_not_what_was_proved_is_refused(here, tiny_pruned, change, evidence, reason):
     here.register(damaged(tiny_pruned, Path("damaged"), change), **evidence)
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(NotPromoted, match=reason):
         promoted(here)
     assert "champion" not in here.aliases()
 
@@ -128,7 +130,7 @@ def test_a_checkpoint_that_is_not_what_was_proved_is_refused(here, tiny_pruned, 
 def test_a_file_that_changed_in_the_store_is_refused(here, mlflow_server):
     here.register()
     model_id = here.client.get_model_version(here.name, "1").source.removeprefix("models:/")
-    config = json.loads((paths.PRUNED / "config.json").read_text())
+    config = json.loads((paths.FINAL / "config.json").read_text())
     Path("config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
     here.client.log_model_artifact(model_id, "config.json")
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -136,7 +138,7 @@ def test_a_file_that_changed_in_the_store_is_refused(here, mlflow_server):
     get_artifact_repository(here.client.get_logged_model(model_id).artifact_location).log_artifact(
         "config.json", "checkpoint"
     )
-    with pytest.raises(Refused, match=r"files_md5 of the downloaded checkpoint is \w{12}, \w{12} is required$"):
+    with pytest.raises(NotPromoted, match=r"files_md5 of the downloaded checkpoint is \w{12}, \w{12} is required$"):
         promoted(here)
 
 
@@ -240,7 +242,7 @@ def test_what_was_collected_is_neither_promoted_nor_rolled_back_to(here):
     assert book.append(book.read(), "collected", "2", here.run.run_id)
     with pytest.raises(RuntimeError, match=r"checkpoint of .* version 2 was collected: it cannot serve$"):
         promote.rollback(here.name)
-    with pytest.raises(Refused, match=r"checkpoint of .* version 2 was collected: compress again to have it back$"):
+    with pytest.raises(NotPromoted, match=r"checkpoint of .* version 2 was collected: compress again to have it back$"):
         promoted(here, "2")
 
 
@@ -261,7 +263,7 @@ def test_one_that_was_overtaken_while_it_checked_compares_again_with_the_new_cha
     logger = logging.getLogger("finercut")
     logger.addHandler(Overtake(logging.INFO))
     logger.setLevel(logging.INFO)
-    with pytest.raises(Refused, match=r"version 2 does not take the place of version 3: retention is 0\.8"):
+    with pytest.raises(NotPromoted, match=r"version 2 does not take the place of version 3: retention is 0\.8"):
         promoted(here, "2")
     state = ledger(here).read()
     assert [(e.version, e.before) for e in state.entries] == [("1", None), ("3", "1")]

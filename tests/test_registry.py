@@ -7,8 +7,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from finercut.registry import runs, versions
-from finercut.registry.runs import Registered
+from finercut.registry import runs, server, versions
+from finercut.registry.versions import Registered
 
 
 @pytest.fixture
@@ -28,15 +28,15 @@ def status_of(run):
 
 
 def test_credentials_are_not_shown():
-    shown = runs.without_credentials("postgresql://user:secret@host:5432/mlflow?password=secret")
+    shown = server.without_credentials("postgresql://user:secret@host:5432/mlflow?password=secret")
     assert shown == "postgresql://host:5432/mlflow"
-    assert runs.without_credentials("sqlite:////srv/mlflow.db") == "sqlite:////srv/mlflow.db"
+    assert server.without_credentials("sqlite:////srv/mlflow.db") == "sqlite:////srv/mlflow.db"
 
 
 def test_without_a_setting_the_store_is_in_the_current_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert runs.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert server.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_an_unreachable_server_is_one_line_within_seconds_and_without_credentials(monkeypatch):
@@ -107,11 +107,11 @@ def test_reports_become_metrics_series_and_artifacts(run, tmp_path):
 
 
 def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(run, evidence, tiny_model):
-    registered = runs.register(
+    registered = versions.register(
         run, "tiny", tiny_model, [evidence], {"throughput/speed_up": 1.25}, {"parent": "toy", "gate": "passed"}, "md5-1"
     )
     assert registered == Registered("1", "models:/tiny/1")
-    runs.challenge(run, "tiny", "1")
+    versions.challenge(run, "tiny", "1")
 
     found = run.client.get_model_version_by_alias("tiny", "challenger")
     assert str(found.version) == "1"
@@ -130,9 +130,9 @@ def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(r
     )
     assert answers == [continuation(tiny_model, prompt) for prompt in ("The river rises", "Coffee")]
 
-    assert runs.find_version(run, "tiny", "md5-1") == registered
-    assert runs.find_version(run, "tiny", "md5-2") is None
-    assert runs.find_version(run, "tiny", "md5-1", collected={"1"}) is None
+    assert versions.find_version(run, "tiny", "md5-1") == registered
+    assert versions.find_version(run, "tiny", "md5-2") is None
+    assert versions.find_version(run, "tiny", "md5-1", collected={"1"}) is None
     told = versions.describe("models:/tiny@challenger")
     assert "tiny version 1" in told
     assert "challenger" in told
@@ -153,15 +153,15 @@ def test_versions_are_numbered_and_the_challenger_is_the_one_that_is_named(run, 
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
-    versions = [runs.register(run, "twice", checkpoint, [evidence], {"a": 1.0}, {}, md5).version for md5 in "xy"]
+    versions = [versions.register(run, "twice", checkpoint, [evidence], {"a": 1.0}, {}, md5).version for md5 in "xy"]
     assert versions == ["1", "2"]
     assert run.client.get_registered_model("twice").aliases == {}
     for version in "211":
-        runs.challenge(run, "twice", version)
+        versions.challenge(run, "twice", version)
         assert str(run.client.get_model_version_by_alias("twice", "challenger").version) == version
 
 
 def test_a_version_that_something_else_made_does_not_count(run):
     run.client.create_registered_model("strangers")
     run.client.create_model_version("strangers", source=f"runs:/{run.run_id}/x", run_id=run.run_id)
-    assert runs.find_version(run, "strangers", "md5") is None
+    assert versions.find_version(run, "strangers", "md5") is None

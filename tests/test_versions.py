@@ -12,12 +12,12 @@ import pytest
 from mlflow.entities.model_registry import ModelVersion
 
 from finercut.registry import versions
-from finercut.registry.versions import Reference
+from finercut.registry.versions import VersionReference
 
 
 @pytest.mark.parametrize("uri", ["models:/tiny@champion", "models:/tiny/3"])
 def test_a_reference_is_its_uri(uri):
-    assert Reference.parse(uri).uri == uri
+    assert VersionReference.parse(uri).uri == uri
 
 
 @pytest.mark.parametrize("uri", ["models:/tiny", "models:/tiny@a@b", "models:m-1", "tiny", "models:/tiny/latest"])

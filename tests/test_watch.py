@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from example_versions import ROOT, project
 
-from finercut.registry.versions import Reference
+from finercut.registry.versions import VersionReference
 from pipelines import watch
 
 # What a served model looks like from outside: it holds a child, and says who both are and what it was given.
@@ -53,6 +54,10 @@ def served():
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def md5(here, version):
+    return here.tags(version)["finercut.pruned_md5"].partition(".")[0][:12]
+
+
 def test_the_command_follows_the_alias_and_ends_with_the_watcher(here):
     for _ in range(2):
         here.register()
@@ -68,10 +73,11 @@ def test_the_command_follows_the_alias_and_ends_with_the_watcher(here):
         here.client.set_registered_model_alias(here.name, "champion", "2")
         wait_until(lambda: len(served()) == 2, watcher)
         first, second = served()
-        size = str(Path("artifacts/pruned/model.safetensors").stat().st_size)
-        assert [first[2:], second[2:]] == [["watched/1", size], ["watched/2", size]]
+        size = str(Path("artifacts/healed/model.safetensors").stat().st_size)
+        folders = [f"watched/{here.name}-{number}-{md5(here, number)}" for number in "12"]
+        assert [first[2:], second[2:]] == [[folders[0], size], [folders[1], size]]
         assert not any(psutil.pid_exists(int(pid)) for pid in first[:2])
-        wait_until(lambda: [path.name for path in Path("watched").iterdir()] == ["2"], watcher)
+        wait_until(lambda: [str(path) for path in Path("watched").glob("[!.]*")] == folders[1:], watcher)
     finally:
         watcher.send_signal(signal.SIGTERM)
         said = watcher.communicate(timeout=60)[1]
@@ -83,15 +89,47 @@ def test_the_command_follows_the_alias_and_ends_with_the_watcher(here):
 
 def test_the_watcher_ends_when_the_command_does_with_its_status(here, handlers):
     here.register()
-    reference = Reference(here.name, "challenger")
+    reference = VersionReference(here.name, "challenger")
     assert watch.run(reference, Path("watched"), ["sh", "-c", "test -f {}/config.json && exit 7"], 60) == 7
-    (Path("watched") / "1" / "config.json").unlink()
+    (folder,) = Path("watched").glob("[!.]*")
+    (folder / "config.json").unlink()
     # a second start takes the files that are there
     assert watch.run(reference, Path("watched"), ["sh", "-c", "test -f {}/config.json && exit 7"], 60) == 1
+
+
+def test_version_1_of_another_model_is_not_served_in_its_place(here, handlers):
+    here.register()
+    other = replace(here, params=here.params.model_copy(update={"register_": _named(here, f"{here.name}-b")}))
+    Path("artifacts/healed/README.md").write_text("of the other model")
+    other.register()
+    for project, card in ((here, None), (other, "of the other model"), (here, None)):
+        command = ["sh", "-c", "cp {}/README.md card.md"]
+        assert watch.run(VersionReference(project.name, "challenger"), Path("watched"), command, 60) == 0
+        assert (Path("card.md").read_text() == card) == (card is not None)
+    assert len(list(Path("watched").glob("[!.]*"))) == 2
+
+
+def _named(here, name):
+    return here.params.register_.model_copy(update={"name": name})
+
+
+def test_two_watchers_in_one_directory_leave_each_other_their_checkpoints(here):
+    here.register()
+    here.register()
+    for number in "12":
+        here.client.set_registered_model_alias(here.name, f"at-{number}", number)
+    versions = [watch.versions.find(here.client, VersionReference(here.name, f"at-{n}")) for n in "12"]
+    first, second = (watch._bring(version, Path("watched")) for version in versions)
+    with first as one, second as two:
+        watch._forget_others(two, here.name)
+        assert (one / "config.json").is_file()
+    watch._forget_others(two, here.name)
+    assert not one.exists()
+    assert (two / "config.json").is_file()
 
 
 def test_an_alias_that_is_nowhere_starts_nothing(here):
     here.register()
     with pytest.raises(RuntimeError, match=rf"^cannot find models:/{here.name}@champion in MLflow at "):
-        watch.run(Reference(here.name, "champion"), Path("watched"), ["touch", "started"], 60)
+        watch.run(VersionReference(here.name, "champion"), Path("watched"), ["touch", "started"], 60)
     assert not Path("started").exists()

@@ -15,17 +15,17 @@ STAGES = {
     "prune": {
         "cmd": f"{TOY} model",
         "params": ["search"],
-        "outs": ["artifacts/pruned", "reports/curve.csv"],
-        "metrics": [f"reports/{name}.json" for name in ("fetch", "calibrate", "search", "prune")],
+        "outs": ["artifacts/healed", "reports/curve.csv"],
+        "metrics": [f"reports/{name}.json" for name in ("fetch", "calibrate", "search", "prune", "heal")],
     },
     "evaluate": {
         "cmd": f"{TOY} evaluate",
-        "deps": ["artifacts/pruned"],
-        "metrics": ["reports/parity.json", "reports/evaluate.json"],
+        "deps": ["artifacts/healed"],
+        "metrics": ["reports/prove.json", "reports/evaluate_whole.json", "reports/evaluate.json"],
     },
     "throughput": {
         "cmd": f"{TOY} throughput",
-        "deps": ["reports/parity.json", "speed_up.txt"],
+        "deps": ["reports/prove.json", "speed_up.txt"],
         "metrics": ["reports/throughput.json"],
     },
 }

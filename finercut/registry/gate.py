@@ -1,45 +1,65 @@
-"""Whether a pruned model is good enough to be registered: its reports against the limits of `params.yaml`."""
+"""The gate of registration: claims and measurements of a model against the limits of `params.yaml`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from finercut.checkpoint.records import ParityReport
-from finercut.evaluation.records import EvaluateReport
-from finercut.registry.evidence import Evaluation, Parity, Throughput
-from finercut.registry.records import GateCheck
-from finercut.serving.records import ThroughputReport
+from finercut.checkpoint.records import Claim
+from finercut.evaluation.records import Evaluation
+from finercut.registry.records import Check
+from finercut.serving.records import Speed
 
 
 def check(
-    parity: ParityReport | Parity,
-    evaluate: EvaluateReport | Evaluation,
-    throughput: ThroughputReport | Throughput,
+    claims: Sequence[Claim],
+    evaluate: Evaluation,
+    throughput: Speed,
     *,
     min_retention: float,
     min_speed_up: float,
     max_perplexity_ratio: float,
-) -> list[GateCheck]:
-    """Every check, passed or not. A figure that could not be computed (null, NaN) does not pass."""
+) -> list[Check]:
+    """Every check, passed or not. Every claim must hold, and there must be one. A figure that is null or NaN fails."""
     return [
-        _at_most("parity", parity.max_logit_difference, parity.tolerance, holds=parity.passed),
-        _at_most("parity_cached", parity.max_logit_difference_cached, parity.tolerance, holds=parity.passed),
+        *(map(_claim, claims) if claims else [_nothing_claimed()]),
         _at_least("mean_retention", evaluate.mean_retention, min_retention),
         _at_least("speed_up", throughput.speed_up, min_speed_up),
         _at_most("perplexity_ratio", evaluate.perplexity_ratio, max_perplexity_ratio),
     ]
 
 
-def _at_least(name: str, value: float | None, limit: float) -> GateCheck:
+def _claim(claim: Claim) -> Check:
+    """A claim with a limit must also be within it: its figures count, not its word."""
+    differences = [value for name, value in claim.figures.items() if name.startswith("max_")]
+    largest = max(differences, default=None)
+    finite = all(map(math.isfinite, differences))
+    within = largest is None or claim.limit is None or (finite and largest <= claim.limit)
+    holds = claim.holds and within
+    shown = "" if largest is None else f" ({largest:.4g}; at most {claim.limit:.4g})" if finite else " (not a number)"
+    return Check(
+        name=f"claim.{claim.name}",
+        value=largest if finite else None,
+        limit=claim.limit,
+        passed=holds,
+        reason=f"the claim of {claim.name}, {claim.statement}, {'holds' if holds else 'does not hold'}{shown}",
+    )
+
+
+def _nothing_claimed() -> Check:
+    return Check(name="claims", value=0, limit=1, passed=False, reason="no claim was checked; at least 1 is required")
+
+
+def _at_least(name: str, value: float | None, limit: float) -> Check:
     return _judged(name, value, limit, value is not None and value >= limit, "at least")
 
 
-def _at_most(name: str, value: float, limit: float, holds: bool = True) -> GateCheck:
-    return _judged(name, value, limit, holds and value <= limit, "at most")
+def _at_most(name: str, value: float, limit: float) -> Check:
+    return _judged(name, value, limit, value <= limit, "at most")
 
 
-def _judged(name: str, value: float | None, limit: float, passed: bool, bound: str) -> GateCheck:
+def _judged(name: str, value: float | None, limit: float, passed: bool, bound: str) -> Check:
     number = None if value is None or not math.isfinite(value) else value
     shown = "not a number" if number is None else f"{number:.4g}"
     reason = f"{name} is {shown}; {bound} {limit:.4g} is {'met' if passed else 'required'}"
-    return GateCheck(name=name, value=number, limit=limit, passed=passed, reason=reason)
+    return Check(name=name, value=number, limit=limit, passed=passed, reason=reason)

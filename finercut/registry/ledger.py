@@ -1,4 +1,4 @@
-"""Which version was champion when, and since whose word: a log in MLflow's registry, and the aliases that follow it.
+"""An append-only log of promotions in MLflow's registry, and the aliases that follow it.
 
 MLflow sets aliases unconditionally: of two who promote at once the later one wins, whatever it had seen. But it numbers
 the versions of a registered model one by one, never twice. So `NAME.promotions` is a registered model whose versions
@@ -10,6 +10,7 @@ written on the same state the first counts, and the second's writer looks again.
 from __future__ import annotations
 
 import getpass
+import logging
 import random
 import socket
 import time
@@ -23,7 +24,9 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from finercut.registry.runs import mlflow_errors
+from finercut.registry.server import mlflow_errors
+
+logger = logging.getLogger("finercut")
 
 CHAMPION, PREVIOUS = "champion", "previous"
 Action = Literal["promoted", "rolled back", "accepted", "collected"]
@@ -122,7 +125,13 @@ class Ledger:
 
     def read(self) -> State:
         with mlflow_errors(f"read {self.name}"):
-            return fold(map(_entry, self.client.search_model_versions(f"name = '{self.name}'")))
+            listed = self.client.search_model_versions(f"name = '{self.name}'")
+        entries = {version.version: _entry(version) for version in listed}
+        if foreign := sorted(number for number, entry in entries.items() if entry is None):
+            logger.warning(
+                "%s has versions that are no entries of the log: %s", self.name, ", ".join(map(str, foreign))
+            )
+        return fold(entry for entry in entries.values() if entry is not None)
 
     def aliases(self) -> dict[str, str]:
         """Of the registered model, with the versions they stand at."""
@@ -166,7 +175,7 @@ class Ledger:
         with mlflow_errors(f"write to {self.name}"):
             self._create()
             # With its tags it is one transaction: an entry is whole or not there. Of two with one key the first counts.
-            _patiently(
+            _retrying_collisions(
                 self.client.create_model_version,
                 self.name,
                 source=f"runs:/{run_id}/reports",
@@ -202,17 +211,17 @@ class Ledger:
                 if state.move is not None and not state.move.settled:
                     with mlflow_errors(f"write to {self.name}"):
                         number = str(state.move.number)
-                        _patiently(self.client.set_model_version_tag, self.name, number, _SETTLED, "true")
+                        _retrying_collisions(self.client.set_model_version_tag, self.name, number, _SETTLED, "true")
                 return state
             with mlflow_errors(f"move the aliases of {self.model}"):
                 for alias, version in wrong.items():
                     if version is None:
                         self.client.delete_registered_model_alias(self.model, alias)
                     else:
-                        _patiently(self.client.set_registered_model_alias, self.model, alias, version)
+                        _retrying_collisions(self.client.set_registered_model_alias, self.model, alias, version)
 
 
-def _patiently(write: Callable[..., object], *arguments: object, **settings: object) -> None:
+def _retrying_collisions(write: Callable[..., object], *arguments: object, **settings: object) -> None:
     """Two writes of one thing at once can make MLflow refuse one of them: it looks first, then inserts."""
     for attempt in range(N_ATTEMPTS):
         try:
@@ -224,17 +233,21 @@ def _patiently(write: Callable[..., object], *arguments: object, **settings: obj
         time.sleep(random.uniform(0, 0.1 * 2**attempt))
 
 
-def _entry(version: ModelVersion) -> Entry:
+def _entry(version: ModelVersion) -> Entry | None:
+    """None for a version that somebody else made."""
     tags = version.tags
-    return Entry(
-        number=int(version.version),
-        after=int(tags["after"]),
-        key=tags["key"],
-        action=tags["action"],
-        version=tags["version"],
-        before=tags["before"] or None,
-        by=tags["by"],
-        reason=tags["reason"],
-        at=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
-        settled=_SETTLED in tags,
-    )
+    try:
+        return Entry(
+            number=int(version.version),
+            after=int(tags["after"]),
+            key=tags["key"],
+            action=tags["action"],
+            version=tags["version"],
+            before=tags["before"] or None,
+            by=tags["by"],
+            reason=tags["reason"],
+            at=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+            settled=_SETTLED in tags,
+        )
+    except (KeyError, ValueError):
+        return None

@@ -7,10 +7,15 @@ from typing import Literal
 from finercut.system.records import Record
 
 
-class GateCheck(Record):
+class Check(Record):
+    """One line of a judgement: by the gate's limits, or of a challenger beside the champion."""
+
     name: str
     value: float | None
-    limit: float
+    """None where there is no figure."""
+    limit: float | None = None
+    champion: float | None = None
+    """The champion's figure, in a comparison."""
     passed: bool
     reason: str
     """One sentence."""
@@ -19,7 +24,7 @@ class GateCheck(Record):
 class RegisterReport(Record):
     status: Literal["registered", "already registered", "refused"]
     passed: bool
-    checks: list[GateCheck]
+    checks: list[Check]
     name: str
     version: str | None
     model_uri: str | None

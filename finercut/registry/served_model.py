@@ -1,8 +1,9 @@
-"""What `mlflow.pyfunc` runs for a registered version: text in, text out. MLflow stores this file beside the checkpoint.
+"""Runs a registered version in `mlflow.pyfunc`: text in, text out. MLflow stores this file beside the checkpoint.
 
 It stands alone on purpose: it must load where only mlflow, torch and transformers are installed.
 """
 
+import json
 from pathlib import Path
 
 import pandas
@@ -14,13 +15,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
+def attention_of(checkpoint):
+    """How the model was evaluated: transformers' default attention leaves soft caps out."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
+
+
 class ServedModel(PythonModel):
     """Greedy continuation of each prompt."""
 
     def load_context(self, context):
         self.tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
         # The checkpoint's own modelling file, uploaded with it, serves where finercut is not installed.
-        model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="auto", trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            CHECKPOINT, dtype="auto", trust_remote_code=True, **attention_of(CHECKPOINT)
+        )
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def predict(self, context, model_input: pandas.DataFrame, params=None):

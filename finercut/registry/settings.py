@@ -1,4 +1,4 @@
-"""Sections `register`, `promote` and `retention` of params.yaml."""
+"""Sections `register`, `promote` and `collect` of params.yaml."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Promote(Section):
     """Whether a challenger may have been evaluated on a part of its tasks' documents."""
 
 
-class Retention(Section):
+class Collect(Section):
     """What `finercut collect` keeps, beside everything that has an alias."""
 
     versions: PositiveInt

@@ -1,24 +1,36 @@
-"""The door to registered versions: find one, tell what it is, bring its files."""
+"""Registers versions with their evidence; looks up, downloads and deletes them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version as installed_version
 from pathlib import Path
 
-from mlflow import MlflowClient, artifacts, set_tracking_uri
+from mlflow import MlflowClient, artifacts, pyfunc, set_tracking_uri
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-from finercut.registry.runs import impatient, mlflow_errors, tracking_uri
+from finercut.registry.runs import Run
+from finercut.registry.server import impatient, mlflow_errors, tracking_uri
+
+CHALLENGER = "challenger"
+# A version has it from the moment it exists, and exists only once everything is uploaded.
+PRUNED_MD5 = "finercut.pruned_md5"
 
 
 @dataclass(frozen=True)
-class Reference:
+class VersionReference:
     """A version by its number or by an alias."""
 
     name: str
@@ -29,7 +41,7 @@ class Reference:
         return f"models:/{self.name}{'/' if self.wanted.isdecimal() else '@'}{self.wanted}"
 
     @classmethod
-    def parse(cls, uri: str) -> Reference:
+    def parse(cls, uri: str) -> VersionReference:
         """
         Raises:
             ValueError: not `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
@@ -53,7 +65,7 @@ def connect(name: str) -> MlflowClient:
     return client
 
 
-def find(client: MlflowClient, reference: Reference) -> ModelVersion:
+def find(client: MlflowClient, reference: VersionReference) -> ModelVersion:
     """
     Raises:
         RuntimeError: there is none.
@@ -86,26 +98,6 @@ def download(version: ModelVersion, folder: str, directory: Path) -> Path:
         return Path(artifacts.download_artifacts(uri, dst_path=str(directory)))
 
 
-def describe(uri: str) -> str:
-    """What is known of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, for people.
-
-    Raises:
-        ValueError: not such a URI.
-        RuntimeError: there is no such version.
-    """
-    reference = Reference.parse(uri)
-    found = find(connect(reference.name), reference)
-    lines = {
-        "model": f"{reference.name} version {found.version}",
-        "aliases": ", ".join(found.aliases) or "none",
-        "run": found.run_id,
-        **dict(sorted(found.tags.items())),
-        "download": f"mlflow artifacts download -u {uri} -d DIRECTORY",
-    }
-    width = max(map(len, lines))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
-
-
 @dataclass(frozen=True)
 class Stored:
     """The files of a logged model, through whatever store or server keeps them."""
@@ -133,7 +125,7 @@ def stored(client: MlflowClient, version: ModelVersion) -> Stored:
     Raises:
         RuntimeError: it was not registered from a logged model, or that was deleted.
     """
-    model_id = version.source.removeprefix("models:/")
+    model_id = (version.source or "").removeprefix("models:/")
     with mlflow_errors(f"find the files of {version.name} version {version.version}"):
         return _stored(client.get_logged_model(model_id))
 
@@ -148,7 +140,7 @@ def unregistered(client: MlflowClient, experiment: str, name: str, before: datet
         found = client.get_experiment_by_name(experiment)
         if found is None:
             return
-        registered = {version.source.removeprefix("models:/") for version in every(client, name)}
+        registered = {(version.source or "").removeprefix("models:/") for version in every(client, name)}
         token = ""
         while token is not None:
             page = client.search_logged_models([found.experiment_id], f"name = '{name}'", page_token=token or None)
@@ -156,3 +148,106 @@ def unregistered(client: MlflowClient, experiment: str, name: str, before: datet
                 if model.model_id not in registered and model.creation_timestamp < before.timestamp() * 1000:
                     yield model.model_id, _stored(model)
             token = page.token or None
+
+
+@dataclass(frozen=True)
+class Registered:
+    version: str
+    model_uri: str
+
+
+def find_version(run: Run, name: str, pruned_md5: str, collected: Collection[str] = ()) -> Registered | None:
+    """The version of `name` that holds exactly this checkpoint; one of `collected` holds none."""
+    with mlflow_errors(f"look for versions of {name}"):
+        found = run.client.search_model_versions(f"name = '{name}'")
+    same = [v for v in found if v.tags.get(PRUNED_MD5) == pruned_md5 and str(v.version) not in collected]
+    return Registered(str(same[0].version), f"models:/{name}/{same[0].version}") if same else None
+
+
+def register(
+    run: Run,
+    name: str,
+    checkpoint: Path,
+    evidence: Iterable[Path],
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    pruned_md5: str,
+    libraries: Mapping[str, str] | None = None,
+) -> Registered:
+    """Make `checkpoint` a new version of `name`.
+
+    Args:
+        libraries: versions of torch and transformers that the evidence comes from; those installed by default
+
+    The weights are uploaded once, from where they lie: nothing is loaded or copied beforehand. The version's folder
+    holds `checkpoint/`, `evidence/` (the files given) and a wrapper for `mlflow.pyfunc`.
+    """
+    with mlflow_errors(f"register {name}"):
+        model_id = _upload(run, name, checkpoint, evidence, tags, libraries or {})
+        run.log_metrics(metrics, model_id)
+        return _new_version(run, name, model_id, {**tags, PRUNED_MD5: pruned_md5})
+
+
+def challenge(run: Run, name: str, version: str) -> None:
+    """Make it the version that `challenger` stands at."""
+    with mlflow_errors(f"set the alias {CHALLENGER} of {name}"):
+        run.client.set_registered_model_alias(name, CHALLENGER, version)
+
+
+def _upload(
+    run: Run,
+    name: str,
+    checkpoint: Path,
+    evidence: Iterable[Path],
+    tags: Mapping[str, str],
+    libraries: Mapping[str, str],
+) -> str:
+    model = run.client.create_logged_model(run.experiment_id, name, run.run_id, tags=dict(tags), model_type="causal-lm")
+    status = "FAILED"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            small = Path(folder) / "model"
+            _write_wrapper(small, run.run_id, model.model_id, libraries)
+            (small / "evidence").mkdir()
+            for path in evidence:
+                shutil.copyfile(path, small / "evidence" / path.name)
+            run.client.log_model_artifacts(model.model_id, str(small))
+        run.client.log_model_artifacts(model.model_id, str(checkpoint), "checkpoint")
+        status = "READY"
+    finally:
+        run.client.finalize_logged_model(model.model_id, status)
+    return model.model_id
+
+
+def _write_wrapper(directory: Path, run_id: str, model_id: str, measured_with: Mapping[str, str]) -> None:
+    libraries = {
+        name: measured_with.get(name) or installed_version(name) for name in ("mlflow", "torch", "transformers")
+    }
+    text = Schema([ColSpec("string")])
+    with warnings.catch_warnings():
+        # It recommends an input example to those who give no signature, but also to those who do.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.")
+        pyfunc.save_model(
+            path=directory,
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            mlflow_model=Model(artifact_path=None, run_id=run_id, model_id=model_id),
+            signature=ModelSignature(text, text, ParamSchema([ParamSpec("max_new_tokens", "long", 64)])),
+            pip_requirements=[f"{name}=={_public_version(found)}" for name, found in libraries.items()],
+        )
+
+
+def _public_version(found: str) -> str:
+    """Without the local part: a server installs `2.13.0` for its own hardware, not our `2.13.0+cpu`."""
+    return found.partition("+")[0]
+
+
+def _new_version(run: Run, name: str, model_id: str, tags: Mapping[str, str]) -> Registered:
+    try:
+        run.client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    created = run.client.create_model_version(
+        name, source=f"models:/{model_id}", run_id=run.run_id, tags=dict(tags), model_id=model_id
+    )
+    return Registered(str(created.version), f"models:/{name}/{created.version}")

