@@ -214,7 +214,7 @@ def test_an_execution_holds_the_workspace_for_itself_and_its_stages(toy):
     tries = f"{command} 2>inside; env -u {HELD_BY} {command} 2>outside; {STAGES['evaluate']['cmd']}"
     write(stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": tries}})
     assert compress().status == "registered"
-    assert "run `finercut search` first" in Path("inside").read_text()
+    assert "run `finercut fetch` first" in Path("inside").read_text()
     works = f"process {os.getpid()} works in {Path.cwd()}: wait until it has ended, or end it"
     assert Path("outside").read_text() == f"finercut prune: {works}\n"
     with holding() as other, pytest.raises(RuntimeError, match=rf"^process {other.pid} works in "):

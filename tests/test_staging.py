@@ -137,7 +137,7 @@ def test_a_killed_holder_lets_go(here):
 
 PRUNE = [sys.executable, "-m", "pipelines.cli", "prune"]
 REFUSED = "works in"
-WENT_ON = "run `finercut search` first"
+WENT_ON = "run `finercut fetch` first"
 
 
 def prune(**environment):
