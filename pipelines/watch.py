@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -109,7 +110,7 @@ def _lock_file(folder: Path) -> Path:
 
 def _folder(version: ModelVersion, directory: Path) -> Path:
     """Other models have versions of the same number, other registries models of the same name."""
-    md5 = version.tags.get(versions.PRUNED_MD5, "unknown").partition(".")[0]
+    md5 = version.tags.get(versions.PRUNED_MD5, "0").partition(".")[0]
     return directory / f"{version.name}-{version.version}-{md5[:12]}"
 
 
@@ -133,8 +134,9 @@ def _bring(version: ModelVersion, directory: Path) -> Held:
 
 def _forget_others(kept: Path, name: str) -> None:
     """Remove the other folders of this model that no watcher holds."""
-    for folder in kept.parent.glob(f"{name}-*-*"):
-        if folder == kept or not folder.is_dir():
+    ours = re.compile(rf"{re.escape(name)}-\d+-[0-9a-f]+")
+    for folder in kept.parent.iterdir():
+        if folder == kept or not ours.fullmatch(folder.name):
             continue
         with _lock_file(folder).open("a") as lock:
             try:

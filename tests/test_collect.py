@@ -41,7 +41,10 @@ def commit():
 
 
 def freed(here, **options):
-    return {f.what: f.n_bytes for f in collect.run(here.params, here.name, **options)}
+    collected = collect.run(here.params, here.name, **options)
+    if collected.problems:
+        raise RuntimeError("; ".join(collected.problems))
+    return {f.what: f.n_bytes for f in collected.freed}
 
 
 def folders(here, version):
@@ -219,4 +222,32 @@ def test_before_the_first_version_the_workspace_is_freed_but_a_name_that_somebod
     add("second")
     with pytest.raises(RuntimeError, match=rf"^cannot find {here.name} in MLflow"):
         freed(here)
-    assert [f.what for f in collect.free(here.params, here.name, here.client)] == ["1 files of DVC's cache"]
+    assert [f.what for f in collect.free(here.params, here.name, here.client).freed] == ["1 files of DVC's cache"]
+
+
+def test_a_version_that_somebody_else_made_stays_and_stops_nothing(here, caplog):
+    here.client.create_registered_model(here.name)
+    here.client.create_model_version(here.name, f"runs:/{here.run.run_id}/model", here.run.run_id)
+    for _ in range(3):
+        here.register()
+    old = paths.WORK / "search" / "old"
+    old.mkdir(parents=True)
+    (paths.WORK / "search" / "new").mkdir()
+    os.utime(old, (1, 1))
+    gone = freed(here)
+    assert {what.partition(" of ")[0] for what in gone} >= {"checkpoint", str(old)}
+    assert f"{here.name} version 1 is not finercut's, and stays" in caplog.text
+    assert here.client.get_model_version(here.name, "1").source.endswith("/model")
+
+
+def test_what_cannot_be_deleted_keeps_nothing_else_and_is_told_at_the_end(here):
+    for _ in range(3):
+        here.register()
+    source = here.client.get_model_version(here.name, "1").source
+    here.client.delete_logged_model(source.removeprefix("models:/"))
+    collected = collect.run(here.params, here.name)
+    assert [problem for problem in collected.problems if "version 1" in problem] == collected.problems != []
+    assert [one.what for one in collected.freed] == [f"checkpoint of {here.name} version 2"]
+    assert "not deleted: " in collect.text(collected, dry_run=False)
+    # It is not written off in the log, and the next collection ends as well.
+    assert collect.run(here.params, here.name).problems == collected.problems

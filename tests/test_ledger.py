@@ -277,3 +277,18 @@ def test_a_store_that_refuses_is_one_line(book, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^cannot write to \S+/promotions in MLflow at \S+: .*") as error:
         book.append(state, "promoted", "1", run_id)
     assert "\n" not in str(error.value)
+
+
+def test_versions_that_somebody_else_made_are_passed_over_with_a_warning(mlflow_store, caplog):
+    client = mlflow.MlflowClient()
+    client.create_registered_model("mixed")
+    log = Ledger(client, "mixed")
+    run_id = client.create_run("0").info.run_id
+    for number in "12":
+        client.create_model_version("mixed", f"runs:/{run_id}/x", run_id)
+        assert log.append(log.read(), "promoted", number, run_id)
+        client.create_model_version(log.name, f"runs:/{run_id}/x", run_id, tags={"after": "soon"})
+    assert log.read().champions == ("1", "2")
+    assert f"{log.name} has versions that are no entries of the log, and are passed over: 2, 4" in caplog.text
+    log.settle()
+    assert log.aliases() == {"champion": "2", "previous": "1"}

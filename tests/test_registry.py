@@ -9,6 +9,7 @@ import pytest
 
 from finercut.registry import runs, server, versions
 from finercut.registry.versions import Registered
+from pipelines import inspection
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(r
     assert versions.find_version(run, "tiny", "md5-1") == registered
     assert versions.find_version(run, "tiny", "md5-2") is None
     assert versions.find_version(run, "tiny", "md5-1", collected={"1"}) is None
-    told = versions.describe("models:/tiny@challenger")
+    told = inspection.describe("models:/tiny@challenger")
     assert "tiny version 1" in told
     assert "challenger" in told
     assert "passed" in told
@@ -153,8 +154,8 @@ def test_versions_are_numbered_and_the_challenger_is_the_one_that_is_named(run, 
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
-    versions = [versions.register(run, "twice", checkpoint, [evidence], {"a": 1.0}, {}, md5).version for md5 in "xy"]
-    assert versions == ["1", "2"]
+    made = [versions.register(run, "twice", checkpoint, [evidence], {"a": 1.0}, {}, md5).version for md5 in "xy"]
+    assert made == ["1", "2"]
     assert run.client.get_registered_model("twice").aliases == {}
     for version in "211":
         versions.challenge(run, "twice", version)

@@ -13,6 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from finercut.registry import versions
 from finercut.registry.versions import VersionReference
+from pipelines import inspection
 
 
 @pytest.mark.parametrize("uri", ["models:/tiny@champion", "models:/tiny/3"])
@@ -23,15 +24,15 @@ def test_a_reference_is_its_uri(uri):
 @pytest.mark.parametrize("uri", ["models:/tiny", "models:/tiny@a@b", "models:m-1", "tiny", "models:/tiny/latest"])
 def test_a_uri_that_names_no_version_is_refused(uri):
     with pytest.raises(ValueError, match=r"write models:/NAME@ALIAS or models:/NAME/VERSION"):
-        versions.describe(uri)
+        VersionReference.parse(uri)
 
 
 def test_an_unknown_model_and_an_unknown_version_are_one_line(mlflow_store):
     with pytest.raises(RuntimeError, match=r"^cannot find nobody in MLflow at sqlite:.*: .*nobody"):
-        versions.describe("models:/nobody@challenger")
+        inspection.describe("models:/nobody@challenger")
     mlflow.MlflowClient(mlflow_store).create_registered_model("known")
     with pytest.raises(RuntimeError, match=r"^cannot find models:/known/7 in MLflow at sqlite:"):
-        versions.describe("models:/known/7")
+        inspection.describe("models:/known/7")
 
 
 @pytest.fixture

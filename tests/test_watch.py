@@ -102,9 +102,9 @@ def test_version_1_of_another_model_is_not_served_in_its_place(here, handlers):
     other = replace(here, params=here.params.model_copy(update={"register_": _named(here, f"{here.name}-b")}))
     Path("artifacts/healed/README.md").write_text("of the other model")
     other.register()
-    for project, card in ((here, None), (other, "of the other model"), (here, None)):
+    for served_by, card in ((here, None), (other, "of the other model"), (here, None)):
         command = ["sh", "-c", "cp {}/README.md card.md"]
-        assert watch.run(VersionReference(project.name, "challenger"), Path("watched"), command, 60) == 0
+        assert watch.run(VersionReference(served_by.name, "challenger"), Path("watched"), command, 60) == 0
         assert (Path("card.md").read_text() == card) == (card is not None)
     assert len(list(Path("watched").glob("[!.]*"))) == 2
 
