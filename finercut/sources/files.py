@@ -1,0 +1,117 @@
+"""Chooses which files of a model are taken, and copies them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from finercut.model.configs import read_object
+from finercut.model.families import check_supported
+from finercut.model.remote_code import OUR_FILES, TRUSTED_KEY
+from finercut.model.tensors import INDEX
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_OTHER_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
+_WEIGHTS, _SHARDS = "model.safetensors", "model-?????-of-?????.safetensors"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+
+
+@dataclass(frozen=True)
+class Code:
+    """Whether the source says that a model's own Python code is trusted, and what it has to say for that."""
+
+    trusted: bool
+    to_trust: str
+
+
+def copy(path: Path, directory: Path, code: Code, link: bool = False) -> list[str]:
+    """Fill `directory` with the model in `path`; returns the names of the files taken.
+
+    Args:
+        link: give the files a second name where the disk can, for files that nobody edits in place
+    """
+    taken = choose([file.name for file in path.iterdir() if file.is_file()], str(path), code.trusted)
+    root = path.resolve()
+    if root.parent.name == "snapshots":  # of the Hugging Face cache, which keeps the files in a folder beside it
+        root = root.parent.parent
+    for name in taken:
+        if not (path / name).resolve().is_relative_to(root):
+            raise ValueError(f"{path / name} is a link to a file outside {path}: put the file itself there")
+    check_config(path / "config.json", str(path), code)
+    for name in taken:
+        _transfer((path / name).resolve(), directory / name, link)
+    return taken
+
+
+def _transfer(source: Path, target: Path, link: bool) -> None:
+    # A user's own files are copied: DVC makes its outputs read-only links into its cache, and a later edit of the
+    # original would change both.
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass
+    shutil.copyfile(source, target)
+
+
+def choose(names: Collection[str], where: str, trusted: bool) -> list[str]:
+    """Which of a model's files are taken; sorted. Folders are not looked into."""
+    names = [n for n in names if "/" not in n]
+    if "config.json" not in names:
+        raise FileNotFoundError(f"{where} has no config.json: it is no model in Hugging Face layout")
+    if _WEIGHTS in names:
+        weights = [_WEIGHTS]
+    elif INDEX in names:
+        weights = [INDEX, *(n for n in names if fnmatch(n, _SHARDS))]
+    else:
+        pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in _PICKLED)]
+        why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"
+        raise ValueError(f"{where} has {why}: finercut takes {_WEIGHTS}, or {INDEX} with its shards")
+    if not any(n in names for n in VOCABULARY_FILES):
+        raise FileNotFoundError(f"{where} has no tokenizer: one of {', '.join(VOCABULARY_FILES)} is needed")
+    scripts = [n for n in names if n.endswith(".py")] if trusted else []
+    if taken := sorted(set(scripts).intersection(OUR_FILES)):
+        raise ValueError(f"{where} has a {taken[0]}, as finercut's own file is called: give it another name")
+    return sorted([*weights, *scripts, *(n for n in names if n in TOKENIZER_FILES or n in _OTHER_FILES)])
+
+
+def check_config(file: Path, where: str, code: Code) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from finercut.model.directory import ModelDirectory
+
+    config = read_object(file)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError(f"the config.json of {where} is no model's: it names no model_type")
+    if model_type.startswith("finercut_"):
+        raise ValueError(f"{where} is a pruned model, {model_type}: take the whole one")
+    if TRUSTED_KEY in config:
+        raise ValueError(f"the config.json of {where} has {TRUSTED_KEY}, which only finercut may note: take it out")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if "auto_map" in config:
+            if code.trusted:
+                return  # what its config says is not known before its code is run
+            raise ValueError(
+                f"{where} ({model_type}) needs Python code of its own, which is run only if fetch.source says that it "
+                f"is trusted: read it, then write {code.to_trust}"
+            )
+        raise ValueError(f"{where} is a {model_type} model, which transformers knows no causal language model for")
+    if code.trusted:
+        raise ValueError(f"transformers has {model_type} itself, no code of {where} is run: take trust_remote_code out")
+    try:
+        check_supported(ModelDirectory(file.parent).config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
