@@ -105,7 +105,9 @@ OPTIONS = {
             type=int,
             help="Format of what it writes: dvc.yaml names it, so that results of another format are made again.",
         )
-    ]
+    ],
+    # The processes of a search are given the params of the one that starts them.
+    "search": [click.Option(["--params", "params_file"], type=click.Path(path_type=Path), hidden=True)],
 }
 # How `finercut run` wants them, where the user has not said otherwise. Read when Prefect is imported.
 PREFECT = {
@@ -178,11 +180,11 @@ def main(ctx: click.Context, traceback: bool) -> None:
 
 
 def _add_stage(name: str, explanation: str) -> None:
-    def run_stage(**options: object) -> None:
+    def run_stage(params_file: Path | None = None, **options: object) -> None:
         from finercut.system.staging import exclusive
         from pipelines import params
 
-        settings = params.load(paths.PARAMS)
+        settings = params.load(params_file or paths.PARAMS)
         # Of the processes that torchrun starts, on one or several machines, the first alone writes files.
         follows = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
         with nullcontext() if follows else exclusive(paths.WORK):

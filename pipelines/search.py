@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def run(params: Params) -> SearchReport | None:
     n_processes = params.search.n_processes
     if n_processes > 1 and not distributed.started():
         _inputs(params.search, params.prune.budget)  # report bad input once, not from every process
-        distributed.start(n_processes, ["-m", "pipelines.cli", "search"])
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "params.yaml"
+            file.write_text(params.model_dump_json(by_alias=True), encoding="utf-8")
+            distributed.start(n_processes, ["-m", f"{__package__}.cli", "search", "--params", str(file)])
         return SearchReport.read(paths.report("search"))
     with distributed.ranks() as ranks:
         return _search(params.search, params.prune.budget, ranks)
@@ -93,7 +97,8 @@ def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Searc
     in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
     if len(set(ranks.gather(provenance.key))) > 1:
         raise ValueError("the processes differ in model, tokens, settings, code or versions; give all the same")
-    (found, *_) = ranks.gather(trajectory.resume(in_progress, provenance) if ranks.first else None)
+    (text, *_) = ranks.gather(trajectory.resume(in_progress, provenance).to_text() if ranks.first else None)
+    found = trajectory.parse_trajectory(text, str(in_progress))
     removals = list(found.removals)
     names = [removal.sublayer for removal in removals]
     end = goal.end(names)

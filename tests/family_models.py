@@ -9,7 +9,7 @@ WINDOW = 6
 """Tokens a sliding window holds; prompts of the tests are longer."""
 
 _LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW}
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_ROTARY = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
 _OPT = {"ffn_dim": 96, "word_embed_proj_dim": 32, "tie_word_embeddings": True}
 
 # By name of the case: model type, and what differs from `_COMMON`.
@@ -60,17 +60,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
-    "gpt_neox": ("gpt_neox", {"use_parallel_residual": True, "attention_bias": True, "rotary_pct": 0.5}),
-    "gpt_neox sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": True, "rotary_pct": 0.5}),
+    "gpt_neox": (
+        "gpt_neox",
+        {
+            "use_parallel_residual": True,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt_neox sequential": (
+        "gpt_neox",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+        },
+    ),
     "gpt2": (
         "gpt2",
-        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "tie_word_embeddings": True},
+        {
+            "n_inner": 96,
+            "scale_attn_by_inverse_layer_idx": True,
+            "reorder_and_upcast_attn": True,
+            "tie_word_embeddings": True,
+        },
     ),
     "opt": ("opt", {**_OPT, "do_layer_norm_before": True}),
     "opt post-norm": ("opt", {**_OPT, "do_layer_norm_before": False}),
     "mixtral": (
         "mixtral",
-        {"sliding_window": WINDOW, "num_local_experts": 4, **_EXPERTS},
+        {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "qwen3_moe": (
         "qwen3_moe",
@@ -81,7 +100,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
             "norm_topk_prob": True,
             "attention_bias": True,
-            **_EXPERTS,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
         },
     ),
 }
@@ -89,18 +109,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 # Families nobody declared, for the probe: one norm for both sublayers, MLPs that return routers' scores, additions in
 # place.
 UNDECLARED: dict[str, tuple[str, dict[str, Any]]] = {
-    "cohere2": ("cohere2", {**_LAYER_TYPES, "logit_scale": 0.5, "use_qk_norm": True, "tie_word_embeddings": True}),
-    "falcon": ("falcon", {"parallel_attn": True, "multi_query": True, "bias": True, "tie_word_embeddings": True}),
+    "cohere2": ("cohere2", {**_LAYER_TYPES, "logit_scale": 0.5, "tie_word_embeddings": True}),
+    "falcon": (
+        "falcon",
+        {
+            "ffn_hidden_size": 96,
+            "parallel_attn": True,
+            "multi_query": True,
+            "bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
     "gpt_oss": ("gpt_oss", {**_LAYER_TYPES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
 }
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 400,
     "hidden_size": 64,
-    "intermediate_size": 96,
     "num_hidden_layers": N_BLOCKS,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
     "bos_token_id": 0,
@@ -109,13 +136,23 @@ _COMMON: dict[str, Any] = {
 }
 
 
+# Families that call the width of their MLP something else, or have as many key and value heads as query heads.
+_OTHERS = {"intermediate_size": ("falcon", "gpt2", "opt"), "num_key_value_heads": ("falcon", "gpt2", "gpt_neox", "opt")}
+
+
+def settings(model_type: str, **changes: Any) -> dict[str, Any]:
+    """What a family's config is made from; every name is one that its config class has."""
+    usual = {"intermediate_size": 96, "num_key_value_heads": 2}
+    return _COMMON | {k: v for k, v in usual.items() if model_type not in _OTHERS[k]} | changes
+
+
 def random_model(model_type: str, **changes: Any) -> Any:
     """A fresh random model of 4 blocks, norms and biases random too; the same one for the same arguments."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[model_type](**_COMMON | changes)
+    config = CONFIG_MAPPING[model_type](**settings(model_type, **changes))
     generator = torch.Generator().manual_seed(0)
     # Soft caps and GPT-2's reordered attention exist in this implementation only.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

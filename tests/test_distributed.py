@@ -163,3 +163,9 @@ def _workers_after(launcher, n_removals):
             children = psutil.Process(launcher.pid).children(recursive=True)
             return {child.environ()["LOCAL_RANK"]: child for child in children if "LOCAL_RANK" in child.environ()}
         time.sleep(0.01)
+
+
+def test_every_process_takes_the_params_that_the_stage_was_given(fresh):
+    with_processes(1)  # what params.yaml says
+    chosen = settings(**{"search.removals": 3, "search.n_processes": 2})
+    assert stage.run(chosen).n_removals == 3

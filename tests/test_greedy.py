@@ -1,18 +1,25 @@
 """The search against brute force by another route: full forwards of the masked, unmodified transformers model."""
 
+import inspect
 import math
+import threading
 
 import pytest
 import torch
 from conftest import random_llama
+from family_models import CASES, UNDECLARED, random_model
+from family_models import settings as family_settings
+from threadpoolctl import threadpool_info
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from finercut.model.families import PRE_NORM
+from finercut.model.families import PRE_NORM, layout_of
 from finercut.model.masking import masked
+from finercut.model.probe import find_layout
 from finercut.selection.blocks import Blocks
 from finercut.selection.divergence import DIVERGENCES
 from finercut.selection.greedy import search
 from finercut.selection.race import MODES
-from finercut.selection.sweep import MicroBatch, Sweep, _within
+from finercut.selection.sweep import MicroBatch, Sweep, micro_batch
 from finercut.selection.workers import Workers
 from finercut.sublayers import candidates
 
@@ -108,16 +115,61 @@ def test_micro_batches_change_the_last_bits_at_most(model, tokens):
     assert [r.divergence for r in small] == pytest.approx([r.divergence for r in usual], rel=1e-5)
 
 
-def test_micro_batches_of_a_gpu_are_the_same_when_a_little_less_of_it_is_free(model):
-    # A token takes (8 * 128 + 4 * 192) * 2 bytes of a third of them, a logit 24 of another third.
-    n_bytes = 3 * (8 * 128 + 4 * 192) * 2 * 4096
-    assert n_bytes // 3 // 24 == 611669
-    least = MicroBatch(tokens=4096, logits=2**19, divergence_logits=2**19)
-    assert _within(n_bytes, model.config, 2) == _within(n_bytes + 7 * 2**20, model.config, 2) == least
-    assert _within(n_bytes - 3, model.config, 2).tokens == 2048
+def test_micro_batches_of_a_gpu_are_the_same_when_a_little_less_of_it_is_free(model, tokens):
+    blocks = Blocks(model, layout_of(model.config), tokens[:1])
+    assert (blocks.width, blocks.widest) == (128, 192)
+    # A token takes (8 * 128 + 4 * 192) * 4 bytes of a third of them, a logit 24 of another third. Besides, 2 windows of
+    # 24 tokens have 4 states of 128 numbers a block, and logits.
+    beside = 2 * 24 * (4 * 4 * 128 * 4 + 4 * 400)
+    n_bytes = 3 * (8 * 128 + 4 * 192) * 4 * 4096
+
+    def fits(free):
+        return micro_batch(blocks, 2, 24, free_bytes=free + beside)
+
+    least = MicroBatch(tokens=4096, logits=2**20, divergence_logits=2**20)
+    assert fits(n_bytes) == fits(n_bytes + 7 * 2**20) == least
+    assert fits(n_bytes - 3).tokens == 2048
     # whatever is free: one segment of logits; no more tokens than a GPU gains from
-    assert _within(0, model.config, 2) == MicroBatch(tokens=0, logits=16 * 400, divergence_logits=16 * 400)
-    assert _within(2**40, model.config, 2).tokens == 2**15
+    assert fits(0) == MicroBatch(tokens=0, logits=16 * 400, divergence_logits=16 * 400)
+    assert fits(2**40).tokens == 2**15
+
+
+@pytest.mark.parametrize("case", [*CASES, *UNDECLARED])
+def test_micro_batches_need_no_names_of_a_familys_config(case):
+    model_type, changes = (CASES | UNDECLARED)[case]
+    model = random_model(model_type, **changes)
+    layout = find_layout(model) if case in UNDECLARED else layout_of(model.config)
+    blocks = Blocks(model, layout, torch.ones(1, 8).long())
+    assert blocks.width == model.config.hidden_size == 64
+    assert blocks.widest == max(max(p.shape[-2:]) for n, p in model.named_parameters() if ".0." in n and p.dim() > 1)
+    assert micro_batch(blocks, 2, 8, free_bytes=2**30).tokens > 0
+
+
+@pytest.mark.parametrize("case", [*CASES, *UNDECLARED])
+def test_fixtures_use_names_that_their_configs_have(case):
+    model_type, changes = (CASES | UNDECLARED)[case]
+    kind = CONFIG_MAPPING[model_type]
+    known = {*inspect.signature(kind.__init__).parameters, *kind.attribute_map}
+    assert set(family_settings(model_type, **changes)) - known == set()
+
+
+@pytest.mark.parametrize("n_taken", [1, 3])
+def test_a_search_leaves_the_threads_as_they_were(model, tokens, n_taken):
+    def blas():
+        return sorted((pool["filepath"], pool["num_threads"]) for pool in threadpool_info())
+
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(4, 4) @ torch.ones(4, 4)
+        before = torch.get_num_threads(), blas(), threading.active_count()
+        found = search(model, tokens, tokens, 3)
+        for _ in range(n_taken):  # to its end, or given up on the way
+            next(found)
+        found.close()
+        assert (torch.get_num_threads(), blas(), threading.active_count()) == before
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def test_held_out_divergence_is_measured_on_the_held_out_tokens(model, tokens):

@@ -49,9 +49,7 @@ tables = st.integers(1, 9).flatmap(
     lambda n_windows: st.integers(1, 4).flatmap(
         lambda n_segments: st.lists(
             st.lists(
-                st.lists(
-                    st.sampled_from([0.0, 0.1, 0.2, 0.7, 1 / 3, math.inf]), min_size=n_segments, max_size=n_segments
-                ),
+                st.lists(st.sampled_from(TERMS), min_size=n_segments, max_size=n_segments),
                 min_size=n_windows,
                 max_size=n_windows,
             ),

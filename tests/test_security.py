@@ -35,6 +35,8 @@ def test_nothing_is_unpickled_or_evaluated(file):
     }
     assert not modules & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    # torch.distributed pickles the objects that these exchange.
+    assert not {name for name in called if re.search(r"(gather|broadcast|scatter|send|recv)_object(_list)?$", name)}
     assert not called & {"torch.load", "eval", "exec", "yaml.unsafe_load", "yaml.full_load", "os.system"}
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg == "shell":

@@ -1,4 +1,4 @@
-"""The model run sublayer by sublayer, by its own code.
+"""Runs a model sublayer by sublayer, by its own code.
 
 A block whose MLP is bypassed is its attention, and the other way round. What surrounds the blocks (embeddings, final
 norm, head) is the model with one stand-in for all of its blocks.
@@ -46,9 +46,17 @@ class Blocks:
         self.layout = layout
         self.blocks = list(model.get_submodule(layout.blocks))
         self._views: dict[tuple[int, frozenset[str]], nn.Module] = {}
+        self.width = 0
+        """Of the residual stream."""
         self._arguments = self._capture(tokens)
         kinds = [(kind,) for kind in KINDS] if layout.sequential else [KINDS]
         self.units = [Unit(i, k) for i in range(len(self.blocks)) for k in kinds]
+
+    @property
+    def widest(self) -> int:
+        """The most numbers a token has between two of the blocks' matrices; names in configs differ by family."""
+        matrices = (p for block in self.blocks for p in block.parameters() if p.dim() > 1)
+        return max((max(p.shape[-2:]) for p in matrices), default=self.width)
 
     def view(self, block: int, without: frozenset[str]) -> nn.Module:
         """The block with some kinds bypassed; shares its weights."""
@@ -103,6 +111,7 @@ class Blocks:
 
         def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             captured.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+            self.width = (args[0] if args else kwargs["hidden_states"]).shape[-1]
             self._in_tuple = isinstance(output, tuple)
 
         hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.blocks]

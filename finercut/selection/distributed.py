@@ -1,13 +1,14 @@
-"""A search shared by several processes, each with some of the windows and, where there are any, a GPU of its own.
+"""Shares a search among processes, each with some of the windows and, where there are any, a GPU of its own.
 
-Every process makes every decision, from the same numbers in the same order; so none has to tell another what to do,
-and the removals are those of one process. All that crosses is each window's divergences, a few kilobytes a part from
-CPU memory to CPU memory, which is why Gloo carries them between GPUs too.
+Every process makes every decision from the same numbers in the same order, so the removals are those of one process.
+The processes exchange only each window's divergences, as JSON: a few kilobytes a part from CPU memory to CPU memory,
+which is why Gloo carries them between GPUs too.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -27,8 +28,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from finercut.selection.blocks import Blocks
 from finercut.selection.race import Part, Totals
 from finercut.selection.sweep import MicroBatch, Sweep
+from finercut.sublayers import parse
 
 Value = TypeVar("Value")
+# Text, numbers and lists of them; a tuple arrives as a list.
+Json = Any
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # Where the processes that `start` started find each other; those of torchrun do so at MASTER_ADDR.
 _MEETING = "FINERCUT_MEETING"
@@ -48,28 +52,36 @@ class Ranks:
         """Whether this process is the one that writes files and logs."""
         return self.rank == 0
 
-    def gather(self, value: Value) -> list[Value]:
-        """Every process's value, by rank.
+    def gather(self, value: Json) -> list[Json]:
+        """Every process's value, by rank. As JSON: what another process sends is read, never run.
 
         Raises:
             RuntimeError: a process has ended.
         """
         if self.size == 1:
             return [value]
-        values: list[Value | None] = [None] * self.size
         try:
-            dist.all_gather_object(values, value)
+            return [json.loads(text) for text in _all_gather(json.dumps(value).encode(), self.size)]
         except RuntimeError as error:
             raise RuntimeError(
                 f"process {self.rank} of {self.size} lost another one of this search; what was found is kept: "
                 "run it again to continue"
             ) from error
-        return values
 
     def least(self, sizes: MicroBatch) -> MicroBatch:
         """What fits everywhere: results depend on it in the last bits, so all take the same."""
-        everyone = [astuple(each) for each in self.gather(sizes)]
-        return MicroBatch(*map(min, zip(*everyone, strict=True)))
+        return MicroBatch(*map(min, zip(*self.gather(list(astuple(sizes))), strict=True)))
+
+
+def _all_gather(mine: bytes, size: int) -> list[bytes]:
+    """Every process's bytes, by rank."""
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(mine)]))
+    longest = max(map(int, lengths))
+    padded = torch.frombuffer(bytearray(mine.ljust(longest)), dtype=torch.uint8)
+    received = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
+    dist.all_gather(received, padded)
+    return [bytes(r[: int(n)].tolist()) for r, n in zip(received, lengths, strict=True)]
 
 
 ALONE = Ranks()
@@ -147,18 +159,21 @@ class SharedSweep(Sweep):
     def divergences(self, windows: Sequence[int]) -> list[float]:
         mine = [window for window in windows if self._is_mine(window)]
         found = super().divergences([window // self.ranks.size for window in mine])
-        everyone = _merged(self.ranks.gather(dict(zip(mine, found, strict=True))))
+        everyone = _merged(self.ranks.gather(list(zip(mine, found, strict=True))))
         return [everyone[window] for window in windows]
 
     def totals(self, part: Part) -> Totals:
         mine = [window for window in part if self._is_mine(window)]
         found = super().totals({window // self.ranks.size: part[window] for window in mine}) if mine else {}
-        everyone = _merged(self.ranks.gather(dict(zip(mine, found.values(), strict=True))))
-        return {window: everyone[window] for window in part}
+        if self.ranks.size == 1:
+            return found
+        rows = [[[str(candidate), segments] for candidate, segments in row.items()] for row in found.values()]
+        everyone = _merged(self.ranks.gather(list(zip(mine, rows, strict=True))))
+        return {window: {parse(name): tuple(segments) for name, segments in everyone[window]} for window in part}
 
     def _is_mine(self, window: int) -> bool:
         return window % self.ranks.size == self.ranks.rank
 
 
-def _merged(shares: Iterable[dict[int, Value]]) -> dict[int, Value]:
-    return {window: value for share in shares for window, value in share.items()}
+def _merged(shares: Iterable[list[tuple[int, Value]]]) -> dict[int, Value]:
+    return {window: value for share in shares for window, value in share}

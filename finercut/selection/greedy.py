@@ -1,4 +1,4 @@
-"""The search: always remove the candidate whose absence changes the model's output least."""
+"""Greedy search: always removes the candidate whose absence changes the model's output least."""
 
 from __future__ import annotations
 
@@ -92,35 +92,37 @@ def search(
     deciding, unseen = range(len(calibration)), range(len(calibration), len(tokens))
     with torch.inference_mode():
         blocks = Blocks(model, layout, tokens[:1])
-    sizes = ranks.least(micro_batch(model.config, model.device, *tokens.shape, micro_batch_tokens))
-    sweep = SharedSweep(ranks, blocks, tokens, DIVERGENCES[divergence], Workers(model.device), sizes, lost)
-    known = {parse(name): totals for removal in earlier for name, totals in removal.by_window.items()}
+    sizes = ranks.least(micro_batch(blocks, *tokens.shape, micro_batch_tokens))
+    with Workers(model.device) as workers:
+        sweep = SharedSweep(ranks, blocks, tokens, DIVERGENCES[divergence], workers, sizes, lost)
+        known = {parse(name): totals for removal in earlier for name, totals in removal.by_window.items()}
 
-    for step in range(len(gone) + 1, n_removals + 1):
-        choice = [c for c in open_candidates(pool, gone, kept, exclusion) if _leaves_an_attention(c, gone, n_blocks)]
-        if not choice:
-            raise ValueError(f"nothing may be removed after {step - 1} removals: the rest is protected or excluded")
-        race = Race(choice, len(deciding), sweep.n_segments, mode, known, error_probability, first_windows)
-        n_passes = 0
-        for part in race.parts():
-            race.record(sweep.totals(part))
-            n_passes += sum(sweep.passes(c) for row in part.values() for c in row)
-            progress()
-        best = _least(race.outcome().values, step)
-        n_sublayers = len(sweep.sublayers)
-        sweep.remove(best.sublayers)
-        gone.append(best)
-        known |= race.now_known()
-        yield _removal(
-            step,
-            best,
-            race,
-            calibration.numel(),
-            held_out_divergence=sum(sweep.divergences(unseen)) / held_out.numel(),
-            head_tokens=race.segments * SEGMENT_TOKENS,
-            sublayer_passes=n_passes,
-            brute_force_sublayer_passes=len(calibration) * sum(n_sublayers - len(c.sublayers) for c in choice),
-        )
+        for step in range(len(gone) + 1, n_removals + 1):
+            possible = open_candidates(pool, gone, kept, exclusion)
+            choice = [c for c in possible if _leaves_an_attention(c, gone, n_blocks)]
+            if not choice:
+                raise ValueError(f"nothing may be removed after {step - 1} removals: the rest is protected or excluded")
+            race = Race(choice, len(deciding), sweep.n_segments, mode, known, error_probability, first_windows)
+            n_passes = 0
+            for part in race.parts():
+                race.record(sweep.totals(part))
+                n_passes += sum(sweep.passes(c) for row in part.values() for c in row)
+                progress()
+            best = _least(race.outcome().values, step)
+            n_sublayers = len(sweep.sublayers)
+            sweep.remove(best.sublayers)
+            gone.append(best)
+            known |= race.now_known()
+            yield _removal(
+                step,
+                best,
+                race,
+                calibration.numel(),
+                held_out_divergence=sum(sweep.divergences(unseen)) / held_out.numel(),
+                head_tokens=race.segments * SEGMENT_TOKENS,
+                sublayer_passes=n_passes,
+                brute_force_sublayer_passes=len(calibration) * sum(n_sublayers - len(c.sublayers) for c in choice),
+            )
 
 
 def _least(values: Mapping[Candidate, float], step: int) -> Candidate:

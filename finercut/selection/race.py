@@ -1,7 +1,6 @@
-"""Which candidates are evaluated on which windows, and which are given up: decisions, from numbers alone.
+"""Decides which candidates to evaluate next, and which to abandon. Pure logic: no tensors.
 
-Nothing here knows how a divergence is computed. Whoever computes the parts, in one process or in many, gets the same
-decisions from the same numbers.
+The same numbers give the same decisions, whether one process computes the divergences or several do.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Race:
     """One step's candidates on their way through the windows. What makes a candidate be given up, by mode:
 
     - brute: nothing.
-    - exact: what it has come to is more than another's whole value. Divergences are sums of terms that are never
+    - exact: its partial sum already exceeds another candidate's total. Divergences are sums of terms that are never
       negative, so the least value, and every value equal to it, is found.
     - lazy: also, what it came to in earlier steps on the windows it has not seen in this one. Divergence mostly grows
       as more is removed, so that is nearly a lower bound.
@@ -76,7 +75,7 @@ class Race:
     def __post_init__(self) -> None:
         self.done: dict[Candidate, dict[int, Segments]] = {c: {} for c in sorted(self.candidates)}
         self.dropped: dict[Candidate, Candidate] = {}
-        """By the test, and which one each was behind."""
+        """By the test, and the candidate each was found to be worse than."""
         self.best = math.inf
         self.leader: Candidate | None = None
 
@@ -290,13 +289,7 @@ def behind(differences: Sequence[float], n_all: int, error_probability: float) -
 
 
 def t_tail(t: float, degrees: int) -> float:
-    """P(T > t) of Student's t, t >= 0: Simpson's rule over the angle whose tangent is t / sqrt(degrees)."""
-    n_steps = 400
-    low = math.atan(t / math.sqrt(degrees))
-    # Beyond that there is less than exp(-72) of it.
-    high = min(math.pi / 2, low + 12 / math.sqrt(degrees))
-    width = (high - low) / n_steps
-    heights = (abs(math.cos(low + i * width)) ** (degrees - 1) for i in range(n_steps + 1))
-    weights = (1 if i in (0, n_steps) else 4 if i % 2 else 2 for i in range(n_steps + 1))
-    area = width / 3 * sum(h * w for h, w in zip(heights, weights, strict=True))
-    return area * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+    """P(T > t) of Student's t."""
+    from scipy.special import stdtr  # racing alone needs it
+
+    return float(stdtr(degrees, -t))

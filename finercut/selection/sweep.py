@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from finercut.selection.blocks import Blocks, Unit
 from finercut.selection.divergence import Divergence, Reference
@@ -52,31 +51,33 @@ GPU_TOKENS = 2**15
 
 
 def micro_batch(
-    config: PreTrainedConfig, device: torch.device, n_windows: int, n_tokens: int, wanted: int | None = None
+    blocks: Blocks, n_windows: int, n_tokens: int, wanted: int | None = None, free_bytes: int | None = None
 ) -> MicroBatch:
-    """What fits: on a GPU, from the memory that will be left beside the trunk, the branches and the references.
+    """What fits: on a GPU, into the memory left beside the trunk, the branches and the references.
 
     Args:
         wanted: tokens, instead.
+        free_bytes: of the GPU; asked of it where None.
     """
-    text = config.get_text_config()
+    device = blocks.model.device
+    vocabulary = blocks.model.config.get_text_config().vocab_size
     if wanted is not None:
-        return MicroBatch(wanted, wanted * text.vocab_size, wanted * text.vocab_size)
-    if device.type != "cuda":
-        return MicroBatch(CPU_TOKENS, CPU_HEAD_TOKENS * text.vocab_size, CPU_DIVERGENCE_LOGITS)
-    free, _ = torch.cuda.mem_get_info(device)
-    element_bytes = torch.empty(0, dtype=config.dtype).element_size()
+        return MicroBatch(wanted, wanted * vocabulary, wanted * vocabulary)
+    if free_bytes is None:
+        if device.type != "cuda":
+            return MicroBatch(CPU_TOKENS, CPU_HEAD_TOKENS * vocabulary, CPU_DIVERGENCE_LOGITS)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+    element_bytes = blocks.model.dtype.itemsize
     # The trunk has a state for every sublayer and window, so have the branches.
-    states = 4 * text.num_hidden_layers * text.hidden_size * element_bytes
-    left = max(0, free - n_windows * n_tokens * (states + 4 * text.vocab_size))
-    return _within(left, text, element_bytes)
+    states = 4 * len(blocks.blocks) * blocks.width * element_bytes
+    left = max(0, free_bytes - n_windows * n_tokens * (states + 4 * vocabulary))
+    return _within(left, vocabulary, (8 * blocks.width + 4 * blocks.widest) * element_bytes)
 
 
-def _within(n_bytes: int, text: PreTrainedConfig, element_bytes: int) -> MicroBatch:
-    """What fits so many bytes. Powers of two, as a rule the same in the next run, when a little less is free."""
-    per_token = (8 * text.hidden_size + 4 * text.intermediate_size) * element_bytes
-    logits = max(_power_of_two(n_bytes // 3 // (4 * 6)), SEGMENT_TOKENS * text.vocab_size)
-    tokens = min(GPU_TOKENS, _power_of_two(n_bytes // 3 // per_token))
+def _within(n_bytes: int, vocabulary: int, bytes_per_token: int) -> MicroBatch:
+    """What fits into so many bytes. Powers of two, so that the next run, with a little less free, mostly agrees."""
+    logits = max(_power_of_two(n_bytes // 3 // (4 * 6)), SEGMENT_TOKENS * vocabulary)
+    tokens = min(GPU_TOKENS, _power_of_two(n_bytes // 3 // bytes_per_token))
     return MicroBatch(tokens=tokens, logits=logits, divergence_logits=logits)
 
 

@@ -103,6 +103,9 @@ class Trajectory:
     def first(self, n_removals: int) -> Trajectory:
         return Trajectory(self.provenance, self.removals[:n_removals])
 
+    def to_text(self) -> str:
+        return "".join(line.to_json() for line in (self.provenance, *self.removals))
+
     @property
     def left(self) -> list[Candidate]:
         """Candidates that the next removal could take."""
@@ -132,9 +135,19 @@ def read_trajectory(path: Path) -> Trajectory:
     if not path.is_file():
         raise FileNotFoundError(f"no trajectory at {path}: run `finercut search` first")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a trajectory: {error}") from error
+    return parse_trajectory(text, str(path))
+
+
+def parse_trajectory(text: str, path: str) -> Trajectory:
+    """A trajectory from its text. `path` names it in errors.
+
+    Raises:
+        ValueError: a line is not what it should be; says which.
+    """
+    lines = text.splitlines()
     if not lines:
         raise ValueError(f"{path} is empty; a trajectory starts with a line of provenance")
     try:
@@ -188,8 +201,8 @@ def append(path: Path, removal: Removal) -> None:
 
 
 def write(path: Path, trajectory: Trajectory) -> None:
-    """Replaces `path` at once."""
-    _replace(path, "".join(line.to_json() for line in (trajectory.provenance, *trajectory.removals)))
+    """Replace `path` atomically."""
+    _replace(path, trajectory.to_text())
 
 
 def _replace(path: Path, text: str) -> None:

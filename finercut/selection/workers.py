@@ -1,4 +1,4 @@
-"""Independent pieces of work, done at once."""
+"""Runs independent pieces of work in parallel."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """Runs independent pieces of work at once: a thread a core on a CPU, none beside the caller's on a GPU.
+    """Runs independent pieces of work in parallel: a thread a core on a CPU, only the caller's on a GPU.
 
-    Torch's own threads meet after every operation, thousands of times a second, and wait for the slowest each time;
-    on a machine that does other things too, that costs far more than the other things do. These meet after a piece.
+    Torch's own threads synchronise after every operation, thousands of times a second, and wait for the slowest; on a
+    machine that does other things too, that costs more than those things do. These synchronise after a piece. At the
+    end of the block the threads are gone and torch's number of threads is what it was.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,6 +26,15 @@ class Workers:
         self._inside = threading.local()
         self._pool = ThreadPoolExecutor(n_threads, initializer=self._enter) if n_threads > 1 else None
         self.n_threads = n_threads
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            # For the BLAS, which counts threads for the whole process.
+            torch.set_num_threads(self.n_threads)
 
     def _enter(self) -> None:
         self._inside.worker = True
