@@ -2,6 +2,8 @@
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
 HARDWARE := $(if $(GPU),cuda,cpu)
+# Files of tests run side by side, each as a whole.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready-$(HARDWARE)
 
 # Stages are started by name, from the environment they were installed in.
@@ -10,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-oldest format lock ui trials soak audit bench-search
+.PHONY: help setup demo test test-fast test-oldest format lock ui trials soak audit bench-search
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -30,7 +32,11 @@ demo: setup ## Compress the model of params.yaml and show what came out
 test: setup ## Check style, audit the lock and run every test
 	ruff check .
 	requirements/audit $(HARDWARE)
-	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	pytest --durations=20 $(PARALLEL)
+
+test-fast: setup ## Check style and run what needs no server, no engine and no whole pipeline: minutes
+	ruff check .
+	pytest --durations=10 -m "not slow" $(PARALLEL)
 
 test-oldest: setup ## Test checkpoints and families with the lowest transformers that pyproject.toml admits
 	python -m pip install --quiet --upgrade --no-deps --target .venv/oldest "transformers==5.16.1" "huggingface-hub>=1.5,<2"

@@ -11,7 +11,7 @@ from typing import Any
 
 from finercut.model.registration import register_when_imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Sublayer": "sublayers",

@@ -10,8 +10,9 @@ from finercut.sources.texts import read_texts
 from finercut.sources.windows import cut_windows, tokenizer_sha256, window_start
 from finercut.system.staging import staged
 from finercut.tokens import write_tokens
-from pipelines import paths
-from pipelines.params import Params
+
+from . import paths
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import click
 
 from finercut.system.redaction import install, redacted
-from pipelines import paths
+
+from . import paths
 
 if TYPE_CHECKING:
-    from pipelines.params import Params
+    from .params import Params
 
 STAGES = {
     "fetch": """Bring the whole model into the project.
@@ -182,7 +183,8 @@ def main(ctx: click.Context, traceback: bool) -> None:
 def _add_stage(name: str, explanation: str) -> None:
     def run_stage(params_file: Path | None = None, **options: object) -> None:
         from finercut.system.staging import exclusive
-        from pipelines import params
+
+        from . import params
 
         settings = params.load(params_file or paths.PARAMS)
         # Of the processes that torchrun starts, on one or several machines, the first alone writes files.
@@ -196,9 +198,9 @@ def _add_stage(name: str, explanation: str) -> None:
 
 def _stage(name: str) -> Callable[[Params], object]:
     """What runs a stage: its module, or for a step that needs none `pipelines.steps`."""
-    if importlib.util.find_spec(f"pipelines.{name}") is not None:
-        return importlib.import_module(f"pipelines.{name}").run
-    from pipelines import steps
+    if importlib.util.find_spec(f"{__package__}.{name}") is not None:
+        return importlib.import_module(f"{__package__}.{name}").run
+    from . import steps
 
     return partial(steps.run_and_report, name)
 
@@ -223,7 +225,8 @@ def run(file: Path | None, pull: bool) -> None:
     Writes    artifacts/, reports/, dvc.lock, a run in MLflow and in Prefect
     """
     from finercut.system.staging import exclusive
-    from pipelines import params
+
+    from . import params
 
     params.load(file or paths.PARAMS)
     # The flow holds the workspace too, but params.yaml is replaced before it, and Prefect takes seconds to start.
@@ -232,9 +235,9 @@ def run(file: Path | None, pull: bool) -> None:
             _take_params(file)
         for name, value in PREFECT.items():
             os.environ.setdefault(name, value)
-        from pipelines import summary
-        from pipelines.flow import compress
-        from pipelines.register import Refused
+        from . import summary
+        from .flow import compress
+        from .register import Refused
 
         local_store = "MLFLOW_TRACKING_URI" not in os.environ
         try:
@@ -247,7 +250,7 @@ def run(file: Path | None, pull: bool) -> None:
 
 
 def _take_params(file: Path) -> None:
-    from pipelines import settings
+    from . import settings
 
     if settings.replace(file.read_text(encoding="utf-8")):
         click.echo(f"params.yaml is now a copy of {file}; what it was is in {settings.PREVIOUS}", err=True)
@@ -274,7 +277,7 @@ def inspect(what: str) -> None:
     finercut inspect artifacts/trajectory.jsonl
     finercut inspect models:/finercut-smollm2-135m@challenger
     """
-    from pipelines import inspection
+    from . import inspection
 
     click.echo(inspection.describe(what))
 
@@ -300,7 +303,7 @@ def promote(name: str | None, wanted: str, reason: str, dry_run: bool) -> None:
               the version's whole model
     Writes    the alias champion, an entry of NAME.promotions
     """
-    from pipelines import params, promote, summary
+    from . import params, promote, summary
 
     settings = params.load(paths.PARAMS)
     judgement = None
@@ -330,7 +333,7 @@ def rollback(name: str | None, to: str | None, reason: str) -> None:
     finercut rollback --reason "copies badly"
     finercut rollback --to 3
     """
-    from pipelines import promote
+    from . import promote
 
     click.echo(promote.rollback(name or _registered_name(), to, reason).message)
 
@@ -346,7 +349,7 @@ def status(name: str | None) -> None:
     finercut status
     finercut status finercut-smollm2-135m
     """
-    from pipelines import params, status
+    from . import params, status
 
     settings = params.load(paths.PARAMS)
     click.echo(status.text(settings, name or settings.register_.name))
@@ -368,7 +371,8 @@ def watch(uri: str, command: tuple[str, ...], directory: Path, interval_s: float
     finercut watch models:/finercut-smollm2-135m@champion -- vllm serve {} --host 127.0.0.1
     """
     from finercut.registry.versions import VersionReference
-    from pipelines import watch
+
+    from . import watch
 
     sys.exit(watch.run(VersionReference.parse(uri), directory, command, interval_s))
 
@@ -387,7 +391,7 @@ def collect(name: str | None, dry_run: bool) -> None:
     finercut collect --dry-run
     finercut run && finercut promote && finercut collect
     """
-    from pipelines import collect, params
+    from . import collect, params
 
     settings = params.load(paths.PARAMS)
     collected = collect.run(settings, name or settings.register_.name, dry_run)
@@ -397,7 +401,7 @@ def collect(name: str | None, dry_run: bool) -> None:
 
 
 def _registered_name() -> str:
-    from pipelines import params
+    from . import params
 
     return params.load(paths.PARAMS).register_.name
 
@@ -405,7 +409,7 @@ def _registered_name() -> str:
 @main.command("summary")
 def show_summary() -> None:
     """Show again what `finercut run` printed at its end, from reports/."""
-    from pipelines import summary
+    from . import summary
 
     click.echo(summary.markdown())
 
@@ -427,7 +431,7 @@ def deploy(webhook: str | None) -> None:
     \b
     Reads     prefect.yaml
     """
-    from pipelines import deployment
+    from . import deployment
 
     click.echo(deployment.deploy(webhook))
 
@@ -435,7 +439,7 @@ def deploy(webhook: str | None) -> None:
 @main.command("params")
 def explain_params() -> None:
     """Explain every field of params.yaml, with its value there."""
-    from pipelines import params_help
+    from . import params_help
 
     click.echo(params_help.text(paths.PARAMS))
 

@@ -22,8 +22,9 @@ from finercut.registry.ledger import Ledger, State
 from finercut.registry.records import RegisterReport
 from finercut.registry.server import mlflow_errors
 from finercut.system.staging import exclusive
-from pipelines import dag, paths
-from pipelines.params import Params
+
+from . import dag, paths
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

@@ -14,7 +14,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from scmrepo.exceptions import SCMError
 
-from pipelines import paths, settings
+from . import paths, settings
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectExcep
 from prefect.settings import get_current_settings
 
 from finercut.system import yaml_files
-from pipelines.flow import compress
+
+from .flow import compress
 
 PREFECT_YAML = Path("prefect.yaml")
 # Of deployments that name none.

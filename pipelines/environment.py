@@ -9,8 +9,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 from finercut.system.records import Record
-from pipelines import paths
-from pipelines.params import Params
+
+from . import paths
+from .params import Params
 
 # Distributions by the key their version has; the first one installed counts.
 _DISTRIBUTIONS = {

@@ -10,8 +10,9 @@ from finercut.evaluation.measure import measure
 from finercut.evaluation.records import EvaluateReport, Measured
 from finercut.model.directory import ModelDirectory
 from finercut.tokens import load_tokens
-from pipelines import paths
-from pipelines.params import Params
+
+from . import paths
+from .params import Params
 
 _SMOKE_NOTE = (
     "The finercut_ tasks are smoke tasks, not published benchmarks: small, generated from finercut's own templates and "

@@ -6,8 +6,9 @@ from finercut.evaluation.measure import measure
 from finercut.evaluation.records import Measured
 from finercut.model.directory import ModelDirectory
 from finercut.tokens import load_tokens
-from pipelines import paths
-from pipelines.params import Params
+
+from . import paths
+from .params import Params
 
 
 def run(params: Params) -> Measured:

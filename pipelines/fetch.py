@@ -13,8 +13,9 @@ from finercut.sources.models import fetch_model
 from finercut.sources.records import FetchReport
 from finercut.sources.settings import LocalModel
 from finercut.system.staging import staged
-from pipelines import paths
-from pipelines.params import Params
+
+from . import paths
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

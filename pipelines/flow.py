@@ -26,9 +26,10 @@ from finercut.sources import revisions
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
 from finercut.system.staging import exclusive
-from pipelines import collect as collection
-from pipelines import dag, paths, register, reports, settings, summary
-from pipelines.params import Params, load
+
+from . import collect as collection
+from . import dag, paths, register, reports, settings, summary
+from .params import Params, load
 
 # DVC's advice after every stage, which is for people who run it by hand.
 DVC_HINTS = ("To track the changes", "git add dvc.lock", "To enable auto staging", "dvc config core", "Use `dvc push`")

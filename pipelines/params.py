@@ -18,7 +18,8 @@ from finercut.sources.settings import Calibrate, Fetch
 from finercut.system import redaction, yaml_files
 from finercut.system.settings import Section
 from finercut.system.yaml_files import Entry
-from pipelines import paths
+
+from . import paths
 
 Stage = Literal["fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput"]
 # Errors beyond these are only counted.

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from finercut.system import yaml_files
-from pipelines.params import Params, load
+
+from .params import Params, load
 
 
 def text(path: Path) -> str:

@@ -19,8 +19,9 @@ from finercut.registry.evidence import Evidence
 from finercut.registry.ledger import Ledger, State
 from finercut.registry.records import Check
 from finercut.registry.server import mlflow_errors
-from pipelines import recheck, summary
-from pipelines.params import Params
+
+from . import recheck, summary
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

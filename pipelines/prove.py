@@ -15,8 +15,9 @@ from finercut.model.directory import ModelDirectory
 from finercut.serving import claim as serving
 from finercut.serving import vllm_engine
 from finercut.tokens import Tokens, load_tokens
-from pipelines import paths, steps
-from pipelines.params import Params
+
+from . import paths, steps
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

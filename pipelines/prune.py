@@ -6,8 +6,9 @@ import logging
 
 from finercut.checkpoint.records import PruneReport
 from finercut.report.pictures import removal_map
-from pipelines import paths, steps
-from pipelines.params import Params
+
+from . import paths, steps
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

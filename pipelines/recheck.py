@@ -22,8 +22,9 @@ from finercut.registry.records import Check
 from finercut.registry.versions import PRUNED_MD5
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import HubModel
-from pipelines import paths
-from pipelines.params import Params
+
+from . import paths
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

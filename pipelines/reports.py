@@ -8,7 +8,8 @@ from finercut.selection.records import SearchReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport
 from finercut.system.records import Record
-from pipelines import paths
+
+from . import paths
 
 KINDS: dict[str, type[Record]] = {
     "fetch": FetchReport,

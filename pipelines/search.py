@@ -29,8 +29,9 @@ from finercut.selection.trajectory import Provenance, Removal, Trajectory
 from finercut.sources.records import FetchReport
 from finercut.system.staging import staged_file
 from finercut.tokens import Tokens, load_tokens
-from pipelines import paths
-from pipelines.params import Params
+
+from . import paths
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

@@ -16,8 +16,9 @@ from pydantic_core import CoreSchema
 
 from finercut.system import yaml_files
 from finercut.system.staging import staged_file
-from pipelines import params
-from pipelines.paths import PARAMS, PREVIOUS
+
+from . import params
+from .paths import PARAMS, PREVIOUS
 
 # The first line of a params.yaml with overrides.
 _ORIGIN = re.compile(r"# (?P<file>\S+) as committed, with overrides (?P<overrides>\{.*\})\n")

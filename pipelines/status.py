@@ -12,8 +12,9 @@ from finercut.registry import versions
 from finercut.registry.evidence import Evidence
 from finercut.registry.ledger import CHAMPION, PREVIOUS, Ledger, State
 from finercut.registry.server import mlflow_errors
-from pipelines import promote, summary
-from pipelines.params import Params
+
+from . import promote, summary
+from .params import Params
 
 N_VERSIONS, N_MOVES, N_REFUSED = 10, 10, 5
 

@@ -10,8 +10,9 @@ from finercut.selection.selection import Selection
 from finercut.system.records import Record
 from finercut.system.staging import staged
 from finercut.tokens import load_tokens
-from pipelines import paths
-from pipelines.params import Params
+
+from . import paths
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

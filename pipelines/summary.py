@@ -9,7 +9,8 @@ from finercut.evaluation.records import EvaluateReport
 from finercut.registry.records import Check, RegisterReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import FetchReport
-from pipelines import paths
+
+from . import paths
 
 
 def markdown() -> str:

@@ -19,8 +19,9 @@ from finercut.serving.claim import check_servable
 from finercut.serving.records import EngineFigures, Spread, ThroughputReport
 from finercut.serving.settings import Throughput
 from finercut.serving.vllm_engine import Round
-from pipelines import paths
-from pipelines.params import Params
+
+from . import paths
+from .params import Params
 
 logger = logging.getLogger("finercut")
 

@@ -183,3 +183,28 @@ def prefect_server(tmp_path_factory, postgres):
         patch.setenv("PREFECT_API_URL", address)
         refresh_global_settings_context()  # Prefect read the environment when it was imported
         yield address
+
+
+# A test that uses one of these waits for a server, for a database's first use, or for vLLM.
+SLOW_FIXTURES = {"mlflow_server", "mlflow_store", "postgres", "prefect_server", "s3_store"}
+# All of what is in these takes long: whole pipelines, engines, kills, every family.
+SLOW_FILES = {
+    "test_distributed",
+    "test_end_to_end",
+    "test_evaluation",
+    "test_families",
+    "test_faults",
+    "test_remote_code",
+    "test_search_and_prune",
+    "test_serving",
+    "test_vllm_engines",
+    "test_vllm_front_ends",
+    "test_vllm_plugin",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-fast` leaves out; a test can also say so itself, with @pytest.mark.slow."""
+    for item in items:
+        if item.path.stem in SLOW_FILES or SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
