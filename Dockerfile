@@ -20,30 +20,28 @@ ENV SHELL=/bin/bash \
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git libgomp1 libnuma1 tini \
     && rm -rf /var/lib/apt/lists/*
+# The code and its environment belong to root: the user that runs models' code can write to the workspace and caches only.
 RUN useradd --create-home --uid 10001 --shell /bin/bash finercut \
-    && install --directory --owner finercut --group finercut \
-        /opt/finercut /workspace /home/finercut/.cache
-# By number, so that Kubernetes can see that it is not root.
-USER 10001
+    && install --directory --owner finercut --group finercut /workspace /home/finercut/.cache
 WORKDIR /opt/finercut
 RUN python3 -m venv .venv
 
 FROM base AS servers
-COPY --chown=10001 requirements requirements
+COPY requirements requirements
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,mode=0444 requirements/install cpu servers
-COPY --chown=10001 docker docker
+COPY docker docker
+# By number, so that Kubernetes can see that it is not root.
+USER 10001
 WORKDIR /home/finercut
 ENTRYPOINT ["tini", "-g", "--"]
 CMD ["prefect", "version"]
 
 FROM base AS compiler
-USER root
 # vLLM compiles when a model starts: PyTorch's compiler for a CPU, Triton's launchers for a GPU.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
-USER 10001
 
 FROM compiler AS hardware-cpu
 
@@ -56,10 +54,11 @@ FROM hardware-${HARDWARE} AS worker
 ARG HARDWARE
 WORKDIR /opt/finercut
 # The lock before the code: a change of the code installs little anew.
-COPY --chown=10001 requirements requirements
+COPY requirements requirements
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,mode=0444 requirements/install "${HARDWARE}" lock
-COPY --chown=10001 . .
+COPY . .
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,mode=0444 requirements/install "${HARDWARE}" project
+USER 10001
 # The worker answers its own health check, and nobody else.
 ENV FINERCUT_WORKSPACE=/workspace \
     HF_HOME=/home/finercut/.cache/huggingface \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -89,6 +90,8 @@ def test_ports_are_bound_to_this_machine_and_passwords_have_no_defaults():
         "PREFECT_DB_PASSWORD",
         "S3_ACCESS_KEY",
         "S3_SECRET_KEY",
+        "MLFLOW_S3_SECRET_KEY",
+        "WORKER_S3_SECRET_KEY",
     }
     assert {default for _, default in secret} == {":?"}  # required, and none given
 
@@ -192,7 +195,49 @@ def test_mlflow_and_prefect_each_own_a_database_and_cannot_enter_the_other():
 
 
 def test_buckets_are_created_once(s3_store):
-    command = [sys.executable, ROOT / "docker/create_buckets.py", "dvc", "new-bucket"]
+    command = [sys.executable, ROOT / "docker/create_buckets.py", "dvc", "new-bucket:somebody"]
     for _ in range(2):
         subprocess.run(command, env=os.environ | s3_store.environment, check=True)
     assert {"dvc", "new-bucket"} <= {bucket["Name"] for bucket in s3_store.client().list_buckets()["Buckets"]}
+    (statement,) = json.loads(s3_store.client().get_bucket_policy(Bucket="new-bucket")["Policy"])["Statement"]
+    assert statement["Principal"] == {"AWS": ["somebody"]}
+    assert statement["Resource"] == ["arn:aws:s3:::new-bucket", "arn:aws:s3:::new-bucket/*"]
+
+
+def test_only_what_sets_the_store_up_has_the_administrators_keys():
+    holders = {name for name, service in SERVICES.items() if "S3_ACCESS_KEY" in str(service).replace("_S3_SECRET", "")}
+    assert holders == {"s3", "users", "buckets"}
+    users = {name: SERVICES[name]["environment"]["AWS_ACCESS_KEY_ID"] for name in ("mlflow", "worker")}
+    assert users == {"mlflow": "${MLFLOW_S3_USER:-mlflow}", "worker": "${WORKER_S3_USER:-worker}"}
+    assert SERVICES["buckets"]["command"][-2:] == ["dvc:worker", "mlflow:mlflow"]
+
+
+def test_the_stores_users_are_made_or_given_their_secrets_anew(tmp_path):
+    """A stand-in for the gateway's command, which knows one of the two users already."""
+    gateway = tmp_path / "versitygw"
+    gateway.write_text('#!/bin/sh\necho "$@" >> calls\ncase "$*" in *"create-user --access mlflow"*) exit 1;; esac\n')
+    gateway.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "ADMIN_ACCESS_KEY_ID": "root",
+        "ADMIN_SECRET_ACCESS_KEY": "r",
+        "ADMIN_ENDPOINT_URL": "http://s3:7070",
+        "MLFLOW_S3_SECRET_KEY": "m",
+        "WORKER_S3_SECRET_KEY": "w",
+    }
+    script = ROOT / "docker/create_users.sh"
+    subprocess.run(["sh", script, "mlflow", "worker"], env=environment, cwd=tmp_path, check=True)
+    admin = "admin --access root --secret r --endpoint-url http://s3:7070"
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"{admin} create-user --access mlflow --secret m --role user",
+        f"{admin} update-user --access mlflow --secret m",
+        f"{admin} create-user --access worker --secret w --role user",
+    ]
+
+
+def test_code_and_environment_of_an_image_belong_to_root():
+    for target in ("worker", "servers"):
+        steps = prove.chain(DOCKERFILE, target, {"HARDWARE": "cpu"})
+        user = next(n for n, (keyword, argument) in enumerate(steps) if (keyword, argument) == ("USER", "10001"))
+        assert not any(keyword in ("COPY", "RUN") for keyword, _ in steps[user:])
+        assert not any("--chown" in argument for keyword, argument in steps if keyword == "COPY")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import finercut
 from finercut.model import families
 from pipelines import params
 from pipelines.cli import main
@@ -30,26 +32,39 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(directory.glob("*.whl")))
 
 
-def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
-    sources = {
-        str(p.relative_to(ROOT)) for package in ("finercut", "pipelines") for p in (ROOT / package).rglob("*.py")
-    }
+def test_the_wheel_holds_the_library_with_the_pipeline_inside_and_nothing_else(wheel):
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "finercut").rglob("*.py")}
+    sources |= {f"finercut/{p.relative_to(ROOT)}" for p in (ROOT / "pipelines").rglob("*.py")}
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == sources
 
 
-def test_the_wheel_brings_the_command_and_vllms_plugin(wheel):
-    name = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    entry_points = wheel.read(name).decode()
-    assert "finercut = pipelines.cli:main" in entry_points
-    assert "[vllm.general_plugins]\nfinercut = finercut.serving.vllm_plugin:register" in entry_points
+def test_the_wheel_brings_the_command_vllms_plugin_and_the_licence(wheel):
+    def content(end):
+        return wheel.read(next(name for name in wheel.namelist() if name.endswith(end))).decode()
+
+    assert "finercut = finercut.system.command:main" in content("entry_points.txt")
+    assert "[vllm.general_plugins]\nfinercut = finercut.serving.vllm_plugin:register" in content("entry_points.txt")
+    assert "License-Expression: Apache-2.0" in content("METADATA")
+    assert f"Version: {finercut.__version__}\n" in content("METADATA")
+    assert content("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 
 def test_the_wheel_unpacked_anywhere_runs(wheel, tmp_path):
     wheel.extractall(tmp_path)
-    command = [sys.executable, "-c", "import pipelines.cli as c; print(c.__file__); c.main(['--help'])"]
-    shown = subprocess.check_output(command, cwd=tmp_path, text=True)
-    assert str(tmp_path) in shown
+    code = (
+        "import sys; from finercut.system import command; sys.argv = ['finercut', '--help']\n"
+        "try: command.main()\n"
+        "finally: print(sys.modules['finercut.pipelines.cli'].__file__, 'pipelines' in sys.modules)"
+    )
+    shown = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
+    assert f"{tmp_path}/finercut/pipelines/cli.py False" in shown
     assert "finercut inspect" in shown
+
+
+def test_the_version_is_written_once():
+    assert importlib.metadata.version("finercut") == finercut.__version__
+    assert f"## {finercut.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert finercut.__version__ not in (ROOT / "pyproject.toml").read_text()
 
 
 def commands(pattern: str) -> list[str]:
@@ -64,18 +79,16 @@ def test_the_readmes_commands_exist(command):
     assert CliRunner().invoke(main, [*arguments[:1], "--help"]).exit_code == 0
 
 
-def test_the_quick_start_is_two_make_targets():
+def test_the_readmes_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    assert commands("make ") == ["make demo", "make test"]
+    assert {"make demo", "make test"} <= set(commands("make "))
     assert all(re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE) for command in commands("make "))
 
 
-def test_the_readmes_file_map_is_complete():
-    listed = set(re.findall(r"[\w]+\.py", README.partition("## Where things are")[2]))
-    stages = {"fetch.py", "calibrate.py", "search.py", "prune.py", "evaluate.py", "throughput.py", "register.py"}
-    modules = {p.name for package in ("finercut", "pipelines") for p in (ROOT / package).glob("*.py")}
-    assert modules - stages - {"__init__.py"} <= listed
-    assert {name for name in listed if not (ROOT / "finercut" / name).exists()} <= modules
+def test_the_readmes_file_map_names_every_room_once():
+    page = README.partition("## Where things are")[2]
+    for folder in [p for p in (ROOT / "finercut").iterdir() if (p / "__init__.py").is_file()]:
+        assert len(re.findall(rf"^  {folder.name}/ ", page, re.MULTILINE)) == 1, folder.name
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "params").glob("*.yaml")), ids=lambda file: file.name)
