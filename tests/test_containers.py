@@ -90,7 +90,9 @@ def test_ports_are_bound_to_this_machine_and_passwords_have_no_defaults():
         "PREFECT_DB_PASSWORD",
         "S3_ACCESS_KEY",
         "S3_SECRET_KEY",
+        "MLFLOW_S3_ACCESS_KEY",
         "MLFLOW_S3_SECRET_KEY",
+        "WORKER_S3_ACCESS_KEY",
         "WORKER_S3_SECRET_KEY",
     }
     assert {default for _, default in secret} == {":?"}  # required, and none given
@@ -205,11 +207,14 @@ def test_buckets_are_created_once(s3_store):
 
 
 def test_only_what_sets_the_store_up_has_the_administrators_keys():
-    holders = {name for name, service in SERVICES.items() if "S3_ACCESS_KEY" in str(service).replace("_S3_SECRET", "")}
+    holders = {name for name, service in SERVICES.items() if "{S3_SECRET_KEY" in str(service)}
     assert holders == {"s3", "users", "buckets"}
     users = {name: SERVICES[name]["environment"]["AWS_ACCESS_KEY_ID"] for name in ("mlflow", "worker")}
-    assert users == {"mlflow": "${MLFLOW_S3_USER:-mlflow}", "worker": "${WORKER_S3_USER:-worker}"}
-    assert SERVICES["buckets"]["command"][-2:] == ["dvc:worker", "mlflow:mlflow"]
+    assert users == {"mlflow": "${MLFLOW_S3_ACCESS_KEY:?}", "worker": "${WORKER_S3_ACCESS_KEY:?}"}
+    assert SERVICES["buckets"]["command"][-2:] == [
+        "dvc:${WORKER_S3_ACCESS_KEY:?}",
+        "mlflow:${MLFLOW_S3_ACCESS_KEY:?}",
+    ]
 
 
 def test_the_stores_users_are_made_or_given_their_secrets_anew(tmp_path):
@@ -222,11 +227,13 @@ def test_the_stores_users_are_made_or_given_their_secrets_anew(tmp_path):
         "ADMIN_ACCESS_KEY_ID": "root",
         "ADMIN_SECRET_ACCESS_KEY": "r",
         "ADMIN_ENDPOINT_URL": "http://s3:7070",
+        "MLFLOW_S3_ACCESS_KEY": "mlflow",
         "MLFLOW_S3_SECRET_KEY": "m",
+        "WORKER_S3_ACCESS_KEY": "worker",
         "WORKER_S3_SECRET_KEY": "w",
     }
     script = ROOT / "docker/create_users.sh"
-    subprocess.run(["sh", script, "mlflow", "worker"], env=environment, cwd=tmp_path, check=True)
+    subprocess.run(["sh", script, "MLFLOW", "WORKER"], env=environment, cwd=tmp_path, check=True)
     admin = "admin --access root --secret r --endpoint-url http://s3:7070"
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"{admin} create-user --access mlflow --secret m --role user",

@@ -33,11 +33,10 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 
+S3_KEYS = [f"{whose}S3_{part}" for whose in ("", "MLFLOW_", "WORKER_") for part in ("ACCESS_KEY", "SECRET_KEY")]
 PASSWORDS = {
     name: "canary" + str(number)
-    for number, name in enumerate(
-        ("POSTGRES_PASSWORD", "MLFLOW_DB_PASSWORD", "PREFECT_DB_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY")
-    )
+    for number, name in enumerate(("POSTGRES_PASSWORD", "MLFLOW_DB_PASSWORD", "PREFECT_DB_PASSWORD", *S3_KEYS))
 }
 PATIENCE_S = 300
 MODELS = Path("home/finercut/.cache")
