@@ -71,7 +71,7 @@ class Expected:
         """
         Args:
             concerned: for each setting of the plan, the stages that have to run again when it changes
-            n_kept: `retention.versions`
+            n_kept: `collect.versions`
         """
         self.concerned, self.stages, self.n_kept = concerned, stages, n_kept
         self.done: dict[str, dict] = {}
