@@ -102,7 +102,7 @@ def record(
     layout = layout_of(model.config)
     with torch.inference_mode():
         blocks = Blocks(model, layout, tokens[:1])
-    sizes = micro_batch(model.config, model.device, *tokens.shape)
+    sizes = micro_batch(blocks, *tokens.shape)
     sweep = Sweep(blocks, tokens, DIVERGENCES["js"], Workers(model.device), sizes)
     pool = candidates(len(model.get_submodule(layout.blocks)))
     for _ in range(n_removals):

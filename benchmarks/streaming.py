@@ -193,7 +193,7 @@ def _sweep(model: PreTrainedModel, arguments: argparse.Namespace, device: torch.
     tokens = torch.randint(arguments.vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         blocks = Blocks(model, layout_of(model.config), tokens[:1])
-    return Sweep(blocks, tokens, js, Workers(device), micro_batch(model.config, device, *shape))
+    return Sweep(blocks, tokens, js, Workers(device), micro_batch(blocks, *shape))
 
 
 def _seconds(sweep: Sweep, pool: Sequence[Candidate], device: torch.device) -> float:

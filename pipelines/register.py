@@ -39,11 +39,11 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
         Refused: the gate was not passed; the report is written and the reasons are in the MLflow run.
         RuntimeError: the files are not those that `dvc.lock` records, or MLflow does not answer.
     """
+    checks = _judge(params)
     stages = dag.stages()
     unreadable = [stage.name for stage in stages if reports.unreadable(stage.name)]
     if stale := sorted({*dag.stale(), *unreadable}):
         raise RuntimeError(f"not reproduced since something changed: {', '.join(stale)}; run `finercut run`")
-    checks = _judge(params)
     if mlflow_run is not None:
         return _register(params, checks, stages, mlflow_run)
     mlflow_run = runs.open_run(params.flow.experiment, params.model_dump(mode="json", by_alias=True), dag.revision())

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_sources import write_gguf
 
 from finercut.model.tensors import safetensors_shapes
+from finercut.sources import gguf
 from pipelines import paths
 from pipelines.cli import main
 
@@ -274,7 +275,7 @@ def test_a_gguf_file_that_cannot_be_read(good_gguf, tmp_path, damage):
     file = tmp_path / "tiny.gguf"
     file.write_bytes(damage(good_gguf))
     (tmp_path / "model").mkdir()
-    said = complaint(lambda gguf: gguf.dequantise(gguf, "float32", tmp_path / "model"), file)
+    said = complaint(lambda path: gguf.dequantise(path, "float32", tmp_path / "model"), file)
     assert "tiny.gguf" in said
     assert "is good" not in said
     assert len(said.splitlines()) == 1

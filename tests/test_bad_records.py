@@ -1,4 +1,4 @@
-"""Damaged trajectories and reports, through the commands: one line, a status that is not 0, and nothing written."""
+"""Damaged trajectories, selections and reports, through the commands: one line, not status 0, nothing written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ def written(content: bytes) -> Callable[[], None]:
 
 
 TRAJECTORIES: dict[str, tuple[Callable[[], object], str]] = {
-    "missing": (paths.TRAJECTORY.unlink, "run `finercut search` first"),
     "empty": (written(b""), "is empty"),
     "binary": (written(bytes(range(256))), "trajectory.jsonl"),
     "utf-16": (written("{}".encode("utf-16")), "trajectory.jsonl"),
@@ -43,8 +42,6 @@ TRAJECTORIES: dict[str, tuple[Callable[[], object], str]] = {
     "a model": (written(b'{"model_type": "llama"}\n'), "trajectory.jsonl:1"),
     "deep": (written(b"[" * 100_000), "trajectory.jsonl:1"),
     "no provenance": (edited(lambda lines: lines.pop(0)), "trajectory.jsonl:1"),
-    "no removals": (edited(lambda lines: lines.__delitem__(slice(1, None))), "raise search.removals"),
-    "too short": (edited(lambda lines: lines.pop(2) and lines.__delitem__(slice(2, None))), "raise search.removals"),
     "torn": (lambda: os.truncate(paths.TRAJECTORY, paths.TRAJECTORY.stat().st_size - 20), "trajectory.jsonl:5"),
     "blank line": (lambda: paths.TRAJECTORY.write_text(paths.TRAJECTORY.read_text() + "\n"), "trajectory.jsonl:6"),
     "two in one": (lambda: paths.TRAJECTORY.write_text(paths.TRAJECTORY.read_text() * 2), "trajectory.jsonl:6"),
@@ -65,15 +62,48 @@ TRAJECTORIES: dict[str, tuple[Callable[[], object], str]] = {
     "unknown provenance": (field(0, "seed", 1), "trajectory.jsonl:1"),
     "no blocks": (field(0, "n_blocks", 0), "trajectory.jsonl:1"),
     "a billion blocks": (field(0, "n_blocks", 10**9), "trajectory.jsonl:1"),
-    "other number of blocks": (field(0, "n_blocks", 5), "a model of 5 blocks"),
     "other candidates": (field(0, "candidates", "heads"), "trajectory.jsonl:1"),
     "protects nothing known": (field(0, "protect", ["head"]), "trajectory.jsonl:1"),
-    "other model": (field(0, "model_sha256", 64 * "0"), "run `finercut search` again"),
 }
 
 
 @pytest.mark.parametrize(("damage", "message"), TRAJECTORIES.values(), ids=TRAJECTORIES)
-def test_a_trajectory_that_cannot_be_pruned_by(workspace, damage, message):
+def test_a_trajectory_that_cannot_be_inspected(workspace, damage, message):
+    damage()
+    assert message in refused("inspect", str(paths.TRAJECTORY))
+
+
+def selected(change: Callable[[dict], object]) -> Callable[[], None]:
+    """The selection changed as JSON."""
+
+    def damage() -> None:
+        selection = json.loads(paths.SELECTION.read_text())
+        change(selection)
+        paths.SELECTION.write_text(json.dumps(selection))
+
+    return damage
+
+
+SELECTIONS: dict[str, tuple[Callable[[], object], str]] = {
+    "missing": (paths.SELECTION.unlink, "run `finercut search` first"),
+    "empty": (lambda: paths.SELECTION.write_bytes(b""), "artifacts/selection.json is not a Selection"),
+    "binary": (lambda: paths.SELECTION.write_bytes(bytes(range(256))), "artifacts/selection.json"),
+    "a list": (lambda: paths.SELECTION.write_bytes(b"[]"), "artifacts/selection.json"),
+    "deep": (lambda: paths.SELECTION.write_bytes(b"[" * 100_000), "artifacts/selection.json"),
+    "no removals": (selected(lambda s: s["removals"].clear()), "nothing to remove"),
+    "too short": (selected(lambda s: s["removals"].__delitem__(slice(1, None))), "set search.removals to auto"),
+    "a sublayer twice": (selected(lambda s: s["removals"].append(s["removals"][0])), "is removed twice"),
+    "no such kind": (selected(lambda s: s["removals"][0].update(candidate="2.attn")), "is not a sublayer"),
+    "no such block": (selected(lambda s: s["removals"][0].update(candidate="9.mlp")), "9.mlp: the model has no"),
+    "divergence a word": (selected(lambda s: s["removals"][0].update(divergence="small")), "removals.0.divergence"),
+    "not nested": (selected(lambda s: s.update(nested=False)), "is not nested"),
+    "other number of blocks": (selected(lambda s: s["origin"].update(n_blocks=5)), "a model of 5 blocks"),
+    "other model": (selected(lambda s: s["origin"].update(model_sha256=64 * "0")), "run `finercut search` again"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), SELECTIONS.values(), ids=SELECTIONS)
+def test_a_selection_that_cannot_be_pruned_by(workspace, damage, message):
     damage()
     assert message in refused("prune")
 

@@ -25,8 +25,8 @@ class ServedModel(PythonModel):
     """Greedy continuation of each prompt."""
 
     def load_context(self, context):
-        self.tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-        # The checkpoint's own modelling file, uploaded with it, serves where finercut is not installed.
+        # The checkpoint's own files, uploaded with it, serve where finercut is not installed.
+        self.tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(
             CHECKPOINT, dtype="auto", trust_remote_code=True, **attention_of(CHECKPOINT)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finercut.model.costs import Cost, Costs
 from finercut.selection.settings import Budget
@@ -34,7 +34,7 @@ class Chosen(Record):
 
     candidate: str
     """12.attention, 12.mlp or 12.block."""
-    divergence: float | None = None
+    divergence: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Of the model after this removal and those before it, on the calibration tokens; None where nobody measured."""
     held_out_divergence: float | None = None
 
@@ -51,6 +51,16 @@ class Selection(Record):
     """Candidates that the method could have removed next. Empty where it went to its end."""
     origin: Origin | None = None
     """None where the method knows of none."""
+
+    @model_validator(mode="after")
+    def _each_sublayer_once(self) -> Selection:
+        seen: set[Sublayer] = set()
+        for chosen in self.removals:
+            sublayers = parse(chosen.candidate).sublayers
+            if not seen.isdisjoint(sublayers):
+                raise ValueError(f"{chosen.candidate} is removed twice")
+            seen.update(sublayers)
+        return self
 
     @property
     def sublayers(self) -> list[Sublayer]:
@@ -82,7 +92,10 @@ class Selection(Record):
         cost, allowed = allowance(budget, costs)
         spent = 0.0
         for n_removals, chosen in enumerate(self.removals):
-            spent += cost.of(parse(chosen.candidate).sublayers)
+            sublayers = parse(chosen.candidate).sublayers
+            if unknown := [str(s) for s in sublayers if s not in cost.by_sublayer]:
+                raise ValueError(f"cannot remove {', '.join(unknown)}: the model has no such sublayer")
+            spent += cost.of(sublayers)
             if not fits(spent, allowed):
                 if n_removals == 0:
                     raise ValueError(

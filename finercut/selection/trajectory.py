@@ -25,7 +25,7 @@ class Line(Record):
         return self.model_dump_json() + "\n"
 
 
-class Provenance(Line, Origin):
+class Provenance(Origin, Line):
     """Everything that decides which removals a search finds. A trajectory continues only under the same one."""
 
     candidates: Literal["attention", "mlp", "both", "blocks"]
