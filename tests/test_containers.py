@@ -1,4 +1,4 @@
-"""What can be known of the container files without a container engine; trials/prove.py carries the Dockerfile out."""
+"""What can be known of the container files without a container engine; trials/dockerfile.py carries the Dockerfile out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
-import prove
+import dockerfile
 import pytest
 import servers
 import yaml
@@ -52,7 +52,7 @@ def test_compose_files_follow_the_specification(file):
 @pytest.mark.parametrize("hardware", ["cpu", "cuda"])
 def test_the_worker_runs_as_a_numbered_user_without_secrets(hardware):
     arguments = {"HARDWARE": hardware}
-    steps = prove.chain(DOCKERFILE, "worker", arguments)
+    steps = dockerfile.chain(DOCKERFILE, "worker", arguments)
     assert [argument for keyword, argument in steps if keyword == "USER"][-1] == "10001"
     installs = [argument for keyword, argument in steps if keyword == "RUN" and "requirements/install" in argument]
     assert [install.split()[-1] for install in installs] == ["lock", "project"]
@@ -74,8 +74,8 @@ def test_the_context_is_what_is_named_and_no_more(tmp_path, monkeypatch):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    monkeypatch.setattr(prove, "PROJECT", tmp_path)
-    seen = prove.context_files((ROOT / ".dockerignore").read_text())
+    monkeypatch.setattr(dockerfile, "PROJECT", tmp_path)
+    seen = dockerfile.context_files((ROOT / ".dockerignore").read_text())
     assert sorted(map(str, seen)) == [".dvc/config", "README.md", "finercut/a.py"]
 
 
@@ -108,7 +108,7 @@ def test_every_service_starts_after_what_it_needs_is_healthy():
     assert set(conditions["worker"]) == {"deploy", "mlflow"}
     assert set(conditions["mlflow"]) == {"postgres", "buckets"}
     assert SERVICES["worker"]["build"]["target"] == "worker"  # whose image has a HEALTHCHECK
-    assert any(keyword == "HEALTHCHECK" for keyword, _ in prove.chain(DOCKERFILE, "worker", {}))
+    assert any(keyword == "HEALTHCHECK" for keyword, _ in dockerfile.chain(DOCKERFILE, "worker", {}))
 
 
 def test_an_empty_workspace_becomes_a_repository_of_the_images_files_and_a_clone_stays_as_it_is(tmp_path):
@@ -244,7 +244,7 @@ def test_the_stores_users_are_made_or_given_their_secrets_anew(tmp_path):
 
 def test_code_and_environment_of_an_image_belong_to_root():
     for target in ("worker", "servers"):
-        steps = prove.chain(DOCKERFILE, target, {"HARDWARE": "cpu"})
+        steps = dockerfile.chain(DOCKERFILE, target, {"HARDWARE": "cpu"})
         user = next(n for n, (keyword, argument) in enumerate(steps) if (keyword, argument) == ("USER", "10001"))
         assert not any(keyword in ("COPY", "RUN") for keyword, _ in steps[user:])
         assert not any("--chown" in argument for keyword, argument in steps if keyword == "COPY")
