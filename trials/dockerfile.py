@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Carries out the Dockerfile without a container engine: the same instructions, in a chroot on a clean Debian.
 
-    sudo trials/dockerfile.py --root /var/tmp/worker [--target worker] [--hardware cpu] [--bind PATH]... -- finercut --help
+    sudo trials/dockerfile.py --root /tmp/worker [--target worker] [--hardware cpu] [--bind PATH]... -- finercut --help
 
 Builds the target under ROOT and then runs ENTRYPOINT with the command as the image's user. Debian's own Python 3.11
 stands for the base image's, mounts of secrets are left out, and layers, namespaces and limits are not tried. PIP_*
