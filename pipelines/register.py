@@ -17,9 +17,9 @@ from finercut.registry.records import Check, RegisterReport
 from finercut.selection.records import SearchReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport
+from finercut.system.records import Environment
 
 from . import dag, paths, reports
-from .environment import Environment
 from .params import Params
 
 logger = logging.getLogger("finercut")

@@ -1,4 +1,4 @@
-"""What can be known of the container files without a container engine; trials/prove.py carries the Dockerfile out."""
+"""What is known of the container files without a container engine; trials/dockerfile.py carries the Dockerfile out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
-import prove
+import dockerfile
 import pytest
 import servers
 import yaml
@@ -52,10 +52,10 @@ def test_compose_files_follow_the_specification(file):
 @pytest.mark.parametrize("hardware", ["cpu", "cuda"])
 def test_the_worker_runs_as_a_numbered_user_without_secrets(hardware):
     arguments = {"HARDWARE": hardware}
-    steps = prove.chain(DOCKERFILE, "worker", arguments)
+    steps = dockerfile.chain(DOCKERFILE, "worker", arguments)
     assert [argument for keyword, argument in steps if keyword == "USER"][-1] == "10001"
     installs = [argument for keyword, argument in steps if keyword == "RUN" and "requirements/install" in argument]
-    assert [install.split()[-1] for install in installs] == ["lock", "project"]
+    assert [install.partition(" &&")[0].split()[-1] for install in installs] == ["lock", "project"]
     assert all("--mount=type=secret" in install for install in installs)
     assert "g++" in str(steps)  # without it, vLLM starts no model
     assert ("NVIDIA_VISIBLE_DEVICES" in str(steps)) == (hardware == "cuda")
@@ -74,8 +74,8 @@ def test_the_context_is_what_is_named_and_no_more(tmp_path, monkeypatch):
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    monkeypatch.setattr(prove, "PROJECT", tmp_path)
-    seen = prove.context_files((ROOT / ".dockerignore").read_text())
+    monkeypatch.setattr(dockerfile, "PROJECT", tmp_path)
+    seen = dockerfile.context_files((ROOT / ".dockerignore").read_text())
     assert sorted(map(str, seen)) == [".dvc/config", "README.md", "finercut/a.py"]
 
 
@@ -108,7 +108,7 @@ def test_every_service_starts_after_what_it_needs_is_healthy():
     assert set(conditions["worker"]) == {"deploy", "mlflow"}
     assert set(conditions["mlflow"]) == {"postgres", "buckets"}
     assert SERVICES["worker"]["build"]["target"] == "worker"  # whose image has a HEALTHCHECK
-    assert any(keyword == "HEALTHCHECK" for keyword, _ in prove.chain(DOCKERFILE, "worker", {}))
+    assert any(keyword == "HEALTHCHECK" for keyword, _ in dockerfile.chain(DOCKERFILE, "worker", {}))
 
 
 def test_an_empty_workspace_becomes_a_repository_of_the_images_files_and_a_clone_stays_as_it_is(tmp_path):
@@ -130,6 +130,8 @@ def test_an_empty_workspace_becomes_a_repository_of_the_images_files_and_a_clone
         ).stdout
 
     assert inside(empty, "git", "ls-files").split() == [".gitignore", "docker/in-workspace", "params.yaml"]
+    (empty / "params.yaml").write_text("changed since")
+    assert inside(empty, "cat", "params.yaml") == "changed since"  # the same image: nothing is unpacked over it
     (image / "params.yaml").write_text("of a newer image")
     (empty / "results").write_text("stay")
     assert inside(empty, "git", "show", "HEAD:params.yaml") == "of a newer image"
@@ -201,9 +203,15 @@ def test_buckets_are_created_once(s3_store):
     for _ in range(2):
         subprocess.run(command, env=os.environ | s3_store.environment, check=True)
     assert {"dvc", "new-bucket"} <= {bucket["Name"] for bucket in s3_store.client().list_buckets()["Buckets"]}
-    (statement,) = json.loads(s3_store.client().get_bucket_policy(Bucket="new-bucket")["Policy"])["Statement"]
-    assert statement["Principal"] == {"AWS": ["somebody"]}
-    assert statement["Resource"] == ["arn:aws:s3:::new-bucket", "arn:aws:s3:::new-bucket/*"]
+    statements = json.loads(s3_store.client().get_bucket_policy(Bucket="new-bucket")["Policy"])["Statement"]
+    assert [statement["Principal"] for statement in statements] == [{"AWS": ["somebody"]}] * 2
+    assert [statement["Resource"] for statement in statements] == [
+        ["arn:aws:s3:::new-bucket"],
+        ["arn:aws:s3:::new-bucket/*"],
+    ]
+    allowed = {action for statement in statements for action in statement["Action"]}
+    assert {"s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject"} <= allowed
+    assert not {action for action in allowed if "*" in action or "Policy" in action or "Acl" in action}
 
 
 def test_only_what_sets_the_store_up_has_the_administrators_keys():
@@ -224,9 +232,6 @@ def test_the_stores_users_are_made_or_given_their_secrets_anew(tmp_path):
     gateway.chmod(0o755)
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "ADMIN_ACCESS_KEY_ID": "root",
-        "ADMIN_SECRET_ACCESS_KEY": "r",
-        "ADMIN_ENDPOINT_URL": "http://s3:7070",
         "MLFLOW_S3_ACCESS_KEY": "mlflow",
         "MLFLOW_S3_SECRET_KEY": "m",
         "WORKER_S3_ACCESS_KEY": "worker",
@@ -234,17 +239,33 @@ def test_the_stores_users_are_made_or_given_their_secrets_anew(tmp_path):
     }
     script = ROOT / "docker/create_users.sh"
     subprocess.run(["sh", script, "MLFLOW", "WORKER"], env=environment, cwd=tmp_path, check=True)
-    admin = "admin --access root --secret r --endpoint-url http://s3:7070"
     assert (tmp_path / "calls").read_text().splitlines() == [
-        f"{admin} create-user --access mlflow --secret m --role user",
-        f"{admin} update-user --access mlflow --secret m",
-        f"{admin} create-user --access worker --secret w --role user",
+        "admin create-user --access mlflow --secret m --role user",
+        "admin update-user --access mlflow --secret m",
+        "admin create-user --access worker --secret w --role user",
     ]
 
 
 def test_code_and_environment_of_an_image_belong_to_root():
     for target in ("worker", "servers"):
-        steps = prove.chain(DOCKERFILE, target, {"HARDWARE": "cpu"})
+        steps = dockerfile.chain(DOCKERFILE, target, {"HARDWARE": "cpu"})
         user = next(n for n, (keyword, argument) in enumerate(steps) if (keyword, argument) == ("USER", "10001"))
         assert not any(keyword in ("COPY", "RUN") for keyword, _ in steps[user:])
         assert not any("--chown" in argument for keyword, argument in steps if keyword == "COPY")
+        given = [argument for _, argument in steps if "--owner" in argument or "chown" in argument]
+        assert all("/opt" not in argument for argument in given)
+
+
+def test_the_images_code_is_compiled_as_nobody_can_write_beside_it_later():
+    (install,) = [a for k, a in dockerfile.chain(DOCKERFILE, "worker", {"HARDWARE": "cpu"}) if a.endswith("pipelines")]
+    assert "compileall" in install.partition("requirements/install")[2]
+
+
+def test_the_dockerfiles_trial_copies_as_copy_does(tmp_path):
+    image = dockerfile.Chroot(tmp_path, [], {})
+    image.apply("WORKDIR", "/opt/finercut")
+    image.apply("COPY", "docker docker")
+    image.apply("COPY", ". .")
+    assert (tmp_path / "opt/finercut/docker/in-workspace").stat().st_mode & 0o111
+    assert (tmp_path / "opt/finercut/pipelines/cli.py").read_text() == (ROOT / "pipelines/cli.py").read_text()
+    assert not (tmp_path / "opt/finercut/tests").exists()

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(path.name for path in (ROOT / "finercut").iterdir() if (path / "__init__.py").is_file())
 # From the bottom: each may import those before it that its ruff.toml does not ban.
 ORDER = ["system", "model", "sources", "selection", "checkpoint", "evaluation", "serving", "registry", "report"]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +46,36 @@ def test_the_project_keeps_its_rules(copy):
 def test_no_room_imports_one_above_it_or_the_pipeline(copy, room):
     above = [f"finercut.{other}" for other in ORDER[ORDER.index(room) + 1 :]]
     stranger = copy / "finercut" / room / "stranger.py"
-    for forbidden in (*above, "pipelines", "prefect", "dvc"):
+    for forbidden in (*above, "pipelines", "finercut.pipelines", "prefect", "dvc"):
         stranger.write_text(f"def use():\n    from {forbidden} import something\n\n    return something\n")
         (found,) = complaints(copy)
         assert found.startswith(f"finercut/{room}/stranger.py:2:"), found
     stranger.unlink()
+
+
+def test_what_every_room_imports_imports_none(copy):
+    stranger = copy / "finercut" / "stranger.py"
+    for room in ROOMS:
+        stranger.write_text(f"from finercut.{room} import something\n")
+        (found,) = complaints(copy)
+        assert found.startswith("finercut/stranger.py:1:"), found
+    stranger.unlink()
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if (ROOT / f"pipelines/{s}.py").is_file()])
+def test_no_module_of_the_pipeline_imports_a_stage(copy, stage):
+    stranger = copy / "pipelines" / "stranger.py"
+    stranger.write_text(f"from . import {stage}\n")
+    (found,) = complaints(copy)
+    assert found.startswith("pipelines/stranger.py:1:"), found
+    stranger.unlink()
+
+
+def test_a_change_of_the_rules_makes_no_stage_run_again():
+    rules = [f"finercut/{room}/{name}" for room in ROOMS for name in ("ruff.toml", ".ruff_cache")]
+    dvc = Path(sys.executable).with_name("dvc")
+    ignored = subprocess.run([dvc, "check-ignore", *rules], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ignored.stdout.split() == rules
 
 
 @pytest.mark.parametrize(

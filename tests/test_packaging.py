@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -49,22 +50,66 @@ def test_the_wheel_brings_the_command_vllms_plugin_and_the_licence(wheel):
     assert content("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 
-def test_the_wheel_unpacked_anywhere_runs(wheel, tmp_path):
-    wheel.extractall(tmp_path)
-    code = (
-        "import sys; from finercut.system import command; sys.argv = ['finercut', '--help']\n"
-        "try: command.main()\n"
-        "finally: print(sys.modules['finercut.pipelines.cli'].__file__, 'pipelines' in sys.modules)"
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """What runs a program in an environment that has the wheel, and of this one all but the project itself."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "venv", "--without-pip", folder / "venv"]
+    subprocess.run(command, check=True)
+    (packages,) = (folder / "venv/lib").glob("python*/site-packages")
+    pip = [sys.executable, "-m", "pip", "--python", folder / "venv/bin/python", "install", "--quiet", "--no-index"]
+    subprocess.run([*pip, "--no-deps", wheel.filename], check=True)
+    others = folder / "others"  # a link each: an editable install of the project is among them, by a .pth file
+    others.mkdir()
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if not package.name.lower().startswith(("finercut", "_finercut", "__editable__")):
+            (others / package.name).symlink_to(package)
+    (packages / "others.pth").write_text(f"{others}\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(program: str, *arguments: str) -> str:
+        command = [folder / "venv/bin" / program, *arguments]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_an_environment_with_the_wheel_has_the_command_and_no_package_called_pipelines(installed):
+    found = "import importlib.util as u, finercut; print(u.find_spec('pipelines'), finercut.__file__)"
+    said = installed("python", "-c", found)
+    assert said.startswith("None ")
+    assert str(ROOT) not in said
+    assert installed("finercut", "--version") == f"finercut {finercut.__version__}\n"
+    assert "finercut inspect" in installed("finercut", "--help")
+
+
+@pytest.mark.slow  # imports torch and transformers anew
+def test_an_environment_with_the_wheel_inspects_a_checkpoint_and_shows_vllm_the_plugin(installed, tiny_pruned):
+    assert "2 of 8 sublayers removed" in installed("finercut", "inspect", str(tiny_pruned))
+    plugin = (
+        "from importlib.metadata import entry_points\n"
+        "(found,) = [e for e in entry_points(group='vllm.general_plugins') if e.name == 'finercut']\n"
+        "print(found.load().__module__)"
     )
-    shown = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
-    assert f"{tmp_path}/finercut/pipelines/cli.py False" in shown
-    assert "finercut inspect" in shown
+    assert installed("python", "-c", plugin) == "finercut.serving.vllm_plugin\n"
+
+
+@pytest.mark.slow  # imports Prefect anew
+def test_stages_start_by_name_from_the_wheel_as_from_a_clone(installed):
+    code = (
+        "from finercut.pipelines import cli, deployment\n"
+        "print(cli._stage('calibrate').__module__, cli._stage('heal').func.__module__, deployment.ENTRYPOINT)"
+    )
+    names = installed("python", "-c", code).split()
+    assert names == ["finercut.pipelines.calibrate", "finercut.pipelines.steps", "finercut.pipelines.flow.compress"]
 
 
 def test_the_version_is_written_once():
-    assert importlib.metadata.version("finercut") == finercut.__version__
     assert f"## {finercut.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert finercut.__version__ not in (ROOT / "pyproject.toml").read_text()
+    assert CliRunner().invoke(main, ["--version"]).output == f"finercut {finercut.__version__}\n"
 
 
 def commands(pattern: str) -> list[str]:

