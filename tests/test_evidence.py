@@ -56,6 +56,42 @@ def test_what_a_younger_finercut_writes_beside_is_passed_over(folder):
     assert evidence.read(folder, "7").evaluate.mean_retention == 0.75
 
 
+def test_what_no_rule_needs_may_be_missing(folder):
+    proved = json.loads((folder / "prove.json").read_text())
+    (folder / "prove.json").write_text(json.dumps({name: proved[name] for name in ("claims", "sha256")}))
+    assert [claim.name for claim in evidence.read(folder, "7").claims] == ["prune"]
+
+
+def test_settings_that_a_report_does_not_record_come_from_the_versions_params(folder):
+    found = evidence.read(folder, "7")
+    assert (found.evaluate.seed, found.throughput.kv_cache_gib, found.throughput.max_model_len) == (None, None, None)
+    throughput = {"kv_cache_gib": 1.0, "max_model_len": 512, "speed_up": 9.0}
+    params = {"evaluate": {"seed": 1234}, "throughput": throughput, "retention": {"versions": 3}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    found = evidence.read(folder, "7")
+    assert (found.evaluate.seed, found.throughput.kv_cache_gib, found.throughput.max_model_len) == (1234, 1.0, 512)
+    assert found.throughput.speed_up == 1.25
+    change(folder / "throughput.json", kv_cache_gib=2.0)
+    assert evidence.read(folder, "7").throughput.kv_cache_gib == 2.0
+
+
+@pytest.mark.parametrize("text", ["evaluate: 3", "evaluate: {seed: yes}", "- a", "a: ["])
+def test_params_of_another_form_complete_nothing(folder, text):
+    (folder / "params.yaml").write_text(text)
+    assert evidence.read(folder, "7").evaluate.seed is None
+
+
+def test_evidence_that_is_a_file_is_no_evidence(folder):
+    with pytest.raises(ValueError, match=r"^version 7 carries no evidence/prune\.json: register it again$"):
+        evidence.read(folder / "evaluate.json", "7")
+
+
+def test_a_source_with_fields_of_a_newer_version_is_read(folder):
+    source = {"kind": "hub", "repository": "a/b", "revision": "main", "mirror": "eu"}
+    (folder / "params.yaml").write_text(yaml.safe_dump({"fetch": {"source": source, "format": 1}}))
+    assert evidence.source_of_whole(folder, "7").source.revision == "main"
+
+
 def test_a_report_that_is_missing_or_lacks_what_is_needed_is_named(folder):
     change(folder / "throughput.json", speed_up="fast")
     with pytest.raises(ValueError, match=r"^evidence/throughput\.json of version 7 has no valid speed_up: "):

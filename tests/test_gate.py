@@ -72,6 +72,20 @@ def test_a_claim_without_figures_counts_by_its_word():
         assert (check.passed, check.value, check.limit) == (holds, None, None)
 
 
+def test_a_claim_with_figures_and_no_limit_counts_by_its_word_but_not_by_nan():
+    figures = {"max_logit_difference": 0.0, "n_tokens": 16}
+    check = judged(claim={"figures": figures, "limit": None})["claim.prune"]
+    assert (check.passed, check.value, check.limit) == (True, 0.0, None)
+    assert check.reason == "the claim of prune, equals the masked whole model, holds (0)"
+    assert not judged(claim={"figures": figures, "limit": None, "holds": False})["claim.prune"].passed
+    assert not judged(claim={"figures": {"max_logit_difference": math.nan}, "limit": None})["claim.prune"].passed
+
+
+def test_one_nan_among_the_figures_of_a_claim_fails():
+    figures = {"max_logit_difference": 0.0, "max_logit_difference_cached": math.nan}
+    assert "(not a number; at most 0.001)" in judged(claim={"figures": figures})["claim.prune"].reason
+
+
 def test_every_claim_must_hold():
     claims = [example_reports.claim(), example_reports.claim(name="serve", holds=False)]
     checks = gate.check(claims, example_reports.evaluate(), example_reports.throughput(), **LIMITS)

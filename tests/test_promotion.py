@@ -118,6 +118,8 @@ def test_perplexity_counts_on_the_same_held_out_tokens_only():
         ({"input_tokens": 16}, "input_tokens"),
         ({"output_tokens": 16}, "output_tokens"),
         ({"concurrency": 4}, "concurrency"),
+        ({"n_warmups": 3}, "n_warmups"),
+        ({"n_rounds": 9}, "n_rounds"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"enforce_eager": False}, "enforce_eager"),
         ({"hardware": "other"}, "hardware"),
@@ -135,12 +137,26 @@ def test_speed_up_counts_under_the_same_load_only(load, name):
 
 
 @pytest.mark.parametrize(
-    ("how", "name"), [({"lm_eval_version": "0.5"}, "lm_eval_version"), ({"dtype": "float32"}, "dtype")]
+    ("how", "name"),
+    [
+        ({"lm_eval_version": "0.5"}, "lm_eval_version"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"transformers_version": "5.20.0"}, "transformers_version"),
+        ({"seed": 1}, "seed"),
+    ],
 )
 def test_scores_of_another_lm_eval_or_dtype_are_not_compared(how, name):
-    check = compared(measured(tasks={"a": task(0.1)}, evaluate=how), measured("1"))["retention"]
+    champion = measured("1", evaluate={"transformers_version": "5.19.0", "seed": 1234})
+    how = {"transformers_version": "5.19.0", "seed": 1234} | how
+    check = compared(measured(tasks={"a": task(0.1)}, evaluate=how), champion)["retention"]
     assert check.passed
     assert check.reason == f"retention is not compared: measured with other {name}"
+
+
+def test_a_version_of_transformers_that_0_1_did_not_record_keeps_nothing_from_being_compared():
+    newer = {"transformers_version": "5.19.0"}
+    checks = compared(measured(tasks={"a": task(0.1)}, evaluate=newer | {"perplexity_ratio": 9.0}), measured("1"))
+    assert [name for name, check in checks.items() if not check.passed] == ["retention", "perplexity_ratio"]
 
 
 def test_perplexities_in_another_dtype_are_not_compared():
@@ -183,6 +199,18 @@ def test_a_speed_up_within_the_rounds_spread_is_no_slower():
     for speed_up, expected in ((0.48, []), (0.47, ["speed_up"])):
         challenger = measured(throughput={"speed_up": speed_up, "speed_up_spread": spread(0.4, 0.6)})
         assert failed(challenger, champion) == expected
+
+
+@pytest.mark.parametrize("error", [math.inf, math.nan])
+def test_noise_that_is_no_number_excuses_nothing(error):
+    def noisy(retention):
+        return {"a": task(retention, whole_stderr=error, pruned_stderr=error)}
+
+    spread = Spread(median=1.25, low=-error, high=error)
+    champion = measured("1", tasks=noisy(0.75), throughput={"speed_up_spread": spread})
+    assert failed(measured(tasks=noisy(0.75), throughput={"speed_up_spread": spread}), champion) == []
+    worse = measured(tasks=noisy(0.62), throughput={"speed_up": 0.6, "speed_up_spread": spread})
+    assert failed(worse, champion) == ["retention", "speed_up"]
 
 
 @pytest.mark.parametrize(

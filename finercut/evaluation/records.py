@@ -58,7 +58,9 @@ class TaskFigures(Record):
         if not self.retention:
             return 0.0
         scores = ((self.whole, self.whole_stderr), (self.pruned, self.pruned_stderr))
-        return self.retention * math.hypot(*(error / value for value, error in scores if value and error))
+        return self.retention * math.hypot(
+            *(error / value for value, error in scores if value and error and math.isfinite(error))
+        )
 
 
 class TaskResult(TaskFigures):
@@ -78,6 +80,9 @@ class Evaluation(Record):
     perplexity_ratio: float
     dtype: str | None = None
     lm_eval_version: str | None = None
+    transformers_version: str | None = None
+    seed: int | None = None
+    """Of lm-eval's draws; None in a report: `evaluate.seed` in the params.yaml beside it."""
 
 
 class EvaluateReport(Evaluation):
@@ -91,5 +96,4 @@ class EvaluateReport(Evaluation):
     whole_bits_per_byte: float
     pruned_bits_per_byte: float
     lm_eval_version: str
-    transformers_version: str | None = None
     torch_version: str | None = None

@@ -1,17 +1,19 @@
 """The measurements stored with a registered version, in the `evidence/` that it carries.
 
-A version may be older or younger than this finercut: only what promotion and the repeated checks need has to be there.
+A version may be older or newer than this finercut: only the fields that promotion and the repeated checks use are
+required.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from finercut.checkpoint.records import Claim, ParityReport, ProveReport, Pruned
+from finercut.checkpoint.records import Claim, ParityReport, Proved, Pruned
 from finercut.evaluation.records import Evaluation
 from finercut.serving.records import Speed
 from finercut.sources.records import HeldOut, WholeModel
@@ -47,12 +49,13 @@ def read(directory: Path, version: str) -> Evidence:
     """
     pruned = _report(directory, "prune", Pruned, version)
     sha256, claims = _proof(directory, version, pruned)
+    params = _params(directory)
     return Evidence(
         version=version,
         sha256=sha256,
         claims=claims,
-        evaluate=_report(directory, "evaluate", Evaluation, version),
-        throughput=_report(directory, "throughput", Speed, version),
+        evaluate=_completed(_report(directory, "evaluate", Evaluation, version), params, "evaluate"),
+        throughput=_completed(_report(directory, "throughput", Speed, version), params, "throughput"),
         calibrate=_report(directory, "calibrate", HeldOut, version),
         prune=pruned,
         fetch=_report(directory, "fetch", WholeModel, version),
@@ -62,9 +65,9 @@ def read(directory: Path, version: str) -> Evidence:
 def _proof(directory: Path, version: str, pruned: Pruned) -> tuple[str, tuple[Claim, ...]]:
     """The hash of the weights that were proved, and the claims."""
     if (directory / "prove.json").is_file() or not (directory / "parity.json").is_file():
-        proved = _report(directory, "prove", ProveReport, version)
+        proved = _report(directory, "prove", Proved, version)
         return proved.sha256, tuple(proved.claims)
-    # Of version 0.1, which pruned only, and knew one claim.
+    # Version 0.1 had one step, pruning, and checked its claim under the name of parity.
     found = _report(directory, "parity", ParityReport, version)
     figures = {
         "max_logit_difference": found.max_logit_difference,
@@ -84,7 +87,7 @@ def _report(directory: Path, stage: str, kind: type[_Kind], version: str) -> _Ki
     path = directory / f"{stage}.json"
     try:
         return kind.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ValueError(f"version {version} carries no evidence/{path.name}: register it again") from error
     except ValidationError as error:
         problem = error.errors()[0]
@@ -92,13 +95,42 @@ def _report(directory: Path, stage: str, kind: type[_Kind], version: str) -> _Ki
         raise ValueError(f"evidence/{path.name} of version {version} has no valid {where}: {problem['msg']}") from error
 
 
+# Settings that a report need not repeat: the version's params.yaml has them, also that of version 0.1.
+_SETTINGS = {"evaluate": ("seed",), "throughput": ("kv_cache_gib", "max_model_len")}
+
+
+def _completed(report: _Kind, params: Mapping[str, Any], section: str) -> _Kind:
+    """`report` with the settings that it did not record."""
+    settings = params.get(section)
+    if not isinstance(settings, Mapping):
+        return report
+    return report.model_copy(
+        update={
+            name: settings[name]
+            for name in _SETTINGS[section]
+            if getattr(report, name) is None and isinstance(settings.get(name), int | float)
+        }
+    )
+
+
+def _params(directory: Path) -> Mapping[str, Any]:
+    """The version's params.yaml; empty where there is none that can be read."""
+    try:
+        params = yaml_files.read(directory / "params.yaml")
+    except (OSError, ValueError):
+        return {}
+    return params if isinstance(params, Mapping) else {}
+
+
 def source_of_whole(directory: Path, version: str) -> Fetch:
-    """Where the version's whole model came from, as its params.yaml says.
+    """The source of the version's whole model, from its params.yaml.
+
+    Fields that another version added are ignored, as in reports: what is fetched must have the recorded hash.
 
     Raises:
-        ValueError: it carries none, or one without a valid `fetch`.
+        ValueError: there is no params.yaml, or it has no valid `fetch`.
     """
     try:
-        return Fetch.model_validate(yaml_files.read(directory / "params.yaml")["fetch"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return Fetch.model_validate(_params(directory)["fetch"], extra="ignore")
+    except (ValueError, KeyError) as error:
         raise ValueError(f"evidence/params.yaml of version {version} names no source of a whole model") from error

