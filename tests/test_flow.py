@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,16 +15,18 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
+import yaml
 from holder import holding
 from prefect.client.orchestration import get_client
 from toy import ROOT, STAGES, make_toy, write
 
 from finercut.registry.ledger import Ledger
 from finercut.registry.records import RegisterReport
+from finercut.sources import revisions
 from finercut.system.staging import HELD_BY
 from pipelines import dag, paths, register
-from pipelines.flow import compress, run_group
-from pipelines.params import load
+from pipelines.flow import _edited, compress, run_group
+from pipelines.params import Params, load
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -100,6 +103,54 @@ def test_a_second_execution_runs_nothing_logs_every_figure_again_and_makes_no_ve
     assert run.data.metrics["throughput/speed_up"] == 1.25
     history = client.get_metric_history(run.info.run_id, "curve/held_out_divergence")
     assert [(m.step, m.value) for m in history] == [(1, 0.1), (2, 0.375)]
+
+
+def written_by_another_version(**changes):
+    """reports/evaluate.json changed (None: without the field), and DVC's cache with it."""
+    path = Path("reports/evaluate.json")
+    content = json.loads(path.read_text()) | changes
+    path.unlink()  # a link into the cache
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    subprocess.run([sys.executable, "-m", "dvc", "commit", "--quiet", "--force", "evaluate"], check=True)
+
+
+def test_a_cached_report_that_lacks_what_this_version_needs_is_made_again(toy):
+    compress()
+    written_by_another_version(whole_perplexity=None)
+    assert compress().status == "already registered"
+    run = runs(toy["flow"]["experiment"])[0]
+    assert {name: run.data.tags[f"stage.{name}"] for name in STAGES} == {
+        "prune": "cached",
+        "evaluate": "ran",
+        "throughput": "cached",
+    }
+
+
+def test_a_cached_report_with_a_field_of_a_later_version_is_read(toy):
+    compress()
+    written_by_another_version(from_the_future=1)
+    assert compress().status == "already registered"
+    run = runs(toy["flow"]["experiment"])[0]
+    assert {name: run.data.tags[f"stage.{name}"] for name in STAGES} == dict.fromkeys(STAGES, "cached")
+
+
+def test_a_stage_whose_local_source_was_edited_is_to_run_again(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "mine")
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["fetch"]["source"] = {"kind": "local", "path": "mine"}
+    settings = Params.model_validate(values)
+    fetch, prune = dag.Stage("fetch", ()), dag.Stage("prune", ())
+    assert not _edited(fetch, settings)  # it has never run
+    paths.REPORTS.mkdir()
+    paths.report("fetch").write_text(json.dumps({"revision": revisions.current(settings.fetch.source)}))
+    assert not _edited(fetch, settings)
+    with Path("mine/tokenizer.json").open("a") as file:
+        file.write(" ")
+    assert _edited(fetch, settings)
+    assert not _edited(prune, settings)
+    shutil.rmtree("mine")  # what is not there was not edited: DVC's cache has what was taken
+    assert not _edited(fetch, settings)
 
 
 def test_a_model_that_fails_the_gate_is_recorded_with_the_reason_and_not_registered(toy):

@@ -1,14 +1,23 @@
 """MLflow runs and registered versions, in a real SQLite store."""
 
 import json
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import mlflow
 import pytest
+import torch
+from conftest import make_tokenizer
+from family_models import CASES, random_model
 
-from finercut.registry import runs, server, versions
+from finercut.checkpoint.writing import write_pruned
+from finercut.model.loading import load_pruned
+from finercut.registry import runs, served_model, server, versions
 from finercut.registry.versions import Registered
+from finercut.sublayers import Sublayer
 from pipelines import inspection
 
 
@@ -166,3 +175,24 @@ def test_a_version_that_something_else_made_does_not_count(run):
     run.client.create_registered_model("strangers")
     run.client.create_model_version("strangers", source=f"runs:/{run.run_id}/x", run_id=run.run_id)
     assert versions.find_version(run, "strangers", "md5") is None
+
+
+def test_a_model_with_soft_caps_is_served_as_it_was_evaluated(tmp_path):
+    model_type, changes = CASES["gemma2"]
+    random_model(model_type, **changes).save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    write_pruned(tmp_path / "whole", [Sublayer(1, "mlp")], tmp_path / "version" / "checkpoint", {}, "")
+    shutil.copy(served_model.__file__, tmp_path / "version")
+    code = (
+        "import json, sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "import served_model\n"
+        "served = served_model.ServedModel(); served.load_context(None)\n"
+        "ids = torch.tensor([json.loads(sys.argv[2])])\n"
+        "print(json.dumps(served.model(ids).logits[0, -1].tolist()))"
+    )
+    ids = [3, 50, 120, 7, 90]
+    command = [sys.executable, "-c", code, str(tmp_path / "version"), json.dumps(ids)]
+    served = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    with torch.no_grad():
+        expected = load_pruned(tmp_path / "version" / "checkpoint")(torch.tensor([ids])).logits[0, -1]
+    assert torch.allclose(torch.tensor(served), expected, atol=1e-5)
