@@ -190,13 +190,13 @@ def _add_stage(name: str, explanation: str) -> None:
         # Of the processes that torchrun starts, on one or several machines, the first alone writes files.
         follows = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
         with nullcontext() if follows else exclusive(paths.WORK):
-            _stage(name)(settings, **options)
+            runner(name)(settings, **options)
 
     command = main.command(name, help=explanation, short_help=explanation.partition("\n")[0])(run_stage)
     command.params += OPTIONS.get(name, [])
 
 
-def _stage(name: str) -> Callable[[Params], object]:
+def runner(name: str) -> Callable[[Params], object]:
     """What runs a stage: its module, or for a step that needs none `pipelines.steps`."""
     if importlib.util.find_spec(f"{__package__}.{name}") is not None:
         return importlib.import_module(f"{__package__}.{name}").run
@@ -273,7 +273,7 @@ def inspect(what: str) -> None:
     """Describe a checkpoint, trajectory or registered version.
 
     \b
-    finercut inspect artifacts/pruned
+    finercut inspect artifacts/healed
     finercut inspect artifacts/trajectory.jsonl
     finercut inspect models:/finercut-smollm2-135m@challenger
     """

@@ -90,9 +90,9 @@ def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, health, si
         Path("gate.sh").write_text(GATE)
         Path("params/other.yaml").write_text((ROOT / "params.yaml").read_text())
         gated = STAGES["evaluate"] | {"cmd": f"sh gate.sh && {STAGES['evaluate']['cmd']}", "params": ["evaluate.seed"]}
-        another = "grep error_probability params.yaml >> artifacts/pruned/model.safetensors"
+        another = "grep error_probability params.yaml >> artifacts/healed/model.safetensors"
         prune = STAGES["prune"] | {"cmd": f"{STAGES['prune']['cmd']} && {another}"}
-        throughput = STAGES["throughput"] | {"deps": [*STAGES["throughput"]["deps"], "artifacts/pruned"]}
+        throughput = STAGES["throughput"] | {"deps": [*STAGES["throughput"]["deps"], "artifacts/healed"]}
         settings = make_toy({"prune": prune, "evaluate": gated, "throughput": throughput})
         said = [deploy(alerts[1]) for _ in range(2)]
         assert said[0] == said[1]
@@ -289,7 +289,7 @@ def test_a_run_that_is_killed_with_its_machine_is_called_crashed(soon_silent, al
 
 def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_disk(deployed, site):
     """`make soak` does the same many times, with real stages."""
-    named = {"register.name": site.name, "flow.experiment": site.name, "retention.versions": 1}
+    named = {"register.name": site.name, "flow.experiment": site.name, "collect.versions": 1}
 
     def run(error_probability, ending="registered", **others):
         return Planned({"search.error_probability": error_probability}, named | others, ending)

@@ -7,7 +7,6 @@ moments fall into their work and not into their imports.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 import math
@@ -30,7 +29,7 @@ import yaml
 from toy import ROOT
 
 DECLARED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-CHEAP = ("fetch", "calibrate", "search", "prune", "evaluate")
+CHEAP = ("fetch", "calibrate", "search", "prune", "heal", "evaluate_whole", "evaluate")
 # What a report says of how long something took, or of how often it was started; everything else is compared.
 TIMINGS = {
     "search": {"seconds", "resumed_after"},
@@ -38,7 +37,7 @@ TIMINGS = {
     "register": {"run_id", "status"},
 }
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload([f"pipelines.{stage}" for stage in (*CHEAP, "register")])
+_forks.set_forkserver_preload([f"pipelines.{stage}" for stage in (*(set(CHEAP) - {"heal"}), "register", "steps")])
 
 # Starting a process asks all others for their status, which each tells once: a thread must not ask meanwhile.
 _one_at_a_time = threading.Lock()
@@ -81,11 +80,11 @@ def _work(stage: str, root: str, log: str, environment: dict[str, str]) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from pipelines import params
+    from pipelines import cli, params
 
     # The removals a search announces are what its second run must not make again.
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    importlib.import_module(f"pipelines.{stage}").run(params.load())
+    cli.runner(stage)(params.load())
 
 
 def run(stage: str, root: Path, kill_after_s: float | None = None, since: str = "", **environment: str) -> float | None:
@@ -176,6 +175,8 @@ OTHER = {
     "calibrate": ("calibrate", "shuffle_seed", 7),
     "search": ("search", "removals", 4),
     "prune": ("prune", "budget", {"unit": "sublayers", "amount": 2}),
+    "heal": ("heal", "method", "none"),  # there is no other
+    "evaluate_whole": ("evaluate", "seed", 99),
     "evaluate": ("evaluate", "seed", 99),
 }
 

@@ -295,7 +295,12 @@ def _record(site: Site, flow_run) -> Record:
     return Record(
         prefect=flow_run.state.type.value,
         mlflow=tuple(run.info.status for run in runs),
-        stages={name.removeprefix("stage."): how for name, how in tags.items() if name.startswith("stage.")},
+        # `environment` runs every time.
+        stages={
+            name.removeprefix("stage."): how
+            for name, how in tags.items()
+            if name.startswith("stage.") and name != "stage.environment"
+        },
         register=tags.get("register"),
         version=report.get("version"),
         made=_in_order(str(v.version) for v in versions if runs and v.run_id == runs[0].info.run_id),

@@ -38,8 +38,9 @@ BOUNDED = ("workspace", "checkpoints", "worker")
 
 
 # What each setting of the plan makes run again, by hand from dvc.yaml.
-STAGES = ("fetch", "calibrate", "search", "prune", "evaluate", "throughput")
-CONCERNED = {"calibrate.shuffle_seed": STAGES[1:], "prune.budget.amount": STAGES[3:]}
+OF_THE_BUDGET = ("search", "prune", "heal", "prove", "evaluate", "throughput")
+STAGES = ("fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput")
+CONCERNED = {"calibrate.shuffle_seed": STAGES[1:], "prune.budget.amount": OF_THE_BUDGET}
 
 
 def plan(n_runs: int) -> list[Planned]:
