@@ -186,17 +186,22 @@ def prefect_server(tmp_path_factory, postgres):
 
 
 # A test that uses one of these waits for a server, for a database's first use, or for vLLM.
-SLOW_FIXTURES = {"mlflow_server", "mlflow_store", "postgres", "prefect_server", "s3_store"}
+SLOW_FIXTURES = {"compressed", "mlflow_server", "mlflow_store", "postgres", "prefect_server", "s3_store"}
 # All of what is in these takes long: whole pipelines, engines, kills, every family.
 SLOW_FILES = {
+    "test_adding_a_step",
+    "test_benchmarks",
     "test_distributed",
     "test_end_to_end",
     "test_evaluation",
     "test_families",
     "test_faults",
+    "test_ledger",
+    "test_older_versions",
     "test_remote_code",
     "test_search_and_prune",
     "test_serving",
+    "test_sources",
     "test_vllm_engines",
     "test_vllm_front_ends",
     "test_vllm_plugin",
