@@ -187,7 +187,10 @@ def test_examples_for_a_task_that_takes_none_are_refused():
 )
 def test_retention_is_what_is_left_of_the_whole_models_score(whole, pruned, higher_is_better, retention):
     (task,) = load_tasks([Task(name="finercut_copying", metric="exact_match")])
-    both = [Score(value, None, 10, 60, 6, higher_is_better) for value in (whole, pruned)]
+    both = [
+        Score(value=value, stderr=None, n_samples=10, n_available=60, n_fewshot=6, higher_is_better=higher_is_better)
+        for value in (whole, pruned)
+    ]
     result = compare(task, *both)
     assert result.retention == (None if retention is None else pytest.approx(retention))
     assert result.generative

@@ -19,6 +19,7 @@ from servers import open_to_others
 
 from finercut.checkpoint.records import Claim, ProveReport
 from finercut.checkpoint.writing import write_pruned
+from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
 from finercut.serving import vllm_engine
@@ -235,9 +236,9 @@ def stages(pruned, tiny_model, tokens, tmp_path, monkeypatch):
 
 def proved(holds):
     claim = Claim(name="prune", statement="equals", holds=holds, figures={}, limit=0.1)
-    ProveReport(claims=[claim], engine="vllm 0", torch_version="2", transformers_version="5").write(
-        paths.report("prove")
-    )
+    sha256 = ModelDirectory(paths.FINAL).weights_sha256
+    report = ProveReport(sha256=sha256, claims=[claim], engine="vllm 0", torch_version="2", transformers_version="5")
+    report.write(paths.report("prove"))
 
 
 def test_a_checkpoint_whose_claim_does_not_hold_is_not_timed(stages):
