@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import mlflow
 import pytest
 import servers
 
@@ -145,6 +146,8 @@ def mlflow_store(_mlflow_directory, monkeypatch) -> str:
     monkeypatch.chdir(_mlflow_directory)
     uri = f"sqlite:///{_mlflow_directory}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    # Clients made without a URI go where the last `set_tracking_uri` of this process says.
+    mlflow.set_tracking_uri(uri)
     return uri
 
 

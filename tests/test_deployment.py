@@ -90,7 +90,7 @@ def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, health, si
         Path("gate.sh").write_text(GATE)
         Path("params/other.yaml").write_text((ROOT / "params.yaml").read_text())
         gated = STAGES["evaluate"] | {"cmd": f"sh gate.sh && {STAGES['evaluate']['cmd']}", "params": ["evaluate.seed"]}
-        another = "grep error_probability params.yaml >> artifacts/healed/model.safetensors"
+        another = "grep -o 'error_probability: [0-9.]*' params.yaml >> artifacts/healed/model.safetensors"
         prune = STAGES["prune"] | {"cmd": f"{STAGES['prune']['cmd']} && {another}"}
         throughput = STAGES["throughput"] | {"deps": [*STAGES["throughput"]["deps"], "artifacts/healed"]}
         settings = make_toy({"prune": prune, "evaluate": gated, "throughput": throughput})

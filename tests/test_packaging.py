@@ -100,7 +100,7 @@ def test_an_environment_with_the_wheel_inspects_a_checkpoint_and_shows_vllm_the_
 def test_stages_start_by_name_from_the_wheel_as_from_a_clone(installed):
     code = (
         "from finercut.pipelines import cli, deployment\n"
-        "print(cli._stage('calibrate').__module__, cli._stage('heal').func.__module__, deployment.ENTRYPOINT)"
+        "print(cli.runner('calibrate').__module__, cli.runner('heal').func.__module__, deployment.ENTRYPOINT)"
     )
     names = installed("python", "-c", code).split()
     assert names == ["finercut.pipelines.calibrate", "finercut.pipelines.steps", "finercut.pipelines.flow.compress"]

@@ -174,6 +174,10 @@ CREDENTIALS = [
     "npm_config_authToken",
     "BASIC_AUTH",
     "AZURE_STORAGE_CONNECTION_STRING",
+    "PREFECT_API_AUTH_STRING",
+    "REGISTRY_AUTH_HEADER",
+    "HTTP_AUTHORIZATION",
+    "SESSION_COOKIE",
 ]
 PAPER = (ROOT / "params/paper-llama3-8b.yaml").read_text()
 (REPOSITORY,) = set(re.findall(r"repository: (\S+)", PAPER))

@@ -15,7 +15,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 _NAMES = re.compile(
     r"""(?:
         (?<!BOS_)(?<!EOS_)(?<!PAD_)(?<!UNK_)(?<!SEP_)(?<!CLS_)(?<!MASK_)(?<!STOP_)(?<!SPECIAL_)(?<!PER_)TOKEN
-        | PASSWORD | PASSWD | PASSPHRASE | SECRETS? | API[_-]?KEYS? | CONNECTION_STRING | JWT
+        | PASSWORD | PASSWD | PASSPHRASE | SECRETS? | API[_-]?KEYS? | JWT | AUTHORIZATION | COOKIE
+        | (?:AUTH|CONNECTION)[_-](?:STRING|HEADERS?)
         | (?:ACCESS|ACCOUNT|AUTH|DEPLOY|ENCRYPTION|FERNET|MASTER|PRIVATE|SECRET|SIGNING|STORAGE)
           [_-]?KEY(?:_?(?:ID|BASE))?
         | (?:^|[_-])(?:PASS|PAT|AUTH|CREDENTIALS?|WEBHOOK(?:_UR[IL])?)
