@@ -59,7 +59,8 @@ def search(
         calibration: token ids, (samples, tokens): what decides.
         held_out: token ids, (samples, tokens): only measured, after each removal.
         n_removals: how many candidates to remove in all, `earlier` included.
-        divergence: js, kl, angular, norm or js_official; or perplexity, see `Bench`.
+        divergence: js, kl, angular, norm or js_official; or perplexity, see `Bench`, which falls with some removals,
+            so that lazy and racing are wrong.
         kinds: attention, mlp, both, blocks or any.
         protect: names of sublayers and blocks that stay.
         exclude: the authors' rule for the front blocks, see `FrontExclusion`; None for none.
