@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 KINDS = ("attention", "mlp")
-CandidateKinds = str  # "attention", "mlp", "both" or "blocks"
+CandidateKinds = str  # "attention", "mlp", "both", "blocks", or "any": single sublayers and whole blocks
 
 
 @dataclass(frozen=True, order=True)
@@ -59,6 +59,8 @@ def candidates(n_blocks: int, kinds: CandidateKinds = "both") -> list[Candidate]
     """Everything a search over `kinds` could remove, by depth."""
     if kinds == "blocks":
         return [parse(f"{i}.block") for i in range(n_blocks)]
+    if kinds == "any":
+        return sorted([*candidates(n_blocks, "both"), *candidates(n_blocks, "blocks")])
     chosen = KINDS if kinds == "both" else (kinds,)
     return [Candidate((Sublayer(i, kind),)) for i in range(n_blocks) for kind in chosen]
 
@@ -107,12 +109,17 @@ def open_candidates(
     protected_sublayers: frozenset[Sublayer] = frozenset(),
     exclusion: FrontExclusion | None = None,
 ) -> list[Candidate]:
-    """The candidates the next removal may take, by depth."""
-    gone = set(removed)
+    """The candidates the next removal may take, by depth. None of their sublayers is gone."""
+    gone = {s for candidate in removed for s in candidate.sublayers}
     return [
         c
         for c in all_candidates
-        if c not in gone
+        if gone.isdisjoint(c.sublayers)
         and protected_sublayers.isdisjoint(c.sublayers)
         and not (exclusion and exclusion.covers(c, len(removed)))
     ]
+
+
+def most_removals(open_: Iterable[Candidate]) -> int:
+    """How many of these candidates can be removed one after the other: a block and its sublayers exclude each other."""
+    return len({candidate.sublayers[0] for candidate in open_})

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import logging
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,12 +25,15 @@ from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_whole
 from finercut.registry import live
 from finercut.report.pictures import divergence_curves
-from finercut.selection import distributed, greedy, streaming, trajectory
+from finercut.selection import distributed, greedy, streaming, swaps, trajectory
+from finercut.selection.baselines import OBJECTIVES, ORDERS
+from finercut.selection.bench import Bench, measured
 from finercut.selection.goal import Goal
 from finercut.selection.records import SearchReport
-from finercut.selection.settings import Budget, Search
-from finercut.selection.trajectory import Provenance, Removal, Trajectory
+from finercut.selection.settings import NOT_NESTED, STEPWISE, Budget, Search
+from finercut.selection.trajectory import Provenance, Removal, Step, Trajectory
 from finercut.sources.records import FetchReport
+from finercut.sublayers import Candidate, parse
 from finercut.system.staging import staged_file
 from finercut.tokens import Tokens, load_tokens
 
@@ -42,7 +49,7 @@ SEARCHING = ("model", "selection")
 
 
 def run(params: Params) -> SearchReport | None:
-    """Search, continuing where an interrupted search of the same provenance stopped.
+    """Select by `search.method`, continuing where an interrupted search of the same provenance stopped.
 
     With `n_processes`, in that many processes; started by torchrun, as one of its processes.
 
@@ -75,7 +82,13 @@ def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Searc
     dtype = dtype_of(settings.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    budget_decides = settings.fill or settings.swaps or settings.method in NOT_NESTED
     provenance = Provenance(
+        method=settings.method,
+        per=settings.per,
+        swaps=settings.swaps,
+        budget=f"{budget.amount} {budget.unit}" if budget_decides else None,
+        seed=settings.seed if settings.method == "random" else None,
         model_source=fetched.source,
         model_revision=fetched.revision,
         model_sha256=fetched.sha256,
@@ -95,65 +108,25 @@ def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Searc
         first_windows=_first_windows(settings, fetched.n_parameters * dtype.itemsize, len(tokens.calibration)),
         code_sha256=_code_sha256(),
     )
-    in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
     if len(set(ranks.gather(provenance.key))) > 1:
         raise ValueError("the processes differ in model, tokens, settings, code or versions; give all the same")
-    (text, *_) = ranks.gather(trajectory.resume(in_progress, provenance).to_text() if ranks.first else None)
-    found = trajectory.parse_trajectory(text, str(in_progress))
-    removals = list(found.removals)
-    names = [removal.sublayer for removal in removals]
-    end = goal.end(names)
-    resumed_after = len(names) if end is None else end
-    if resumed_after:
-        logger.info("search: %d removals found by an earlier search", resumed_after)
     if dtype == torch.bfloat16 != dtype_of("auto", device):
         logger.warning("search: this CPU does not multiply in bfloat16; search.dtype: float32 is several times faster")
     started = time.monotonic()
-    if end is None:
-        model = _load(settings, dtype, device, fetched.n_parameters, ranks)
-        shown = {"total": goal.estimate(names), "disable": None if ranks.first else True}
-        with tqdm(desc="search", unit="removal", initial=resumed_after, **shown) as bar:
-            for removal in greedy.search(
-                model,
-                tokens.calibration,
-                tokens.held_out,
-                goal.n_most,
-                divergence=settings.divergence,
-                kinds=settings.candidates,
-                protect=settings.protect,
-                exclude=settings.exclude,
-                mode=settings.mode,
-                error_probability=settings.error_probability,
-                first_windows=provenance.first_windows,
-                micro_batch_tokens=None if settings.micro_batch_tokens == "auto" else settings.micro_batch_tokens,
-                earlier=found.removals,
-                ranks=ranks,
-                progress=bar.refresh,
-            ):
-                removals.append(removal)
-                names.append(removal.sublayer)
-                end = goal.end(names)
-                if ranks.first:
-                    trajectory.append(in_progress, removal)
-                    bar.set_postfix(
-                        divergence=f"{removal.divergence:.4f}", saved=f"{work_saved(removal):.0%}", refresh=False
-                    )
-                    bar.total = goal.estimate(names) if end is None else end
-                    bar.update()
-                    _tell(removal, bar.total, time.monotonic() - started, resumed_after)
-                if end is not None:
-                    break
+    load = functools.cache(lambda: _load(settings, dtype, device, fetched.n_parameters, ranks))
+    job = _Job(settings, goal, tokens, provenance, ranks, load, started)
+    found = _selected(job)
     if not ranks.first:
         return None
     live.finish()
-    finished = Trajectory(provenance, tuple(removals[:end]))
+    finished = Trajectory(provenance, found.steps)
     # Remove the stale report first, so that a crash cannot leave it beside the new trajectory.
     paths.report("search").unlink(missing_ok=True)
     trajectory.write(paths.TRAJECTORY, finished)
     finished.selection().write(paths.SELECTION)
     _write_curve(finished)
     divergence_curves(finished, paths.CURVE_PICTURE)
-    report = _report(finished, settings, goal.n_candidates, resumed_after, time.monotonic() - started)
+    report = _report(finished, settings, goal.n_candidates, found, time.monotonic() - started)
     if report.curves_part:
         logger.warning(
             "search: divergence on held-out tokens is %.2f times the calibration's: the removals fit the calibration "
@@ -162,6 +135,157 @@ def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Searc
         )
     report.write(paths.report("search"))
     return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every method is given."""
+
+    settings: Search
+    goal: Goal
+    tokens: Tokens
+    provenance: Provenance
+    ranks: distributed.Ranks
+    load: Callable[[], PreTrainedModel]
+    """The whole model, once."""
+    started: float
+    """On the monotonic clock."""
+
+    def bench(self, removed: Sequence[Candidate] = ()) -> Bench:
+        return Bench(
+            self.load(),
+            self.tokens.calibration,
+            self.tokens.held_out,
+            self.settings.divergence,
+            micro_batch_tokens=self.micro_batch_tokens,
+            ranks=self.ranks,
+            removed=[s for candidate in removed for s in candidate.sublayers],
+        )
+
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        wanted = self.settings.micro_batch_tokens
+        return None if wanted == "auto" else wanted
+
+    def bar(self, what: str, unit: str, **shown: Any) -> tqdm:
+        return tqdm(desc=what, unit=unit, disable=None if self.ranks.first else True, **shown)
+
+
+@dataclass(frozen=True)
+class _Selected:
+    steps: tuple[Step, ...]
+    removals: tuple[Removal, ...] = ()
+    """Of the greedy search that led to them, if one did."""
+    resumed_after: int = 0
+    n_swaps: int = 0
+
+
+def _selected(job: _Job) -> _Selected:
+    """What `search.method` selects; every process of the search returns the same."""
+    settings, goal = job.settings, job.goal
+    if settings.method not in STEPWISE:
+        with job.bench() as bench:
+            order = ORDERS[settings.method](bench, goal)
+        return _Selected(_measured(job, order if settings.method in NOT_NESTED else goal.take(order)))
+    if settings.method in OBJECTIVES:
+        logger.info("search: by %s; divergences follow once all is chosen", OBJECTIVES[settings.method])
+    removals, resumed_after = _greedy(job)
+    order = [parse(removal.sublayer) for removal in removals]
+    if settings.swaps:
+        order, n_swaps = _swapped(job, goal.within(order))
+        return _Selected(_measured(job, order), removals, resumed_after, n_swaps)
+    steps = _measured(job, order) if settings.method in OBJECTIVES else removals
+    return _Selected(steps, removals, resumed_after)
+
+
+def _greedy(job: _Job) -> tuple[tuple[Removal, ...], int]:
+    """The removals of greedy search, and how many of them an earlier search had found."""
+    settings, goal, ranks = job.settings, job.goal, job.ranks
+    provenance = job.provenance.model_copy(
+        update={
+            "method": "greedy",
+            "divergence": OBJECTIVES.get(settings.method, settings.divergence),
+            "swaps": 0,
+            "budget": job.provenance.budget if settings.fill else None,
+        }
+    )
+    in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
+    (text, *_) = ranks.gather(trajectory.resume(in_progress, provenance).to_text() if ranks.first else None)
+    found = trajectory.parse_trajectory(text, str(in_progress))
+    removals = list(found.removals)
+    names = [removal.sublayer for removal in removals]
+    end = goal.end(names)
+    resumed_after = len(names) if end is None else end
+    if resumed_after:
+        logger.info("search: %d removals found by an earlier search", resumed_after)
+    if end is not None:
+        return tuple(removals[:end]), resumed_after
+    with job.bar("search", "removal", initial=resumed_after, total=goal.estimate(names)) as bar:
+        for removal in greedy.search(
+            job.load(),
+            job.tokens.calibration,
+            job.tokens.held_out,
+            goal.n_most,
+            divergence=provenance.divergence,
+            kinds=settings.candidates,
+            protect=settings.protect,
+            exclude=settings.exclude,
+            per=goal.per,
+            allows=goal.allows if settings.fill else None,
+            mode=settings.mode,
+            error_probability=settings.error_probability,
+            first_windows=provenance.first_windows,
+            micro_batch_tokens=job.micro_batch_tokens,
+            earlier=found.removals,
+            ranks=ranks,
+            progress=bar.refresh,
+        ):
+            removals.append(removal)
+            names.append(removal.sublayer)
+            end = goal.end(names)
+            if ranks.first:
+                trajectory.append(in_progress, removal)
+                bar.set_postfix(
+                    divergence=f"{removal.divergence:.4f}", saved=f"{work_saved(removal):.0%}", refresh=False
+                )
+                bar.total = goal.estimate(names) if end is None else end
+                bar.update()
+                _tell(removal, bar.total, time.monotonic() - job.started, resumed_after)
+            if end is not None:
+                break
+    return tuple(removals[:end]), resumed_after
+
+
+def _swapped(job: _Job, order: list[Candidate]) -> tuple[list[Candidate], int]:
+    """The removals once swaps improved them, and how many were replaced."""
+    in_progress = paths.WORK / "search" / job.provenance.key / "swaps.jsonl"
+    (lines, *_) = job.ranks.gather(
+        [trial.to_json() for trial in swaps.read_trials(in_progress)] if job.ranks.first else None
+    )
+    trials = [swaps.Trial.model_validate_json(line) for line in lines]
+    total = job.settings.swaps * len(order)
+    with (
+        job.bench(swaps.after(order, trials)) as bench,
+        job.bar("swaps", "trial", initial=len(trials), total=total) as bar,
+    ):
+        found = swaps.swap(bench, order, job.settings.swaps, job.goal.replacements, tuple(trials), bar.refresh)
+        for trial in found:
+            trials.append(trial)
+            if job.ranks.first:
+                swaps.append(in_progress, trial)
+                bar.update()
+                _tell_trial(trial, len(trials), total)
+    return swaps.after(order, trials), sum(trial.taken is not None for trial in trials)
+
+
+def _measured(job: _Job, order: Sequence[Candidate]) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    with job.bench() as bench:
+        for step in measured(bench, order):
+            steps.append(step)
+            if job.ranks.first:
+                _tell_step(step, len(order))
+    return tuple(steps)
 
 
 def _inputs(settings: Search, budget: Budget) -> tuple[FetchReport, Tokens, Goal]:
@@ -240,6 +364,29 @@ def _tell(removal: Removal, n_removals: int, seconds: float, resumed_after: int)
     )
 
 
+def _tell_step(step: Step, n_removals: int) -> None:
+    logger.info(
+        "search: %d/%d %s, divergence %.4f, held-out %.4f",
+        step.step,
+        n_removals,
+        step.sublayer,
+        step.divergence,
+        step.held_out_divergence,
+    )
+
+
+def _tell_trial(trial: swaps.Trial, n_done: int, n_most: int) -> None:
+    logger.info(
+        "search: swap %d of %d at most, %s %s, divergence %.4f, held-out %.4f",
+        n_done,
+        n_most,
+        trial.put_back,
+        "stays removed" if trial.taken is None else f"put back for {trial.taken}",
+        trial.divergence,
+        trial.held_out_divergence,
+    )
+
+
 def _write_curve(finished: Trajectory) -> None:
     with staged_file(paths.CURVE) as partial, partial.open("w", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -248,15 +395,18 @@ def _write_curve(finished: Trajectory) -> None:
 
 
 def _report(
-    finished: Trajectory, settings: Search, n_candidates: int, resumed_after: int, seconds: float
+    finished: Trajectory, settings: Search, n_candidates: int, found: _Selected, seconds: float
 ) -> SearchReport:
     last = finished.removals[-1]
-    margins = [r.margin for r in finished.removals if r.margin is not None]
+    margins = [r.margin for r in found.removals if r.margin is not None]
     return SearchReport(
+        method=finished.provenance.name,
+        nested=finished.provenance.nested,
+        n_swaps=found.n_swaps,
         mode=settings.mode,
         least_margin=min(margins, default=None),
-        largest_fall=max(r.largest_fall for r in finished.removals),
-        error_probability=sum(r.error_probability for r in finished.removals),
+        largest_fall=max((r.largest_fall for r in found.removals), default=0.0),
+        error_probability=sum(r.error_probability for r in found.removals),
         divergence=settings.divergence,
         n_candidates=n_candidates,
         n_removals=len(finished.removals),
@@ -264,9 +414,9 @@ def _report(
         final_divergence=last.divergence,
         final_held_out_divergence=last.held_out_divergence,
         curves_part=last.held_out_divergence > PART_RATIO * last.divergence,
-        evaluations=sum(r.evaluations for r in finished.removals),
-        sublayer_passes=sum(r.sublayer_passes for r in finished.removals),
-        brute_force_sublayer_passes=sum(r.brute_force_sublayer_passes for r in finished.removals),
-        resumed_after=resumed_after,
+        evaluations=sum(r.evaluations for r in found.removals),
+        sublayer_passes=sum(r.sublayer_passes for r in found.removals),
+        brute_force_sublayer_passes=sum(r.brute_force_sublayer_passes for r in found.removals),
+        resumed_after=found.resumed_after,
         seconds=seconds,
     )

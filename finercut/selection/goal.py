@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finercut.model.costs import Cost, Costs
 from finercut.selection.selection import allowance, could_go_on, fits, left_over, whole_number
 from finercut.selection.settings import Budget, Search
-from finercut.sublayers import candidates, open_candidates, parse, protected
+from finercut.sublayers import Candidate, candidates, most_removals, open_candidates, parse, protected
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,20 @@ class Goal:
         if self.n_removals is not None:
             return self.n_removals
         pool = candidates(self.n_blocks, self.settings.candidates)
-        return len(open_candidates(pool, [], protected(self.settings.protect, self.n_blocks)))
+        return most_removals(open_candidates(pool, [], protected(self.settings.protect, self.n_blocks)))
+
+    @property
+    def per(self) -> Cost | None:
+        """Of `search.per`."""
+        return None if self.settings.per is None else self.costs[self.settings.per]
 
     def check(self) -> None:
         """
         Raises:
-            ValueError: more is to be removed than there is, or less than any candidate.
+            ValueError: more is to be removed than there is, or less than any candidate; or a candidate costs nothing of
+                `search.per`.
         """
+        self._check_per()
         n, settings, budget = self.n_removals, self.settings, self.budget
         if n is not None:
             if not 0 < n <= self.n_candidates:
@@ -53,15 +60,16 @@ class Goal:
                 )
             return
         cost, allowed = allowance(budget, self.costs)
-        pool = left_over(self.n_blocks, settings.candidates, settings.protect, [])
+        pool = self._left([])
         amounts = [cost.of(candidate.sublayers) for candidate in pool]
         asked = f"prune.budget = {budget.amount} {budget.unit}"
         which = f"of search.candidates = {settings.candidates} that search.protect leaves"
         if not any(amount > 0 and fits(amount, allowed) for amount in amounts):
             raise ValueError(f"{asked} is less than any single candidate {which}: raise the budget")
         # One attention stays, whatever the budget.
-        attending = [cost.of(c.sublayers) for c in pool if any(s.kind == "attention" for s in c.sublayers)]
-        most = sum(amounts) - (min(attending) if len(attending) == self.n_blocks else 0)
+        attending = [c for c in pool if any(s.kind == "attention" for s in c.sublayers)]
+        stays = min(cost.of(c.sublayers) for c in attending) if most_removals(attending) == self.n_blocks else 0
+        most = cost.of({s for c in pool for s in c.sublayers}) - stays
         if most < allowed:
             share = most / cost.whole
             raise ValueError(f"{asked} is more than all candidates {which}, {share:.3g}: lower the budget")
@@ -83,9 +91,61 @@ class Goal:
                 return n + 1
         return None if self._could_go_on(cost, allowed, spent, removals) else len(removals)
 
+    def allows(self, gone: Iterable[Candidate], candidate: Candidate) -> bool:
+        """Whether removing `candidate` too stays within the budget."""
+        cost, allowed = allowance(self.budget, self.costs)
+        return fits(cost.of(s for c in (*gone, candidate) for s in c.sublayers), allowed)
+
+    def take(self, order: Iterable[Candidate]) -> list[Candidate]:
+        """The removals of an order, from its first, that the goal needs.
+
+        What is protected, in part gone, or the last attention is passed over; with `search.fill`, so is what does not
+        fit the budget any more.
+
+        Raises:
+            ValueError: the order ends before the goal is reached.
+        """
+        taken: list[Candidate] = []
+        for candidate in order:
+            if candidate in self._left(map(str, taken)) and (not self.settings.fill or self.allows(taken, candidate)):
+                taken.append(candidate)
+                if self.end(list(map(str, taken))) is not None:
+                    return taken
+        raise ValueError(
+            f"nothing may be removed after {len(taken)} removals: the rest is protected or the last attention"
+        )
+
+    def within(self, order: Sequence[Candidate]) -> list[Candidate]:
+        """The first removals of an order, as long as they stay within the budget."""
+        n = next((n for n, candidate in enumerate(order) if not self.allows(order[:n], candidate)), len(order))
+        return list(order[:n])
+
+    def replacements(self, kept_out: Sequence[Candidate], out: Candidate) -> list[Candidate]:
+        """What may go in place of `out`, beside `kept_out`: within the budget, and saving at least as much."""
+        cost, _ = allowance(self.budget, self.costs)
+        least = cost.of(out.sublayers)
+        return [
+            c
+            for c in self._left(map(str, kept_out))
+            if c != out and fits(least, cost.of(c.sublayers)) and self.allows(kept_out, c)
+        ]
+
+    def _left(self, removals: Iterable[str]) -> list[Candidate]:
+        return left_over(self.n_blocks, self.settings.candidates, self.settings.protect, removals)
+
+    def _check_per(self) -> None:
+        if self.settings.per is None:
+            return
+        if self.settings.per not in self.costs:
+            raise ValueError(f"search.per = {self.settings.per}: no such cost; there are {', '.join(self.costs)}")
+        if free := [str(c) for c in self._left([]) if not self.per.of(c.sublayers) > 0]:
+            raise ValueError(
+                f"search.per = {self.settings.per}: removing {free[0]} saves none of it; choose among others by "
+                f"search.candidates, now {self.settings.candidates}"
+            )
+
     def _could_go_on(self, cost: Cost, allowed: float, spent: float, removals: Sequence[str]) -> bool:
-        left = left_over(self.n_blocks, self.settings.candidates, self.settings.protect, removals)
-        return could_go_on(cost, allowed, spent, left)
+        return could_go_on(cost, allowed, spent, self._left(removals))
 
     def estimate(self, removals: Sequence[str]) -> int:
         """How many removals there will be in all, if the next ones cost what these did on average."""

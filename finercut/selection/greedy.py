@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from finercut.model.costs import Cost
 from finercut.model.families import layout_of
-from finercut.selection.blocks import Blocks
-from finercut.selection.distributed import ALONE, Ranks, SharedSweep
-from finercut.selection.divergence import DIVERGENCES
-from finercut.selection.race import MODES, Race
-from finercut.selection.sweep import SEGMENT_TOKENS, micro_batch
+from finercut.selection.bench import Bench
+from finercut.selection.distributed import ALONE, Ranks
+from finercut.selection.per_cost import PerCost
+from finercut.selection.race import MODES, Known, Race
+from finercut.selection.sweep import SEGMENT_TOKENS
 from finercut.selection.trajectory import Removal
-from finercut.selection.workers import Workers
-from finercut.sublayers import Candidate, FrontExclusion, Sublayer, candidates, open_candidates, parse, protected
+from finercut.sublayers import (
+    Candidate,
+    FrontExclusion,
+    Sublayer,
+    candidates,
+    most_removals,
+    open_candidates,
+    parse,
+    protected,
+)
 
 
 def search(
@@ -31,6 +39,8 @@ def search(
     kinds: str = "both",
     protect: Iterable[str] = (),
     exclude: float | None = None,
+    per: Cost | None = None,
+    allows: Callable[[Sequence[Candidate], Candidate], bool] | None = None,
     earlier: Iterable[Removal] = (),
     mode: str = "exact",
     error_probability: float = 0.05,
@@ -49,10 +59,14 @@ def search(
         calibration: token ids, (samples, tokens): what decides.
         held_out: token ids, (samples, tokens): only measured, after each removal.
         n_removals: how many candidates to remove in all, `earlier` included.
-        divergence: js, kl, angular, norm or js_official.
-        kinds: attention, mlp, both or blocks.
+        divergence: js, kl, angular, norm or js_official; or perplexity, see `Bench`, which falls with some removals,
+            so that lazy and racing are wrong.
+        kinds: attention, mlp, both, blocks or any.
         protect: names of sublayers and blocks that stay.
         exclude: the authors' rule for the front blocks, see `FrontExclusion`; None for none.
+        per: remove the candidate that raises the divergence least per unit of this cost, see `PerCost`. None may cost
+            nothing.
+        allows: whether a candidate may go after those that are gone; all may by default.
         earlier: removals of the same search made before; it continues after them.
         mode: what candidates are given up for before they are evaluated to the end, see `Race`: exact, lazy, racing;
             or brute, for nothing.
@@ -65,52 +79,48 @@ def search(
 
     Raises:
         ValueError: more is to be removed than there is, no candidate's output is finite, the two sets' windows are of
-            different lengths, there is no such mode, or there are more processes than calibration windows.
+            different lengths, there is no such mode, there are more processes than calibration windows, or `per` does
+            not go with the mode or with a candidate.
     """
-    layout = layout_of(model.config)
-    n_blocks = len(model.get_submodule(layout.blocks))
+    n_blocks = len(model.get_submodule(layout_of(model.config).blocks))
     pool = candidates(n_blocks, kinds)
     kept = protected(protect, n_blocks)
     exclusion = None if exclude is None else FrontExclusion(len(pool), exclude)
-    n_open = len(open_candidates(pool, [], kept))
+    n_open = most_removals(open_candidates(pool, [], kept))
     if n_removals > n_open:
-        raise ValueError(f"cannot remove {n_removals} of {n_open} candidates ({len(pool) - n_open} are protected)")
+        n_protected = most_removals(pool) - n_open
+        raise ValueError(f"cannot remove {n_removals} of {n_open} candidates ({n_protected} are protected)")
     if mode not in MODES:
         raise ValueError(f"a search's mode is {', '.join(MODES[:-1])} or {MODES[-1]}, not {mode!r}")
-    if calibration.shape[1] != held_out.shape[1]:
-        raise ValueError(
-            f"calibration windows have {calibration.shape[1]} tokens, held-out windows {held_out.shape[1]}; "
-            "give both the same length"
-        )
-    if len(calibration) < ranks.size:
-        raise ValueError(f"{len(calibration)} calibration windows cannot be shared by {ranks.size} processes")
+    if per is not None and mode == "racing":
+        raise ValueError("mode racing cannot weigh divergences against costs: with per, it is exact or lazy")
+    if per is not None and (free := [str(c) for c in open_candidates(pool, [], kept) if not per.of(c.sublayers) > 0]):
+        raise ValueError(f"removing {free[0]} saves no {per.unit}: there is no divergence per unit of it")
 
     earlier = list(earlier)
     gone = [parse(removal.sublayer) for removal in earlier]
     lost = [s for candidate in gone for s in candidate.sublayers]
-    tokens = torch.cat([calibration, held_out]).to(model.device)
-    deciding, unseen = range(len(calibration)), range(len(calibration), len(tokens))
-    with torch.inference_mode():
-        blocks = Blocks(model, layout, tokens[:1])
-    sizes = ranks.least(micro_batch(blocks, *tokens.shape, micro_batch_tokens))
-    with Workers(model.device) as workers:
-        sweep = SharedSweep(ranks, blocks, tokens, DIVERGENCES[divergence], workers, sizes, lost)
+    sizes = {"micro_batch_tokens": micro_batch_tokens, "ranks": ranks}
+    with Bench(model, calibration, held_out, divergence, removed=lost, **sizes) as bench:
         known = {parse(name): totals for removal in earlier for name, totals in removal.by_window.items()}
 
         for step in range(len(gone) + 1, n_removals + 1):
-            possible = open_candidates(pool, gone, kept, exclusion)
-            choice = [c for c in possible if _leaves_an_attention(c, gone, n_blocks)]
+            choice = [
+                c
+                for c in open_candidates(pool, gone, kept, exclusion)
+                if _leaves_an_attention(c, gone, n_blocks) and (allows is None or allows(gone, c))
+            ]
             if not choice:
                 raise ValueError(f"nothing may be removed after {step - 1} removals: the rest is protected or excluded")
-            race = Race(choice, len(deciding), sweep.n_segments, mode, known, error_probability, first_windows)
+            race = _race(bench, choice, mode, known, error_probability, first_windows, per)
             n_passes = 0
             for part in race.parts():
-                race.record(sweep.totals(part))
-                n_passes += sum(sweep.passes(c) for row in part.values() for c in row)
+                race.record(bench.totals(part))
+                n_passes += sum(bench.passes(c) for row in part.values() for c in row)
                 progress()
-            best = _least(race.outcome().values, step)
-            n_sublayers = len(sweep.sublayers)
-            sweep.remove(best.sublayers)
+            best = _least(race, step)
+            n_sublayers = len(bench.sublayers)
+            bench.remove(best.sublayers)
             gone.append(best)
             known |= race.now_known()
             yield _removal(
@@ -118,14 +128,33 @@ def search(
                 best,
                 race,
                 calibration.numel(),
-                held_out_divergence=sum(sweep.divergences(unseen)) / held_out.numel(),
+                held_out_divergence=bench.held_out_divergence(),
                 head_tokens=race.segments * SEGMENT_TOKENS,
                 sublayer_passes=n_passes,
                 brute_force_sublayer_passes=len(calibration) * sum(n_sublayers - len(c.sublayers) for c in choice),
             )
 
 
-def _least(values: Mapping[Candidate, float], step: int) -> Candidate:
+def _race(
+    bench: Bench,
+    choice: Sequence[Candidate],
+    mode: str,
+    known: Known,
+    error_probability: float,
+    first_windows: int,
+    per: Cost | None,
+) -> Race:
+    step = (choice, len(bench.deciding), bench.n_segments, mode, known, error_probability, first_windows)
+    if per is None:
+        return Race(*step)
+    costs = {c: per.share(c.sublayers) for c in choice}
+    return PerCost(*step, base=bench.divergences(bench.deciding), cost=costs)
+
+
+def _least(race: Race, step: int) -> Candidate:
+    values = race.outcome().values
+    if isinstance(race, PerCost):
+        values = {c: race.ratio(c, total) for c, total in values.items()}
     best = min(values, key=lambda c: (values[c], c), default=None)
     if best is None or values[best] == math.inf:
         raise ValueError(f"no candidate's output is finite after {step - 1} removals; try float32")
@@ -138,8 +167,13 @@ def _removal(step: int, best: Candidate, race: Race, n_tokens: int, **counted: A
     def means(totals: Mapping[Candidate, float]) -> dict[str, float]:
         return {str(c): total / n_tokens for c, total in totals.items()}
 
-    judged = means(outcome.stale | outcome.dropped)
     divergence = outcome.values[best] / n_tokens
+    if isinstance(race, PerCost):
+        margin = race.margin()
+        margin = None if margin is None else margin / n_tokens
+    else:
+        judged = means(outcome.stale | outcome.dropped)
+        margin = min(judged.values()) - divergence if judged else None
     return Removal(
         step=step,
         sublayer=str(best),
@@ -149,7 +183,7 @@ def _removal(step: int, best: Candidate, race: Race, n_tokens: int, **counted: A
         abandoned=means(outcome.abandoned),
         stale=means(outcome.stale),
         dropped=means(outcome.dropped),
-        margin=min(judged.values()) - divergence if judged else None,
+        margin=margin,
         largest_fall=outcome.largest_fall / n_tokens,
         error_probability=race.error_probability if outcome.dropped else 0.0,
         by_window={str(c): totals for c, totals in race.now_known().items() if race.done[c]},

@@ -6,6 +6,12 @@ from finercut.system.records import Record
 
 
 class SearchReport(Record):
+    method: str = "greedy"
+    """With what else decides: greedy_per_parameters_swaps."""
+    nested: bool = True
+    """The first removals are a selection too, for a smaller budget."""
+    n_swaps: int = 0
+    """Removals that were put back and replaced by another."""
     mode: str
     """exact, lazy or racing."""
     least_margin: float | None
@@ -26,7 +32,8 @@ class SearchReport(Record):
     curves_part: bool
     """Held-out divergence is more than 1.5 times the calibration's: the search fits its calibration set."""
     evaluations: int
-    """Candidates evaluated, to the end or until given up, over all steps."""
+    """Candidates evaluated, to the end or until given up, over all greedy steps. 0, as are the two below, for methods
+    without steps."""
     sublayer_passes: int
     """(sublayer, calibration window) forwards done."""
     brute_force_sublayer_passes: int

@@ -43,7 +43,7 @@ class Selection(Record):
     """The sublayers to remove, by whichever method."""
 
     method: str
-    """greedy, or `given` for a list that a user wrote."""
+    """search.method, with what else decides (greedy_per_parameters_swaps); `given` for a list that a user wrote."""
     nested: bool
     """The removals are in order, and the first k of them are a selection too, for every k."""
     removals: list[Chosen]
@@ -149,12 +149,13 @@ def could_go_on(cost: Cost, allowed: float, spent: float, left: Iterable[Candida
 
 def left_over(n_blocks: int, kinds: str, protect: Iterable[str], gone: Iterable[str]) -> list[Candidate]:
     """Candidates of a search over `kinds` that may still go after `gone`. The last attention may not."""
-    removed = {parse(name) for name in gone}
-    lost = {s for candidate in removed for s in candidate.sublayers}
+    lost = {s for name in gone for s in parse(name).sublayers}
     attentions = {Sublayer(i, "attention") for i in range(n_blocks)} - lost
     kept = protected(protect, n_blocks)
     return [
         candidate
         for candidate in candidates(n_blocks, kinds)
-        if candidate not in removed and kept.isdisjoint(candidate.sublayers) and attentions - set(candidate.sublayers)
+        if lost.isdisjoint(candidate.sublayers)
+        and kept.isdisjoint(candidate.sublayers)
+        and attentions - set(candidate.sublayers)
     ]

@@ -1,9 +1,13 @@
-"""The ordered removals of a search with their divergences: one JSON line each, after a line of provenance."""
+"""The ordered removals of a selection with their divergences: one JSON line each, after a line of provenance.
+
+Greedy search writes `Removal` lines: it continues from them. Every other method writes `Step` lines.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from finercut.selection.selection import Chosen, Origin, Selection, left_over
+from finercut.selection.settings import NOT_NESTED
 from finercut.sublayers import Candidate, Sublayer, candidates, parse, protected
 from finercut.system.records import Record
 from finercut.system.staging import staged_file, writing
@@ -26,9 +31,18 @@ class Line(Record):
 
 
 class Provenance(Origin, Line):
-    """Everything that decides which removals a search finds. A trajectory continues only under the same one."""
+    """Everything that decides which removals a method finds. A trajectory continues only under the same one."""
 
-    candidates: Literal["attention", "mlp", "both", "blocks"]
+    method: str = "greedy"
+    per: str | None = None
+    """Of greedy: the cost whose saving is weighed against the divergence."""
+    swaps: int = 0
+    """Rounds of them."""
+    budget: str | None = None
+    """Where it decides what is removed, and not only how much."""
+    seed: int | None = None
+    """Of random."""
+    candidates: Literal["attention", "mlp", "both", "blocks", "any"]
     protect: list[str]
     exclude: float | None
     dtype: str
@@ -49,9 +63,24 @@ class Provenance(Origin, Line):
         """Names the folder of a search in progress."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
+    @property
+    def nested(self) -> bool:
+        """Whether the first k removals are a selection of this method too, for every k."""
+        return self.method not in NOT_NESTED and not self.swaps
 
-class Removal(Line):
-    """One greedy step."""
+    @property
+    def name(self) -> str:
+        """The method, with what else decides: greedy, greedy_per_parameters_swaps."""
+        return self.method + (f"_per_{self.per}" if self.per else "") + ("_swaps" if self.swaps else "")
+
+    @property
+    def line(self) -> type[Step]:
+        """What follows this line."""
+        return Removal if self.method == "greedy" and not self.swaps else Step
+
+
+class Step(Line):
+    """One removal, in the order of the method."""
 
     step: int
     """From 1."""
@@ -61,6 +90,11 @@ class Removal(Line):
     """Of the model after this removal, on the calibration tokens."""
     held_out_divergence: float
     """The same on the held-out tokens."""
+
+
+class Removal(Step):
+    """One step of greedy search."""
+
     mode: str
     """exact, lazy or racing: what candidates are given up for before they are evaluated to the end."""
     values: dict[str, float]
@@ -94,7 +128,8 @@ class Removal(Line):
 @dataclass(frozen=True)
 class Trajectory:
     provenance: Provenance
-    removals: tuple[Removal, ...]
+    removals: tuple[Step, ...]
+    """`Removal`s of greedy search."""
 
     def sublayers(self, n_removals: int | None = None) -> list[Sublayer]:
         """What the first `n_removals` removals (all, by default) took out, in their order."""
@@ -113,15 +148,14 @@ class Trajectory:
         return left_over(origin.n_blocks, origin.candidates, origin.protect, (r.sublayer for r in self.removals))
 
     def selection(self) -> Selection:
-        """What greedy search hands on: nested, for each removal was the best on top of those before it."""
         return Selection(
-            method="greedy",
-            nested=True,
+            method=self.provenance.name,
+            nested=self.provenance.nested,
             removals=[
                 Chosen(candidate=r.sublayer, divergence=r.divergence, held_out_divergence=r.held_out_divergence)
                 for r in self.removals
             ],
-            left=[str(candidate) for candidate in self.left],
+            left=[str(candidate) for candidate in self.left] if self.provenance.nested else [],
             origin=Origin.model_validate(self.provenance.model_dump(include=set(Origin.model_fields))),
         )
 
@@ -156,13 +190,13 @@ def parse_trajectory(text: str, path: str) -> Trajectory:
     except ValueError as error:
         raise ValueError(f"{path}:1: not a trajectory's provenance: {_first(error)}") from error
     pool = {str(c) for c in candidates(provenance.n_blocks, provenance.candidates)}
-    removals: list[Removal] = []
+    removals: list[Step] = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            removal = Removal.model_validate_json(line)
+            removal = provenance.line.model_validate_json(line)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not a removal: {_first(error)}") from error
-        if removal.sublayer not in pool - {r.sublayer for r in removals} or removal.step != len(removals) + 1:
+        if removal.sublayer not in pool or removal.step != len(removals) + 1 or _overlaps(removal, removals):
             raise ValueError(
                 f"{path}:{number}: step {removal.step} ({removal.sublayer}) does not follow the ones before"
             )
@@ -192,7 +226,12 @@ def resume(path: Path, provenance: Provenance) -> Trajectory:
     return found
 
 
-def append(path: Path, removal: Removal) -> None:
+def _overlaps(step: Step, earlier: Iterable[Step]) -> bool:
+    gone = {s for each in earlier for s in parse(each.sublayer).sublayers}
+    return not gone.isdisjoint(parse(step.sublayer).sublayers)
+
+
+def append(path: Path, removal: Line) -> None:
     """Add one line; when this returns, it is on the disk."""
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(removal.to_json())

@@ -1,0 +1,155 @@
+"""Measures a model with sublayers removed, on the calibration and on the held-out tokens. Every method uses it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from finercut.model.families import layout_of
+from finercut.selection.blocks import Blocks
+from finercut.selection.distributed import ALONE, Ranks, SharedSweep
+from finercut.selection.divergence import DIVERGENCES, Divergence, Reference
+from finercut.selection.sweep import micro_batch
+from finercut.selection.trajectory import Step
+from finercut.selection.workers import Workers
+from finercut.sublayers import Candidate, Sublayer
+
+PERPLEXITY = "perplexity"
+"""Name of the objective that judges by the text itself, and not by the whole model's output."""
+
+
+class Bench(SharedSweep):
+    """The sweep over all windows of a selection: the calibration windows first, then the held-out ones.
+
+    At the end of the block, its threads are gone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Tensor,
+        held_out: Tensor,
+        objective: str = "js",
+        *,
+        micro_batch_tokens: int | None = None,
+        ranks: Ranks = ALONE,
+        removed: Iterable[Sublayer] = (),
+    ) -> None:
+        """
+        Args:
+            objective: the name of a divergence, or `perplexity`: the negative log-likelihood of each next token in
+                place of a divergence, nats; 0 for the last token of a window.
+            removed: sublayers that are gone from the start.
+
+        Raises:
+            ValueError: the two sets' windows are of different lengths, there are more processes than calibration
+                windows, or the whole model's logits are not finite.
+        """
+        if calibration.shape[1] != held_out.shape[1]:
+            raise ValueError(
+                f"calibration windows have {calibration.shape[1]} tokens, held-out windows {held_out.shape[1]}; "
+                "give both the same length"
+            )
+        if len(calibration) < ranks.size:
+            raise ValueError(f"{len(calibration)} calibration windows cannot be shared by {ranks.size} processes")
+        self.calibration, self.held_out = calibration, held_out
+        tokens = torch.cat([calibration, held_out]).to(model.device)
+        self.deciding, self.unseen = range(len(calibration)), range(len(calibration), len(tokens))
+        with torch.inference_mode():
+            blocks = Blocks(model, layout_of(model.config), tokens[:1])
+        sizes = ranks.least(micro_batch(blocks, *tokens.shape, micro_batch_tokens))
+        divergence = _next_token if objective == PERPLEXITY else DIVERGENCES[objective]
+        with ExitStack() as stack:
+            workers = stack.enter_context(Workers(model.device))
+            super().__init__(ranks, blocks, tokens, divergence, workers, sizes, removed)
+            self._threads = stack.pop_all()
+        if objective == PERPLEXITY:
+            self.references = [(_next_tokens(window),) for window in tokens[ranks.rank :: ranks.size]]
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.close()
+
+    @property
+    def n_tokens_deciding(self) -> int:
+        return self.calibration.numel()
+
+    def held_out_divergence(self) -> float:
+        """Of the model as it stands, per token."""
+        return sum(self.divergences(self.unseen)) / self.held_out.numel()
+
+    def divergence_now(self) -> float:
+        """Of the model as it stands, on the calibration tokens, per token."""
+        return math.fsum(self.divergences(self.deciding)) / self.n_tokens_deciding
+
+    def restore(self, sublayers: Iterable[Sublayer]) -> None:
+        """Put removed sublayers back."""
+        back = frozenset(sublayers)
+        if back:
+            self.removed -= back
+            with torch.inference_mode():
+                self._run_trunk(min(self._start[s] for s in back))
+
+    def state(self) -> tuple[frozenset[Sublayer], list[Tensor]]:
+        """What `return_to` takes. Depths that do not change afterwards take no memory twice."""
+        return self.removed, list(self.trunk)
+
+    def return_to(self, state: tuple[frozenset[Sublayer], list[Tensor]]) -> None:
+        self.removed, self.trunk = state[0], list(state[1])
+
+    @torch.inference_mode()
+    def mean(self, value: Callable[[int], float]) -> float:
+        """Over the calibration windows, of all processes.
+
+        Args:
+            value: of a window, by its index in this process's trunk.
+        """
+        mine = [value(w // self.ranks.size) for w in self.deciding if w % self.ranks.size == self.ranks.rank]
+        return math.fsum(x for share in self.ranks.gather(mine) for x in share) / len(self.deciding)
+
+    def before(self, sublayer: Sublayer, window: int) -> Tensor:
+        """(tokens, hidden) stream before a sublayer of the model as it stands."""
+        return self.trunk[self._start[sublayer]][window]
+
+    def after(self, candidate: Candidate, window: int) -> Tensor:
+        """(tokens, hidden) stream to which nothing but what is in `candidate` was added since before it."""
+        unit = self.blocks.units[self._start[candidate.sublayers[-1]]]
+        others = set(unit.sublayers) - set(candidate.sublayers)
+        if not others:
+            return self.trunk[self._start[candidate.sublayers[-1]] + 1][window]
+        return self.blocks.run(unit, self.before(candidate.sublayers[0], window)[None], self.removed | others)[0]
+
+
+def measured(bench: Bench, order: Iterable[Candidate]) -> Iterator[Step]:
+    """Remove candidates in their order, for good, and measure the model after each removal."""
+    for step, candidate in enumerate(order, start=1):
+        bench.remove(candidate.sublayers)
+        yield Step(
+            step=step,
+            sublayer=str(candidate),
+            divergence=bench.divergence_now(),
+            held_out_divergence=bench.held_out_divergence(),
+        )
+
+
+def _negative_log_likelihood(targets: Reference, pruned: Tensor) -> Tensor:
+    (ids,) = targets
+    log_q = pruned.log_softmax(-1)
+    found = log_q.gather(-1, ids.clamp_min(0).expand(pruned.shape[:-1])[..., None])[..., 0]
+    return torch.where(ids < 0, 0.0, -found).clamp_min_(0)
+
+
+def _next_tokens(window: Tensor) -> Tensor:
+    """The id that each token is to predict; -1 for the last."""
+    return torch.cat([window[1:], window.new_tensor([-1])])
+
+
+# The references are the tokens of the text. A sweep makes them of the whole model's logits: Bench replaces them.
+_next_token = Divergence(PERPLEXITY, "nats per token", lambda z: (z.new_zeros(len(z)),), _negative_log_likelihood)
