@@ -57,7 +57,7 @@ STAGES = {
     "heal": """Repair the pruned checkpoint by heal.method; none keeps it as it is.
 
     \b
-    Reads     artifacts/pruned
+    Reads     artifacts/pruned; artifacts/model and artifacts/calibration unless the method is none
     Writes    artifacts/healed, the final checkpoint; reports/heal.json
     """,
     "prove": """Check the claim of every step, and that vLLM computes what transformers does.

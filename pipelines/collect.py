@@ -156,9 +156,11 @@ def _cache(n_commits: int, dry_run: bool) -> Iterator[Freed]:
 
 
 def _work(n_searches: int, before: float, dry_run: bool) -> Iterator[Freed]:
-    """Searches but the newest, and what interrupted downloads left."""
+    """Searches but the newest, and what interrupted downloads and healings left."""
     searches = sorted((paths.WORK / "search").glob("*"), key=_touched, reverse=True)
-    left = [p for folder in ("fetch", "promote") for p in (paths.WORK / folder).glob("*") if _touched(p) < before]
+    left = [
+        p for folder in ("fetch", "heal", "promote") for p in (paths.WORK / folder).glob("*") if _touched(p) < before
+    ]
     for path in [*searches[n_searches:], *left]:
         freed = Freed(str(path), sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))
         if not dry_run:

@@ -25,7 +25,8 @@ REMOVALS_PICTURE = REPORTS / "removals.png"
 
 WORK = Path(".finercut")
 """What is neither input nor output of a stage, so that DVC leaves it alone: `lock`, held by the process that works in
-this workspace; `search/`, the searches in progress; `fetch/` and `promote/`, downloads in progress; PREVIOUS."""
+this workspace; `search/` and `heal/`, searches and trainings in progress; `fetch/` and `promote/`, downloads in
+progress; PREVIOUS."""
 PREVIOUS = WORK / "params.previous.yaml"
 """What params.yaml was before another file replaced it."""
 

@@ -69,8 +69,14 @@ def run(params: Params) -> ProveReport:
 def _claims(params: Params, tokens: Tokens) -> Iterator[Claim]:
     settings = params.prove
     device = device_of(settings.device)
-    proof = Proof(tokens.held_out, settings.logit_tolerance, device)
     for name, parent, child in steps.chain():
+        proof = Proof(
+            tokens.held_out,
+            settings.logit_tolerance,
+            device,
+            whole=ModelDirectory(paths.MODEL),
+            report=paths.report(name),
+        )
         yield step(name).claim(parent, child, proof)
     tolerance = settings.log_probability_tolerance
     # The whole model is the control: a difference that both show is vLLM's, not ours.

@@ -6,6 +6,7 @@ import logging
 
 from finercut.checkpoint.steps import Inputs, step
 from finercut.model.directory import ModelDirectory
+from finercut.registry import live
 from finercut.selection.selection import Selection
 from finercut.system.records import Record
 from finercut.system.staging import staged
@@ -54,10 +55,17 @@ def run(name: str, params: Params) -> Record:
         FileNotFoundError: its parent, or another input, is missing.
         ValueError: they do not belong together, or the step cannot be done with its settings.
     """
-    inputs = Inputs(tokens=lambda: load_tokens(paths.CALIBRATION), selection=read_selection)
+    inputs = Inputs(
+        tokens=lambda: load_tokens(paths.CALIBRATION),
+        selection=read_selection,
+        whole=ModelDirectory(paths.MODEL),
+        work=paths.WORK / name,
+        on_metrics=live.log_metrics,
+    )
     parent = parent_of(name)
     with staged(paths.CHAIN[name]) as directory:
         record = step(name).apply(parent, directory, getattr(params, name), inputs)
+        live.finish()
         # Remove the stale report first, so that a crash cannot leave it beside the new checkpoint.
         paths.report(name).unlink(missing_ok=True)
     return record

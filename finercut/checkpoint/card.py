@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from finercut.selection.selection import Selection
 from finercut.sublayers import KINDS
+
+if TYPE_CHECKING:
+    from finercut.healing.fidelity import Fidelity
 
 _CARD = """\
 ---
@@ -73,6 +77,17 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 
 vLLM has no model of it."""
 
+_UNTRAINED = "Pruned without training by FinerCut"
+
+_HEALED = """\
+## Healed
+
+After pruning, weights were fitted to the whole model ({method}, {n_tokens:,} tokens). On held-out tokens, divergence
+(js, nats per token) from the whole model fell from {before:.4f} to {after:.4f}, perplexity from {perplexity_before:.2f}
+to {perplexity_after:.2f}.
+
+"""
+
 _TITLES = {"kv_cache": "KV cache"}
 
 
@@ -104,3 +119,21 @@ def card(selection: Selection, shares: Mapping[str, float], n_sublayers: int, wh
         loading=_LOADING_OWN_CODE if own_code else _LOADING,
         **blocks,
     )
+
+
+def healed_card(card: str, method: str, n_tokens: int, before: Fidelity, after: Fidelity) -> str:
+    """The card of a checkpoint that was healed.
+
+    Args:
+        card: of the pruned checkpoint.
+    """
+    section = _HEALED.format(
+        method=method,
+        n_tokens=n_tokens,
+        before=before.divergence,
+        after=after.divergence,
+        perplexity_before=before.perplexity,
+        perplexity_after=after.perplexity,
+    )
+    head, load, rest = card.replace(_UNTRAINED, _UNTRAINED.replace(" without training", "")).partition("## Load\n")
+    return f"{head}{section}{load}{rest}"

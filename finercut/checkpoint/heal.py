@@ -1,24 +1,161 @@
-"""The step `heal`: repairs a pruned checkpoint. Its only method so far is `none`, which changes nothing."""
+"""The step `heal`: repairs a pruned checkpoint by one of the methods in `finercut.healing`.
+
+The result has the parent's structure. It is never worse on held-out tokens: where a method finds nothing better, the
+result is the parent.
+"""
 
 from __future__ import annotations
 
+import importlib
+import logging
+import math
+import shutil
+import time
 from pathlib import Path
 
+from torch import Tensor
+
+from finercut.checkpoint import lineage
+from finercut.checkpoint.card import healed_card
 from finercut.checkpoint.records import Claim, HealReport
 from finercut.checkpoint.settings import Heal
 from finercut.checkpoint.steps import Inputs, Proof, link_files
+from finercut.checkpoint.writing import differing_tensors, write_tuned
+from finercut.healing.fidelity import compare
+from finercut.healing.settings import Unhealed
+from finercut.healing.task import Task, one_device
 from finercut.model.directory import ModelDirectory
+from finercut.tokens import Tokens
+
+logger = logging.getLogger("finercut")
 
 
 def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Inputs) -> HealReport:
-    """Write the healed checkpoint; with `none` the parent's own files, by a second name where the disk has links."""
-    link_files(parent.path, directory)
-    return HealReport(method=settings.method, changed=[], sha256=ModelDirectory(directory).weights_sha256)
+    """Write the healed checkpoint; see `finercut.checkpoint.steps`.
+
+    Where nothing is healed, it has the parent's own files, by a second name where the disk has links.
+
+    Raises:
+        FileNotFoundError: no tokens, or no whole model.
+        ValueError: the method cannot be used with these settings or this model.
+        RuntimeError: the training diverged.
+    """
+    if isinstance(settings, Unhealed):
+        link_files(parent.path, directory)
+        return HealReport(method=settings.method, changed=[], sha256=ModelDirectory(directory).weights_sha256)
+    began = time.monotonic()
+    tokens = inputs.tokens()
+    tokens.check_vocabulary(parent.language.vocab_size)
+    whole = inputs.whole.written_by("fetch")
+    windows, sha256 = _windows(tokens)
+    task = Task(whole, parent, windows, tokens.held_out, inputs.work, inputs.on_metrics)
+    healed = importlib.import_module(f"finercut.healing.{settings.method}").heal(task, settings)
+    changed, candidates = [], [parent]
+    if healed.parameters:
+        write_tuned(parent, healed.parameters, directory)
+        made = lineage.entry(
+            "heal",
+            parent,
+            settings.model_dump(mode="json"),
+            n_tokens=healed.n_tokens,
+            tokens_sha256=sha256,
+        )
+        lineage.append(ModelDirectory(directory), made)
+        child = ModelDirectory(directory)
+        changed = differing_tensors(parent, child)
+        candidates.append(child)
+    found = compare(whole, candidates, tokens.held_out, one_device(settings.device))
+    before, after = found[0], found[-1]
+    if not after.divergence < before.divergence:
+        logger.warning(
+            "heal: held-out divergence did not fall below the pruned model's %.4f; the checkpoint stays as it is",
+            before.divergence,
+        )
+        _empty(directory)
+        link_files(parent.path, directory)
+        changed, after = [], before
+    else:
+        readme = directory / "README.md"
+        if readme.is_file():
+            text = healed_card(readme.read_text(encoding="utf-8"), settings.method, healed.n_tokens, before, after)
+            readme.write_text(text, encoding="utf-8")
+    report = HealReport(
+        method=settings.method,
+        changed=changed,
+        sha256=ModelDirectory(directory).weights_sha256,
+        divergence_before=before.divergence,
+        divergence_after=after.divergence,
+        perplexity_before=before.perplexity,
+        perplexity_after=after.perplexity,
+        n_tokens=healed.n_tokens if changed else 0,
+        seconds=time.monotonic() - began,
+    )
+    logger.info(
+        "heal: held-out divergence %.4f -> %.4f, perplexity %.2f -> %.2f, %d tensors changed, %.0f s",
+        before.divergence,
+        after.divergence,
+        before.perplexity,
+        after.perplexity,
+        len(changed),
+        report.seconds,
+    )
+    return report
 
 
 def claim(parent: ModelDirectory, child: ModelDirectory, proof: Proof) -> Claim:
-    """With `none`: the weights and the config are the parent's."""
-    same = parent.weights_sha256 == child.weights_sha256 and parent.settings == child.settings
+    """Where something was healed: the parent's structure, no difference but in the reported tensors, and a lower
+    held-out divergence. Else the parent's weights and config.
+
+    Raises:
+        FileNotFoundError, ValueError: no report of the step.
+        RuntimeError: logits that are not finite.
+    """
+    if [step.step for step in lineage.lineage_of(child)] == [step.step for step in lineage.lineage_of(parent)]:
+        same = parent.weights_sha256 == child.weights_sha256 and parent.settings == child.settings
+        return Claim(
+            name="heal", statement="has the pruned checkpoint's weights, unchanged", holds=same, figures={}, limit=None
+        )
+    if proof.whole is None or proof.report is None:
+        raise ValueError("the claim of a healed checkpoint is checked with the whole model and the step's report")
+    report = HealReport.read(proof.report)
+    try:
+        unlisted = set(differing_tensors(parent, child)) - set(report.changed)
+        same = _structure(parent) == _structure(child) and not unlisted
+    except ValueError:
+        same = False
+    before, after = math.nan, math.nan
+    if same:
+        of_parent, of_child = compare(proof.whole, [parent, child], proof.held_out, proof.device)
+        before, after = of_parent.divergence, of_child.divergence
     return Claim(
-        name="heal", statement="has the pruned checkpoint's weights, unchanged", holds=same, figures={}, limit=None
+        name="heal",
+        statement="differs from the pruned checkpoint in the reported tensors only, and diverges less from the whole "
+        "model on held-out tokens",
+        holds=same and after < before and report.sha256 == child.weights_sha256,
+        figures={"divergence_before": before, "divergence_after": after, "n_changed": len(report.changed)},
+        limit=None,
     )
+
+
+def _structure(model: ModelDirectory) -> dict:
+    """config.json less the lineage."""
+    origin = {key: value for key, value in model.settings["finercut"].items() if key != "lineage"}
+    return model.settings | {"finercut": origin}
+
+
+def _windows(tokens: Tokens) -> tuple[Tensor, str]:
+    if tokens.healing is not None:
+        return tokens.healing, tokens.healing_sha256
+    logger.warning(
+        "heal: the calibration set has no tokens for healing; taking its %d windows that the search has seen",
+        len(tokens.calibration),
+    )
+    return tokens.calibration, tokens.calibration_sha256
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -21,10 +21,22 @@ class LineageEntry(Record):
     """Of the step's section in params.yaml, or what the caller gave."""
     version: str
     """Of finercut."""
+    n_tokens: int | None = None
+    """That the step fitted the weights to, repeats included; not stored by steps that fit nothing."""
+    tokens_sha256: str | None = None
+    """Of those tokens, without repeats."""
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_defaults=True)
 
 
-def entry(step: str, parent: ModelDirectory, settings: dict[str, Any]) -> LineageEntry:
-    return LineageEntry(step=step, parent_sha256=parent.weights_sha256, settings=settings, version=finercut.__version__)
+def entry(step: str, parent: ModelDirectory, settings: dict[str, Any], **data: Any) -> LineageEntry:
+    """
+    Args:
+        data: the entry's optional fields.
+    """
+    sha256 = parent.weights_sha256
+    return LineageEntry(step=step, parent_sha256=sha256, settings=settings, version=finercut.__version__, **data)
 
 
 def lineage_of(model: ModelDirectory) -> list[LineageEntry]:
@@ -36,4 +48,4 @@ def lineage_of(model: ModelDirectory) -> list[LineageEntry]:
 def append(model: ModelDirectory, step: LineageEntry) -> None:
     """Add a step to the config.json of a checkpoint that is being written."""
     origin = model.settings.get("finercut") or {}
-    note(model.path, "finercut", origin | {"lineage": [*origin.get("lineage", []), step.model_dump(mode="json")]})
+    note(model.path, "finercut", origin | {"lineage": [*origin.get("lineage", []), step.to_json()]})

@@ -140,7 +140,7 @@ def _origin(parent: ModelDirectory, taken: Selection, budget: Budget | None) -> 
     made = {
         "whole_sha256": parent.weights_sha256,
         "version": finercut.__version__,
-        "lineage": [entry("prune", parent, settings).model_dump(mode="json")],
+        "lineage": [entry("prune", parent, settings).to_json()],
     }
     origin, last = taken.origin, taken.removals[-1]
     if origin is None:

@@ -50,9 +50,20 @@ class ParityReport(Record):
 class HealReport(Record):
     method: str
     changed: list[str]
-    """Names of the tensors that differ from the pruned checkpoint's."""
+    """Names of the stored tensors that differ from the pruned checkpoint's; none where nothing was healed."""
     sha256: str
     """Of the healed weights."""
+    divergence_before: float | None = None
+    """js of the pruned from the whole model on held-out tokens, nats per token, float32. Null with method none, as is
+    all that follows."""
+    divergence_after: float | None = None
+    """The same of the healed model."""
+    perplexity_before: float | None = None
+    """Of the pruned model on held-out tokens, float32."""
+    perplexity_after: float | None = None
+    n_tokens: int | None = None
+    """That the healed weights were fitted to or trained on, repeats included."""
+    seconds: float | None = None
 
 
 class Claim(Record):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
+from finercut.healing.settings import Distill, Refit, Unhealed
 from finercut.selection.settings import Budget
 from finercut.system.settings import Section
 
@@ -14,9 +15,8 @@ class Prune(Section):
     budget: Budget
 
 
-class Heal(Section):
-    method: Literal["none"]
-    """How the pruned checkpoint is repaired; none leaves it as it is, which is the paper's method."""
+Heal = Annotated[Unhealed | Refit | Distill, Field(discriminator="method")]
+"""How the pruned checkpoint is repaired."""
 
 
 class Prove(Section):

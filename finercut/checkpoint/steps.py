@@ -16,13 +16,14 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from finercut.model.directory import ModelDirectory
 from finercut.selection.selection import Selection
 from finercut.tokens import Tokens
 
@@ -34,6 +35,11 @@ class Inputs:
     tokens: Callable[[], Tokens]
     """Calibration and held-out tokens."""
     selection: Callable[[], Selection]
+    whole: ModelDirectory
+    work: Path
+    """Folder of the step's own, for what an interrupted run continues from; it need not exist."""
+    on_metrics: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
+    """Takes figures by name while the step works, and the number they belong to."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Proof:
     logit_tolerance: float
     """Largest difference of two float32 logits that passes."""
     device: torch.device
+    whole: ModelDirectory | None = None
+    """Needed by the claims of steps that change weights; so is `report`."""
+    report: Path | None = None
+    """Of the step whose claim is checked."""
 
 
 def step(name: str) -> ModuleType:

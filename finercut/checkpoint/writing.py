@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from finercut.model import modeling_finercut
-from finercut.model.directory import ModelDirectory
+from finercut.model.directory import ModelDirectory, quiet
 from finercut.model.families import LAYOUT_KEY, Layout, base_architecture, layout_of
-from finercut.model.loading import load_whole
+from finercut.model.loading import load_pruned, load_whole
 from finercut.model.remote_code import code_sha256, note_trusted, pruned_class
 from finercut.sublayers import Sublayer
 
@@ -61,6 +62,40 @@ def write_pruned(
     if source.trusted:
         note_trusted(directory, code_sha256(directory))
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_tuned(parent: ModelDirectory, parameters: Mapping[str, Tensor], directory: Path) -> None:
+    """Write a pruned checkpoint again with some parameters replaced, rounded to the dtype they are stored in.
+
+    Args:
+        parameters: by their names in the model.
+        directory: empty.
+    """
+    model = load_pruned(parent)
+    for name, value in parameters.items():
+        parameter = model.get_parameter(name)
+        parameter.data = value.to(parameter.dtype)
+    with quiet():
+        model.save_pretrained(directory)
+    for file in parent.path.iterdir():
+        if file.is_file() and ".safetensors" not in file.name:
+            shutil.copyfile(file, directory / file.name)
+
+
+def differing_tensors(one: ModelDirectory, other: ModelDirectory) -> list[str]:
+    """Names of the stored tensors that are not the same bit for bit, sorted.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ.
+    """
+    if one.tensors != other.tensors:
+        odd = sorted(dict(one.tensors.items() ^ other.tensors.items()))
+        raise ValueError(f"{one} and {other} differ in name, shape or dtype of {', '.join(odd[:3])} ({len(odd)})")
+    return sorted(name for name in one.tensors if not _equal(one.tensor(name), other.tensor(name)))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def pruned_config(

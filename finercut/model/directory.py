@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -151,6 +153,18 @@ class ModelDirectory:
     def tensors(self) -> dict[str, StoredTensor]:
         """Every stored tensor by name, from the files' headers; see `tensors.safetensors_shapes` for what it raises."""
         return tensors.safetensors_shapes(self.path)
+
+    def tensor(self, name: str) -> Tensor:
+        """A stored tensor.
+
+        Raises:
+            KeyError: none has that name.
+        """
+        for file in tensors.safetensors_files(self.path):
+            with safe_open(file, framework="pt") as stored:
+                if name in stored.keys():  # noqa: SIM118
+                    return stored.get_tensor(name)
+        raise KeyError(name)
 
     @cached_property
     def weights_sha256(self) -> str:

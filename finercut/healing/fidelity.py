@@ -1,0 +1,63 @@
+"""How far a pruned model is from the whole one, on text that it was not fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from finercut.model.directory import ModelDirectory
+from finercut.model.loading import load
+from finercut.selection.divergence import js
+
+Logits = Callable[[Tensor], Tensor]
+"""Token ids, (samples, tokens) -> logits, (samples, tokens, vocab)."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    divergence: float
+    """js from the whole model, nats per token."""
+    perplexity: float
+    """Of the model itself on the text; not of the whole model's predictions."""
+
+
+@torch.no_grad()
+def fidelity(whole: Logits, other: Logits, windows: Tensor) -> Fidelity:
+    """
+    Args:
+        windows: token ids, (samples, tokens), of at least two tokens.
+
+    Raises:
+        RuntimeError: logits that are not finite.
+    """
+    divergence = surprise = 0.0
+    for window in windows[:, None]:
+        expected, found = whole(window)[0].float(), other(window)[0].float()
+        divergence += js(expected, found).double().sum().item()
+        surprise += torch.nn.functional.cross_entropy(found[:-1], window[0, 1:], reduction="sum").item()
+    if not math.isfinite(divergence + surprise):
+        raise RuntimeError("the logits on held-out tokens are not finite")
+    n_samples, n_tokens = windows.shape
+    return Fidelity(divergence / windows.numel(), _exp(surprise / (n_samples * (n_tokens - 1))))
+
+
+def logits_of(model: PreTrainedModel) -> Logits:
+    return lambda tokens: model(input_ids=tokens, use_cache=False).logits
+
+
+def compare(
+    whole: ModelDirectory, pruned: list[ModelDirectory], windows: Tensor, device: torch.device
+) -> list[Fidelity]:
+    """Of each of some checkpoints, in float32; the whole model and one other are in memory at a time."""
+    windows = windows.to(device)
+    reference = logits_of(load(whole, torch.float32, device))
+    return [fidelity(reference, logits_of(load(other, torch.float32, device)), windows) for other in pruned]
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))

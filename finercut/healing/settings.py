@@ -1,0 +1,72 @@
+"""Section `heal` of params.yaml, by method."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from finercut.system.settings import Section
+
+TrainingDtype = Literal["auto", "bfloat16", "float32"]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Unhealed(Section):
+    method: Literal["none"]
+    """Keep the pruned checkpoint as it is, which is the paper's method."""
+
+
+class Refit(Section):
+    """Fit the output projections of kept sublayers, in order of depth, so that the residual stream behind each gap is
+    the whole model's again. Closed form, no gradients."""
+
+    method: Literal["refit"]
+    ridges: list[PositiveFloat] = Field(min_length=1)
+    """Candidates for the penalty on changing a weight, as shares of the mean square of its input; each projection takes
+    the best on windows that its fit did not see."""
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
+    """Candidates for how much of the change is applied, common to all projections; chosen on held-out tokens."""
+    batch_tokens: PositiveInt
+    """Tokens that go through a sublayer at once; changes memory and speed only."""
+    dtype: TrainingDtype
+    """Of the forwards; sums are float64. auto: bfloat16 where the device multiplies in it, else float32."""
+    device: str
+    """auto, cpu, cuda."""
+
+
+class Distill(Section):
+    """Train the pruned model to predict what the whole model predicts."""
+
+    method: Literal["distill"]
+    trainable: Literal["blocks", "lora"]
+    """blocks: all weights of all blocks, two models in memory. lora: low-rank updates of the blocks' matrices, merged
+    at the end; one model in memory. Embeddings, final norm and head stay as they are."""
+    lora_rank: PositiveInt
+    """Rank of the updates; with trainable: lora only."""
+    tokens: PositiveInt
+    """Tokens to train on; the windows are repeated where there are fewer."""
+    minutes: PositiveFloat | None
+    """Limit on the training time, minutes; the schedule ends with it. null: none. A run that reaches it depends on the
+    speed of the machine."""
+    batch_tokens: PositiveInt
+    """Tokens of one optimizer step."""
+    learning_rate: PositiveFloat
+    """Of AdamW, at its highest; falls to zero by a cosine."""
+    warm_up: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the training in which the learning rate rises."""
+    ce_weight: NotNegative
+    """Weight of the cross-entropy with the text, beside KL(whole || pruned) with weight 1; both nats per token."""
+    eval_every: PositiveInt
+    """Steps between evaluations on held-out tokens; the best evaluated state becomes the checkpoint, and an interrupted
+    run continues from the last one."""
+    patience: PositiveInt | None
+    """Evaluations in a row that bring the held-out divergence below neither the pruned model's nor an earlier one, after
+    which training ends; null: never."""
+    seed: Annotated[int, Field(ge=0)]
+    """Of the order of the windows and of lora's first weights."""
+    dtype: TrainingDtype
+    """Of the matrix products; trained weights are float32. auto: bfloat16 where the device multiplies in it, else
+    float32."""
+    device: str
+    """auto, cpu, cuda: one device."""

@@ -1,0 +1,532 @@
+"""The step `heal` and its methods on tiny random models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from family_models import CASES, random_model
+from safetensors.torch import load_file, save_file
+
+from finercut.checkpoint import heal, prune
+from finercut.checkpoint.lineage import lineage_of
+from finercut.checkpoint.settings import Heal
+from finercut.checkpoint.steps import Inputs, Proof
+from finercut.checkpoint.writing import differing_tensors
+from finercut.healing import distill, refit
+from finercut.healing.fidelity import compare, fidelity, logits_of
+from finercut.healing.settings import Distill, Refit
+from finercut.model.directory import ModelDirectory
+from finercut.model.loading import load_pruned, load_whole
+from finercut.model.masking import masked
+from finercut.selection.divergence import js
+from finercut.sublayers import Sublayer
+from finercut.tokens import Tokens
+
+REMOVED = ["1.mlp", "2.attention"]
+CPU = torch.device("cpu")
+N = 24
+
+
+def distilling(**changes):
+    settings = {
+        "method": "distill",
+        "trainable": "blocks",
+        "lora_rank": 8,
+        "tokens": 16 * 4 * N,
+        "minutes": None,
+        "batch_tokens": 4 * N,
+        "learning_rate": 1e-3,
+        "warm_up": 0.1,
+        "ce_weight": 0.0,
+        "eval_every": 4,
+        "patience": None,
+        "seed": 0,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    return Distill(**settings | changes)
+
+
+def refitting(**changes):
+    settings = {"method": "refit", "ridges": [0.01, 0.1, 1.0], "fractions": [0.5, 1.0], "batch_tokens": 8 * N}
+    return Refit(**settings | {"dtype": "float32", "device": "cpu"} | changes)
+
+
+def windows(n, seed):
+    # Few tokens, so that what holds for some windows holds for others.
+    return torch.randint(3, 30, (n, N), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def tokens_to_heal():
+    return Tokens(calibration=windows(4, 0), held_out=windows(4, 1), healing=windows(64, 2))
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("healing") / "pruned"
+    prune.prune(tiny_model, REMOVED, None, directory)
+    return ModelDirectory(directory)
+
+
+@pytest.fixture
+def run(tiny_model, pruned, tokens_to_heal, tmp_path):
+    """Heals the tiny pruned model; the report, the checkpoint, and the figures it sent."""
+
+    def run(settings, name="healed", tokens=tokens_to_heal):
+        directory = tmp_path / name
+        directory.mkdir()
+        sent = []
+        whole = ModelDirectory(tiny_model)
+        inputs = Inputs(
+            lambda: tokens, None, whole, tmp_path / "work", lambda figures, step: sent.append((step, figures))
+        )
+        report = heal.apply(pruned, directory, settings, inputs)
+        report.write(tmp_path / "heal.json")
+        return report, ModelDirectory(directory), sent
+
+    return run
+
+
+@pytest.fixture
+def proof(tiny_model, tokens_to_heal, tmp_path):
+    return Proof(tokens_to_heal.held_out, 1e-3, CPU, ModelDirectory(tiny_model), tmp_path / "heal.json")
+
+
+def in_blocks(names):
+    return {name for name in names if name.startswith("model.layers.")}
+
+
+# What all methods have in common
+
+
+def test_fidelity_is_the_mean_js_and_the_perplexity_of_the_text(tiny_model, pruned, tokens_to_heal):
+    whole, other = load_whole(tiny_model), load_pruned(pruned)
+    held_out = tokens_to_heal.held_out
+    with torch.no_grad():
+        expected = js(whole(held_out).logits, other(held_out).logits).mean().item()
+        surprise = other(held_out, labels=held_out).loss.item()
+    found = fidelity(logits_of(whole), logits_of(other), held_out)
+    assert found.divergence == pytest.approx(expected, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(surprise), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [distilling(), distilling(trainable="lora", learning_rate=5e-3), refitting()],
+    ids=["distill", "lora", "refit"],
+)
+def test_a_healed_checkpoint_is_closer_to_the_whole_model_and_its_claim_holds(
+    run, pruned, tiny_model, tokens_to_heal, proof, settings
+):
+    report, healed, sent = run(settings)
+    before, after = compare(ModelDirectory(tiny_model), [pruned, healed], tokens_to_heal.held_out, CPU)
+    assert after.divergence < 0.99 * before.divergence
+    assert (report.divergence_before, report.divergence_after) == (before.divergence, after.divergence)
+    assert (report.perplexity_before, report.perplexity_after) == (before.perplexity, after.perplexity)
+    assert report.sha256 == healed.weights_sha256 != pruned.weights_sha256
+    assert sent
+    claim = heal.claim(pruned, healed, proof)
+    assert claim.holds, claim
+    assert claim.figures["divergence_after"] == after.divergence
+
+
+@pytest.mark.parametrize(
+    "settings", [distilling(), distilling(trainable="lora", learning_rate=5e-3), refitting()], ids=repr
+)
+def test_only_reported_tensors_of_blocks_change_and_the_others_not_by_a_bit(run, pruned, settings):
+    report, healed, _ = run(settings)
+    before, after = (load_file(d.path / "model.safetensors") for d in (pruned, healed))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(report.changed) == in_blocks(changed)
+    assert changed
+    assert {(t.dtype, t.shape) for t in before.values()} == {(t.dtype, t.shape) for t in after.values()}
+    config = [json.loads((d.path / "config.json").read_text()) for d in (pruned, healed)]
+    assert [step.step for step in lineage_of(healed)] == ["prune", "heal"]
+    for one in config:
+        del one["finercut"]["lineage"]
+    assert config[0] == config[1]
+
+
+def test_the_lineage_says_how_and_on_what_it_was_healed(run, pruned, tokens_to_heal):
+    settings = distilling(eval_every=16)
+    report, healed, _ = run(settings)
+    made = lineage_of(healed)[-1]
+    assert made.settings == settings.model_dump()
+    assert made.parent_sha256 == pruned.weights_sha256
+    assert (made.n_tokens, made.tokens_sha256) == (16 * 4 * N, tokens_to_heal.healing_sha256)
+    assert report.n_tokens == made.n_tokens
+    assert "n_tokens" not in json.loads((healed.path / "config.json").read_text())["finercut"]["lineage"][0]
+
+
+def test_the_card_no_longer_says_that_nothing_was_trained(run, pruned):
+    _, healed, _ = run(refitting())
+    before, after = ((d.path / "README.md").read_text() for d in (pruned, healed))
+    assert "without training" in before
+    assert "without training" not in after
+    assert after.index("## Healed") < after.index("## Load")
+
+
+def test_a_divergence_that_rises_leaves_the_parent(run, pruned, proof, caplog):
+    report, healed, _ = run(distilling(learning_rate=3.0))
+    assert "the checkpoint stays as it is" in caplog.text
+    assert report.changed == []
+    assert report.divergence_after == report.divergence_before
+    for file in pruned.path.iterdir():
+        assert (healed.path / file.name).samefile(file)
+    assert heal.claim(pruned, healed, proof).holds
+
+
+def test_a_refit_to_other_text_than_the_held_out_leaves_the_parent(run, pruned, tokens_to_heal):
+    # Two windows of one token: what they ask for is wrong everywhere else.
+    narrow = dataclasses.replace(tokens_to_heal, healing=torch.full((8, N), 7))
+    report, healed, _ = run(refitting(ridges=[1e-2], fractions=[1.0]), tokens=narrow)
+    assert report.changed == []
+    assert healed.weights_sha256 == pruned.weights_sha256
+
+
+def test_without_healing_tokens_the_calibrations_are_taken_with_a_warning(run, tokens_to_heal, caplog):
+    few = dataclasses.replace(tokens_to_heal, calibration=windows(64, 2), healing=None)
+    _, healed, _ = run(refitting(), tokens=few)
+    assert "no tokens for healing; taking its 64 windows" in caplog.text
+    _, same, _ = run(refitting(), name="again")
+    assert healed.weights_sha256 == same.weights_sha256
+
+
+@pytest.mark.parametrize("what", ["unlisted", "config", "shape", "other weights"])
+def test_the_claim_does_not_hold_where_something_else_changed(run, pruned, proof, tmp_path, what):
+    report, healed, _ = run(refitting())
+    file = healed.path / "model.safetensors"
+    tensors = load_file(file)
+    if what == "config":
+        config = json.loads((healed.path / "config.json").read_text())
+        (healed.path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    elif what == "shape":
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][None]
+    else:
+        name = report.changed[0] if what == "other weights" else "model.norm.weight"
+        tensors[name] = tensors[name] * 1.001
+    save_file(tensors, file, {"format": "pt"})
+    report.model_copy(update={"sha256": ModelDirectory(healed.path).weights_sha256}).write(tmp_path / "heal.json")
+    if what == "other weights":
+        report.write(tmp_path / "heal.json")
+    assert not heal.claim(pruned, ModelDirectory(healed.path), proof).holds
+
+
+def test_the_claim_does_not_hold_for_a_worse_checkpoint(run, pruned, proof, tmp_path):
+    report, healed, _ = run(refitting())
+    tensors = load_file(healed.path / "model.safetensors")
+    tensors[report.changed[0]] *= 20
+    save_file(tensors, healed.path / "model.safetensors", {"format": "pt"})
+    worse = ModelDirectory(healed.path)
+    report.model_copy(update={"sha256": worse.weights_sha256}).write(tmp_path / "heal.json")
+    claim = heal.claim(pruned, worse, proof)
+    assert not claim.holds
+    assert claim.figures["divergence_after"] > claim.figures["divergence_before"]
+
+
+def test_tensors_that_differ_in_a_bit_of_nan_or_zero_differ(tmp_path, pruned):
+    for name, value in (("one", 0.0), ("other", -0.0)):
+        shutil.copytree(pruned.path, tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["model.norm.weight"][0] = value
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    assert differing_tensors(ModelDirectory(tmp_path / "one"), ModelDirectory(tmp_path / "other")) == [
+        "model.norm.weight"
+    ]
+
+
+# Distillation
+
+
+def test_training_starts_at_the_pruned_model_and_ends_with_its_best_state(run, caplog):
+    caplog.set_level(logging.INFO)
+    report, _, sent = run(distilling())
+    found = {
+        step: figures["heal.held_out_divergence"] for step, figures in sent if "heal.held_out_divergence" in figures
+    }
+    assert list(found) == [4, 8, 12, 16]
+    assert report.divergence_after == pytest.approx(min(found.values()), rel=1e-4)
+    losses = [figures["heal.loss"] for _, figures in sent if "heal.loss" in figures]
+    assert len(losses) == 16
+    assert sum(losses[8:]) < sum(losses[:8])
+
+
+def test_the_first_loss_is_kl_and_cross_entropy_of_the_first_batch(run, tiny_model, pruned, tokens_to_heal):
+    _, _, sent = run(distilling(tokens=4 * N, eval_every=1, ce_weight=0.5, learning_rate=1e-5))
+    batch = tokens_to_heal.healing[distill._Windows(tokens_to_heal.healing, 4, 0).order]
+    with torch.no_grad():
+        p = load_whole(tiny_model)(batch).logits.log_softmax(-1)
+        output = load_pruned(pruned)(batch, labels=batch)
+    q = output.logits.log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1).mean() + 0.5 * output.loss
+    assert sent[0][1]["heal.loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_micro_batches_do_not_change_the_result_by_more_than_rounding(run, monkeypatch):
+    _, at_once, _ = run(distilling(tokens=8 * N, eval_every=2))
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 2 * N * 400)
+    _, in_parts, _ = run(distilling(tokens=8 * N, eval_every=2), name="parts")
+    one, other = (load_file(d.path / "model.safetensors") for d in (at_once, in_parts))
+    # AdamW's first steps are of the size of the learning rate, whatever the gradient: only few signs may differ
+    differences = torch.cat([(one[n] - other[n]).abs().flatten() for n in one])
+    assert differences.mean() < 1e-6
+
+
+def test_windows_are_all_seen_before_any_is_seen_again():
+    order = distill._Windows(windows(5, 0), 12, seed=3).order
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
+    assert order[:5] != order[5:10]
+    assert (
+        order == distill._Windows(windows(5, 0), 12, seed=3).order != distill._Windows(windows(5, 0), 12, seed=4).order
+    )
+
+
+def test_the_learning_rate_rises_and_falls():
+    assert [round(distill.rate(done, 0.2), 6) for done in (0.0, 0.1, 0.2, 0.6, 1.0, 1.2)] == [0, 0.5, 1, 0.5, 0, 0]
+    assert distill.rate(0.0, 0.0) == 1
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("kind", "after"), [("blocks", 2), ("lora", 1)])
+def test_an_interrupted_run_continues_to_the_same_bytes(run, tmp_path, monkeypatch, kind, after):
+    settings = distilling(trainable=kind, tokens=12 * 4 * N)
+    _, straight, _ = run(settings)
+    evaluate, evaluations = distill._Trainer.evaluate, []
+
+    def killed(trainer, *args, **kwargs):
+        if len(evaluations) == after:
+            raise Killed
+        evaluations.append(trainer.state.global_step)
+        return evaluate(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill._Trainer, "evaluate", killed)
+        with pytest.raises(Killed):
+            run(settings, name="killed")
+    (folder,) = (tmp_path / "work").iterdir()
+    # As if it had been killed while it wrote a later one.
+    (folder / "checkpoint-9").mkdir()
+    (folder / "checkpoint-9" / distill.STATE).write_text("{")
+    _, resumed, sent = run(settings, name="resumed")
+    assert min(step for step, _ in sent) == 4 * after + 1
+    assert resumed.weights_sha256 == straight.weights_sha256
+    assert not folder.exists()
+
+
+def test_another_learning_rate_does_not_continue_an_interrupted_run(run, monkeypatch):
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill._Trainer, "_save_rng_state", killed)
+        with pytest.raises(Killed):
+            run(distilling(), name="killed")
+    _, _, sent = run(distilling(learning_rate=1e-3))
+    assert sent[0][0] == 1
+
+
+def test_training_ends_when_its_time_is_over_and_the_rate_falls_with_it(run):
+    report, _, sent = run(distilling(minutes=1e-9, eval_every=100))
+    assert report.n_tokens in (0, 4 * N)
+    assert {step for step, _ in sent} == {1}
+
+
+def test_training_ends_when_patience_does(run):
+    report, _, sent = run(distilling(learning_rate=3.0, eval_every=1, patience=3))
+    assert max(step for step, _ in sent) == 3
+    assert report.changed == []
+
+
+@pytest.mark.parametrize("kind", ["blocks", "lora"])
+def test_a_loss_that_is_no_number_is_one_error_and_no_checkpoint(run, tmp_path, kind):
+    with pytest.raises(RuntimeError, match=r"^the loss is nan in step \d+: lower heal.learning_rate$"):
+        run(distilling(trainable=kind, learning_rate=1e30, warm_up=0.0, eval_every=100))
+    assert list((tmp_path / "healed").iterdir()) == []
+
+
+def test_a_batch_smaller_than_a_window_is_refused(run):
+    with pytest.raises(ValueError, match="heal.batch_tokens = 10 is less than a window of 24 tokens"):
+        run(distilling(batch_tokens=10))
+
+
+def test_the_teacher_inside_lora_is_the_whole_model_before_and_after_training(tiny_model, pruned, tokens_to_heal):
+    task = distill.Task(ModelDirectory(tiny_model), pruned, None, tokens_to_heal.held_out, None, None)
+    pair = distill._lora(task, distilling(trainable="lora", learning_rate=5e-3), CPU, torch.float32)
+    whole, other = load_whole(tiny_model), load_pruned(pruned)
+    batch = tokens_to_heal.held_out
+    with torch.no_grad():
+        torch.testing.assert_close(pair.teacher(batch), whole(batch).logits)
+        torch.testing.assert_close(logits_of(pair.student)(batch), other(batch).logits)
+        trained = [p for p in pair.student.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(pair.teacher(batch), whole(batch).logits)
+        assert all(p.requires_grad for p in trained)
+        # Merged, they give what the student computes.
+        for name, value in pair.parameters().items():
+            other.get_parameter(name).data = value
+        torch.testing.assert_close(logits_of(pair.student)(batch), other(batch).logits, rtol=1e-3, atol=1e-3)
+
+
+# Refit
+
+
+def streams(model, removed, kind, block, batch):
+    """Of the whole model before the sublayer after (block, kind), and of the masked one before and after it."""
+    caught = {}
+    layer, following = model.model.layers[block], model.model.layers[block + 1]
+    assert kind == "mlp"
+    norms = {"before": layer.post_attention_layernorm, "after": following.input_layernorm}
+    hooks = [
+        n.register_forward_pre_hook(lambda _, a, name=name: caught.update({name: a[0]})) for name, n in norms.items()
+    ]
+    inputs = layer.mlp.down_proj.register_forward_pre_hook(lambda _, a: caught.update(a=a[0]))
+    with torch.no_grad(), masked(model, removed):
+        model(batch)
+    for hook in (*hooks, inputs):
+        hook.remove()
+    return caught
+
+
+def test_a_refit_is_the_ridge_solution_of_numpy(tiny_model):
+    # 1.attention is removed: 0.mlp is the first that is fitted, with nothing drifted before it.
+    removed = [Sublayer(1, "attention")]
+    batch = windows(32, 3)
+    model = load_whole(tiny_model)
+    own = model.model.layers[0].mlp.down_proj.weight.detach().clone().double().numpy()
+    seen = streams(model, removed, "mlp", 0, batch)
+    caught = {}
+    hook = model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda _, a: caught.update(t=a[0]))
+    with torch.no_grad():
+        model(batch)
+    hook.remove()
+    target, before, a = (x.double().numpy().reshape(-1, x.shape[-1]) for x in (caught["t"], seen["before"], seen["a"]))
+    weights = 1 / (target**2).sum(1)
+    first = np.arange(batch.numel()) % N == 0
+    weights = np.where(
+        first, 0, np.minimum(weights, refit.MOST_WEIGHT * np.sort(weights[~first])[(~first).sum() // 2 - 1])
+    )
+    ridge = 0.3
+    diagonal = (weights[:, None] * a**2).sum(0)
+    penalty = ridge * (diagonal + refit.LEAST_DIAGONAL * diagonal.mean())
+    # Ridge towards the present weights, as least squares with one more row for each input.
+    rows = np.vstack([np.sqrt(weights)[:, None] * a, np.diag(np.sqrt(penalty))])
+    right = np.vstack([np.sqrt(weights)[:, None] * (target - before), np.sqrt(penalty)[:, None] * own.T])
+    expected = np.linalg.lstsq(rows, right, rcond=None)[0].T
+    fitted = refit.fit(model, batch, removed, refitting(ridges=[ridge]))
+    found = fitted["model.layers.0.mlp.down_proj.weight"].numpy()
+    assert np.abs(expected - own).max() > 1e-2
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_a_refit_lowers_what_is_missing_at_every_gap_on_its_own_tokens(tiny_model):
+    removed = [Sublayer(1, "attention"), Sublayer(2, "mlp")]
+    batch = windows(32, 3)
+    whole, fitted = load_whole(tiny_model), load_whole(tiny_model)
+    refit.fit(fitted, batch, removed, refitting())
+    norms = [f"model.layers.{i}.{name}" for i, name in ((1, "post_attention_layernorm"), (3, "input_layernorm"))]
+
+    def at(model, gone):
+        caught = {}
+        hooks = [
+            model.get_submodule(n).register_forward_pre_hook(lambda _, a, n=n: caught.update({n: a[0]})) for n in norms
+        ]
+        with torch.no_grad(), masked(model, gone):
+            model(batch)
+        for hook in hooks:
+            hook.remove()
+        return caught
+
+    target, before, after = at(whole, []), at(whole, removed), at(fitted, removed)
+    for norm in norms:
+        missing = [
+            ((target[norm] - found[norm]).norm(dim=-1) / target[norm].norm(dim=-1))[:, 1:].mean()
+            for found in (before, after)
+        ]
+        assert missing[1] < 0.95 * missing[0]
+
+
+def test_nothing_before_the_first_gap_is_fitted(tiny_model):
+    fitted = refit.fit(load_whole(tiny_model), windows(64, 3), [Sublayer(2, "attention")], refitting())
+    assert {name.split(".")[2] for name in fitted} <= {"1", "2", "3"}
+    assert "model.layers.1.mlp.down_proj.weight" in fitted
+    assert "model.layers.1.self_attn.o_proj.weight" not in fitted
+
+
+def test_a_ridge_too_small_for_inputs_that_repeat_changes_nothing():
+    moments = refit._Full()
+    moments.add(torch.ones(6, 3), torch.ones(6, 2), torch.ones(6))
+    assert not moments.solve(-1.0).any()
+    assert moments.explained(moments.solve(-1.0)) == 0
+    assert moments.explained(moments.solve(0.01)) > 0.9
+
+
+def test_what_follows_sees_the_rounded_weights(tiny_model):
+    batch = windows(16, 3)
+    model = load_whole(tiny_model)
+    stored = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    fitted = refit.fit(model, batch, [Sublayer(1, "attention")], refitting(), stored.get)
+    assert {value.dtype for value in fitted.values()} == {torch.bfloat16}
+    for name, value in fitted.items():
+        assert torch.equal(model.get_parameter(name), value.float())
+
+
+FITTED = {
+    "llama": "mlp.down_proj",
+    "gpt2": "mlp.c_proj",
+    "opt": "fc2",
+    "granite": "mlp.down_proj",
+    "gemma2": "post_feedforward_layernorm",
+    "olmo2": "post_feedforward_layernorm",
+    "gpt_neox sequential": "mlp.dense_4h_to_h",
+    "mixtral": "self_attn.o_proj",
+}
+
+
+@pytest.mark.parametrize("case", FITTED)
+def test_every_kind_of_family_has_something_to_fit_and_gains_by_it(case):
+    model_type, changes = CASES[case]
+    removed = [Sublayer(1, "attention"), Sublayer(2, "mlp")]
+    batch, held_out = windows(32, 3), windows(4, 4)
+    whole, fitted = (random_model(model_type, **changes) for _ in range(2))
+    with masked(fitted, removed):
+        before = fidelity(logits_of(whole), logits_of(fitted), held_out)
+    found = refit.fit(fitted, batch, removed, refitting())
+    assert any(FITTED[case] in name for name in found)
+    with masked(fitted, removed):
+        after = fidelity(logits_of(whole), logits_of(fitted), held_out)
+    assert after.divergence < before.divergence
+
+
+def test_parallel_blocks_are_refused_with_what_to_do():
+    model_type, changes = CASES["gpt_neox"]
+    with pytest.raises(ValueError, match="cannot fit a gpt_neox model, whose blocks are not .* take distill"):
+        refit.fit(random_model(model_type, **changes), windows(4, 3), [Sublayer(1, "mlp")], refitting())
+
+
+def test_one_window_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="two windows at least"):
+        refit.fit(load_whole(tiny_model), windows(1, 3), [Sublayer(1, "mlp")], refitting())
+
+
+def test_params_choose_the_method(tmp_path):
+    from pydantic import TypeAdapter, ValidationError
+
+    kinds = TypeAdapter(Heal)
+    assert kinds.validate_python({"method": "none"}).method == "none"
+    assert kinds.validate_python(distilling().model_dump()) == distilling()
+    for wrong in ({"method": "none", "tokens": 1}, {"method": "pray"}, refitting().model_dump() | {"ridges": []}):
+        with pytest.raises(ValidationError):
+            kinds.validate_python(wrong)
