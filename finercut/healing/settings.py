@@ -61,8 +61,8 @@ class Distill(Section):
     """Steps between evaluations on held-out tokens; the best evaluated state becomes the checkpoint, and an interrupted
     run continues from the last one."""
     patience: PositiveInt | None
-    """Evaluations in a row that bring the held-out divergence below neither the pruned model's nor an earlier one, after
-    which training ends; null: never."""
+    """Evaluations in a row that bring the held-out divergence below neither the pruned model's nor an earlier one,
+    after which training ends; null: never."""
     seed: Annotated[int, Field(ge=0)]
     """Of the order of the windows and of lora's first weights."""
     dtype: TrainingDtype
