@@ -249,6 +249,62 @@ def run(file: Path | None, pull: bool) -> None:
         click.echo(_where_to_look(local_store))
 
 
+@main.command()
+@click.option("--budgets", required=True, help="Amounts, joined by commas: 0.1,0.2,0.3")
+@click.option(
+    "--unit",
+    type=click.Choice(["sublayers", "parameters", "kv_cache"]),
+    help="Of the budgets.  [default: that of prune.budget]",
+)
+@click.option(
+    "--rule",
+    type=click.Choice(["leanest", "best"]),
+    default="leanest",
+    show_default=True,
+    help="Which point that passes the gate is registered: the one that saves most, or that keeps most accuracy.",
+)
+@click.option("--pull", is_flag=True, help="Take results from the DVC remote where it has them.")
+def frontier(budgets: str, unit: str | None, rule: str, pull: bool) -> None:
+    """Compress the model to several budgets and register one that passes the gate.
+
+    One search and one measurement of the whole model serve all points; each is pruned, healed, proved, evaluated and
+    timed. Interrupted, it goes on where it was. params.yaml has the chosen budget afterwards. Ends with status 1 if a
+    stage fails or no point passes.
+
+    \b
+    finercut frontier --budgets 0.1,0.15,0.2,0.25 --unit parameters
+    finercut frontier --budgets 8,12,16 --unit sublayers --rule best
+
+    \b
+    Reads     params.yaml, dvc.yaml, and what the stages read
+    Writes    as finercut run; reports/frontier.json and reports/frontier.png; a parent run in MLflow
+    """
+    from finercut.system.staging import exclusive
+
+    from . import params
+
+    params.load()
+    try:
+        amounts = [float(amount) for amount in budgets.split(",")]
+    except ValueError:
+        raise ValueError(f"--budgets takes numbers joined by commas, got {budgets!r}") from None
+    with exclusive(paths.WORK):
+        for name, value in PREFECT.items():
+            os.environ.setdefault(name, value)
+        from . import frontier as points
+        from .flow import compress
+        from .register import Refused
+
+        local_store = "MLFLOW_TRACKING_URI" not in os.environ
+        try:
+            compress(pull=pull, budgets=amounts, unit=unit, rule=rule)
+        except Refused:
+            click.echo(points.markdown())
+            raise
+        click.echo(points.markdown())
+        click.echo(_where_to_look(local_store))
+
+
 def _take_params(file: Path) -> None:
     from . import settings
 

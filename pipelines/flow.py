@@ -21,14 +21,16 @@ from prefect.context import FlowRunContext
 from pydantic import JsonValue
 
 from finercut.registry import runs, server
-from finercut.registry.records import RegisterReport
+from finercut.registry.records import Check, RegisterReport
+from finercut.report.frontier import Rule
+from finercut.selection.settings import CostName
 from finercut.sources import revisions
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
 from finercut.system.staging import exclusive
 
 from . import collect as collection
-from . import dag, paths, register, reports, settings, summary
+from . import dag, frontier, paths, register, reports, settings, summary
 from .params import Params, load
 
 # DVC's advice after every stage, which is for people who run it by hand.
@@ -43,6 +45,9 @@ def compress(
     push: bool = False,
     collect: bool = False,
     accelerator: str | None = None,
+    budgets: list[float] | None = None,
+    unit: CostName | None = None,
+    rule: Rule = "leanest",
 ) -> RegisterReport:
     """Compress the model `params.yaml` names, in the current directory, and register the result.
 
@@ -56,6 +61,9 @@ def compress(
         push: store every result in the DVC remote before the model is registered
         collect: at the end, free the disk of what `collect` in params.yaml does not keep
         accelerator: the Prefect concurrency limit to hold, so that one run at a time uses the accelerator
+        budgets: compress to each of these in place of `prune.budget`, and register one that passes the gate
+        unit: of the budgets; none: that of `prune.budget`
+        rule: which of those that pass: leanest, the one that saves most; best, the one that keeps most accuracy
 
     Raises:
         ValueError: an override of no params_file, or of a field that does not exist or does not allow it.
@@ -73,15 +81,32 @@ def compress(
             raise ValueError("overrides need a params_file to start from")
         if push:
             dag.remote()
-        return _execute(load(), pull, push, collect)
+        if not budgets:
+            return _execute(load(), pull, push, collect, {})[0]
+        return frontier.run(
+            budgets,
+            unit,
+            rule,
+            params_file,
+            overrides or {},
+            # What one point leaves, the next may need: only the last one collects.
+            lambda params, tags, registers: _execute(params, pull, push, collect and registers, tags, registers),
+        )
 
 
-def _execute(params: Params, pull: bool, push: bool, collect: bool) -> RegisterReport:
+def _execute(
+    params: Params, pull: bool, push: bool, collect: bool, tags: Mapping[str, str], registers: bool = True
+) -> tuple[RegisterReport | None, list[Check], str]:
+    """Every stage, and the registration where it `registers`.
+
+    Returns:
+        The registration, the gate's checks, and the id of the MLflow run, which has `tags`.
+    """
     stages = dag.stages()
     mlflow_run = runs.open_run(
         params.flow.experiment,
         params.model_dump(mode="json", by_alias=True),
-        dag.revision() | {"prefect.flow_run_id": str(FlowRunContext.get().flow_run.id)},
+        dag.revision() | {"prefect.flow_run_id": str(FlowRunContext.get().flow_run.id)} | tags,
     )
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log.txt"
@@ -100,7 +125,16 @@ def _execute(params: Params, pull: bool, push: bool, collect: bool) -> RegisterR
                 mlflow_run.log_file(path, "pipeline")
             if push:
                 _push(mlflow_run, log_file)
-            return _register_task(params, mlflow_run)
+            if not registers:
+                return None, _gate(params, mlflow_run), mlflow_run.run_id
+            report = _register_task(params, mlflow_run)
+            return report, report.checks, mlflow_run.run_id
+
+
+def _gate(params: Params, mlflow_run: runs.Run) -> list[Check]:
+    checks = register.judge(params)
+    mlflow_run.log_tags({"gate": "passed" if all(check.passed for check in checks) else "refused"})
+    return checks
 
 
 def _edited(stage: dag.Stage, params: Params) -> bool:

@@ -22,6 +22,7 @@ ENVIRONMENT = REPORTS / "environment.json"
 CURVE = REPORTS / "curve.csv"
 CURVE_PICTURE = REPORTS / "search.png"
 REMOVALS_PICTURE = REPORTS / "removals.png"
+FRONTIER_PICTURE = REPORTS / "frontier.png"
 
 WORK = Path(".finercut")
 """What is neither input nor output of a stage, so that DVC leaves it alone: `lock`, held by the process that works in

@@ -39,7 +39,7 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
         Refused: the gate was not passed; the report is written and the reasons are in the MLflow run.
         RuntimeError: the files are not those that `dvc.lock` records, or MLflow does not answer.
     """
-    checks = _judge(params)
+    checks = judge(params)
     stages = dag.stages()
     unreadable = [stage.name for stage in stages if reports.unreadable(stage.name)]
     if stale := sorted({*dag.stale(), *unreadable}):
@@ -55,7 +55,8 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
         return _register(params, checks, stages, mlflow_run)
 
 
-def _judge(params: Params) -> list[Check]:
+def judge(params: Params) -> list[Check]:
+    """The gate's checks, from the reports."""
     limits = params.register_
     return gate.check(
         evaluate=EvaluateReport.read(paths.report("evaluate")),

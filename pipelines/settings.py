@@ -115,6 +115,17 @@ def _with_overrides(text: str, name: str, overrides: Mapping[str, JsonValue]) ->
     return yaml_files.dump(document)
 
 
+def change(text: str, changes: Mapping[str, JsonValue]) -> None:
+    """Make params.yaml `text` with single fields changed, as `take_committed` does with a committed file.
+
+    Raises:
+        ValueError: there is no such field, or its value is not allowed.
+    """
+    changed = _with_overrides(text, str(PARAMS), changes)
+    params.parse(changed, str(PARAMS))
+    replace(changed)
+
+
 def replace(text: str) -> bool:
     """Make `text` params.yaml, keeping what it was in `PREVIOUS`; whether that changed it."""
     if PARAMS.is_file() and PARAMS.read_bytes() == text.encode():

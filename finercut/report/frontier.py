@@ -1,0 +1,80 @@
+"""Several budgets of one model: what each point of the frontier came to, and which one is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from matplotlib.figure import Figure
+
+from finercut.system.records import Record
+from finercut.system.staging import staged_file
+
+Rule = Literal["leanest", "best"]
+"""leanest: of the points that pass the gate, the one that saves most of the budget's cost. best: the one that keeps
+most of the tasks' accuracy."""
+
+
+class Point(Record):
+    amount: float
+    """Of the budget, in the report's unit."""
+    removed: list[str]
+    shares: dict[str, float]
+    """What is saved of each cost, as a share of the whole model."""
+    mean_retention: float | None
+    perplexity_ratio: float
+    speed_up: float
+    passed: bool
+    """The gate."""
+    reasons: list[str]
+    """Of the checks that failed, one sentence each."""
+    sha256: str
+    """Of the final checkpoint's weights."""
+    run_id: str
+    """In MLflow."""
+
+
+class FrontierReport(Record):
+    unit: str
+    rule: Rule
+    points: list[Point]
+    """By amount."""
+    chosen: float | None
+    """The amount of the point that is registered; null where none passes."""
+
+
+def choose(points: Sequence[Point], unit: str, rule: Rule) -> Point | None:
+    """The point to register; of equal ones, the one that saves more."""
+    passing = [point for point in points if point.passed]
+
+    def saved(point: Point) -> float:
+        return point.shares[unit]
+
+    if rule == "leanest":
+        return max(passing, key=saved, default=None)
+    return max(passing, key=lambda point: (point.mean_retention or 0.0, saved(point)), default=None)
+
+
+def picture(report: FrontierReport, path: Path) -> None:
+    """Mean retention and speed-up of each point against what it saves of the parameters."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    quality, speed = figure.subplots(1, 2)
+    drawn = sorted(report.points, key=lambda point: point.shares["parameters"])
+    saved = [0.0, *(100 * point.shares["parameters"] for point in drawn)]
+    quality.plot(saved, [100.0, *(100 * (point.mean_retention or 0.0) for point in drawn)], "-", color="#7a7f87")
+    speed.plot(saved, [1.0, *(point.speed_up for point in drawn)], "-", color="#7a7f87")
+    for point in drawn:
+        colour = "#2f6db5" if point.passed else "#c8452f"
+        chosen = point.amount == report.chosen
+        mark = {"color": colour, "marker": "*" if chosen else "o", "markersize": 14 if chosen else 7, "ls": ""}
+        x = 100 * point.shares["parameters"]
+        quality.plot([x], [100 * (point.mean_retention or 0.0)], **mark)
+        speed.plot([x], [point.speed_up], **mark)
+    quality.set(xlabel="parameters saved, %", ylabel="mean retention of the tasks, %", ylim=(0, 105))
+    speed.set(xlabel="parameters saved, %", ylabel="output tokens/s, times the whole model's")
+    for axes in (quality, speed):
+        axes.grid(alpha=0.3)
+    figure.suptitle("blue: passes the gate; red: does not; star: registered", fontsize=9)
+    with staged_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)

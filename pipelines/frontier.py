@@ -1,0 +1,157 @@
+"""Compresses the model to several budgets and registers one of them.
+
+The largest budget comes first: its greedy search answers the smaller ones. What does not depend on the budget is
+measured once, and points that DVC's cache has are not computed again, so an interrupted frontier goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from pydantic import JsonValue
+
+from finercut.checkpoint.records import HealReport, PruneReport
+from finercut.evaluation.records import EvaluateReport
+from finercut.registry import runs
+from finercut.registry.records import Check, RegisterReport
+from finercut.report.frontier import FrontierReport, Point, Rule, choose, picture
+from finercut.serving.records import ThroughputReport
+
+from . import dag, paths, register, settings, summary
+from .params import Params, load
+
+logger = logging.getLogger("finercut")
+
+Execute = Callable[[Params, Mapping[str, str], bool], tuple[RegisterReport | None, list[Check], str]]
+"""Runs every stage as an MLflow run of its own, with tags, and registers the result or not. Returns the registration,
+the gate's checks and the run's id."""
+
+
+def run(
+    budgets: Sequence[float],
+    unit: str | None,
+    rule: Rule,
+    params_file: str | None,
+    overrides: Mapping[str, JsonValue],
+    execute: Execute,
+) -> RegisterReport:
+    """One parent run in MLflow with a child for each point; reports/frontier.json and .png.
+
+    params.yaml has the chosen budget afterwards; what it had before, where nothing is chosen.
+
+    Args:
+        unit: of the budgets; None: that of `prune.budget` in params.yaml.
+
+    Raises:
+        ValueError: a budget that is not allowed, or is given twice.
+        RuntimeError: a stage failed.
+        register.Refused: no point passes the gate.
+    """
+    if len(set(budgets)) < len(budgets):
+        raise ValueError(f"the frontier's budgets {', '.join(map(str, budgets))} name one twice")
+    # A number of sublayers may come as 8.0.
+    budgets = [int(amount) if amount >= 1 and amount == int(amount) else amount for amount in budgets]
+    params = load()
+    unit = unit or params.prune.budget.unit
+    with _restored_unless_chosen() as take:
+        for amount in sorted(budgets):  # all are allowed, before the first is run
+            take(params_file, overrides, unit, amount)
+        parent = runs.open_run(
+            params.flow.experiment,
+            params.model_dump(mode="json", by_alias=True),
+            dag.revision() | {"frontier": ", ".join(map(str, budgets))},
+        )
+        with runs.recorded(parent):
+            tags = {"mlflow.parentRunId": parent.run_id}
+            points = []
+            for amount in sorted(budgets, reverse=True):
+                take(params_file, overrides, unit, amount)
+                _, checks, run_id = execute(load(), tags | {"frontier.amount": str(amount)}, False)
+                points.append(_point(amount, checks, run_id))
+                logger.info("frontier: %s", _line(points[-1], unit))
+            points.sort(key=lambda point: point.amount)
+            chosen = choose(points, unit, rule)
+            report = FrontierReport(unit=unit, rule=rule, points=points, chosen=chosen and chosen.amount)
+            report.write(paths.report("frontier"))
+            picture(report, paths.FRONTIER_PICTURE)
+            parent.log_reports([paths.report("frontier"), paths.FRONTIER_PICTURE])
+            if chosen is None:
+                raise register.Refused(
+                    f"no point of the frontier passes the gate: {'; '.join(_line(point, unit) for point in points)}"
+                )
+            take(params_file, overrides, unit, chosen.amount)
+            take.keep()
+            tags |= {"frontier.amount": str(chosen.amount), "frontier.rule": rule}
+            registered, _, _ = execute(load(), tags, True)
+            return registered
+
+
+class _Budgets:
+    """Puts one budget after the other into params.yaml."""
+
+    def __init__(self) -> None:
+        self.before = paths.PARAMS.read_text(encoding="utf-8")
+        self.kept = False
+
+    def __call__(self, params_file: str | None, overrides: Mapping[str, JsonValue], unit: str, amount: float) -> None:
+        changes = {"prune.budget.unit": unit, "prune.budget.amount": amount}
+        if params_file:
+            settings.take_committed(params_file, {**overrides, **changes})
+        else:
+            settings.change(self.before, changes)
+
+    def keep(self) -> None:
+        self.kept = True
+
+
+@contextmanager
+def _restored_unless_chosen() -> Iterator[_Budgets]:
+    budgets = _Budgets()
+    try:
+        yield budgets
+    finally:
+        if not budgets.kept:
+            settings.replace(budgets.before)
+
+
+def _point(amount: float, checks: Sequence[Check], run_id: str) -> Point:
+    prune = PruneReport.read(paths.report("prune"))
+    evaluate = EvaluateReport.read(paths.report("evaluate"))
+    return Point(
+        amount=amount,
+        removed=prune.removed,
+        shares=prune.shares,
+        mean_retention=evaluate.mean_retention,
+        perplexity_ratio=evaluate.perplexity_ratio,
+        speed_up=ThroughputReport.read(paths.report("throughput")).speed_up,
+        passed=all(check.passed for check in checks),
+        reasons=[check.reason for check in checks if not check.passed],
+        sha256=HealReport.read(paths.report("heal")).sha256,
+        run_id=run_id,
+    )
+
+
+def _line(point: Point, unit: str) -> str:
+    outcome = "passes" if point.passed else f"does not pass ({'; '.join(point.reasons)})"
+    return f"{point.amount:g} {unit}, speed-up {point.speed_up:.2f}, {outcome}"
+
+
+def markdown() -> str:
+    """The table of the last frontier."""
+    report = FrontierReport.read(paths.report("frontier"))
+    rows = [
+        [
+            f"{point.amount:g}{' *' if point.amount == report.chosen else ''}",
+            *(f"-{100 * share:.1f} %" for share in point.shares.values()),
+            f"x {point.speed_up:.2f}",
+            "-" if point.mean_retention is None else f"{100 * point.mean_retention:.1f} %",
+            f"{point.perplexity_ratio:.2f}",
+            "passed" if point.passed else "; ".join(point.reasons),
+        ]
+        for point in report.points
+    ]
+    costs = list(report.points[0].shares)
+    header = [f"budget, {report.unit}", *costs, "tokens/s", "retention", "perplexity ratio", "gate"]
+    return summary.table(header, rows)

@@ -1,0 +1,101 @@
+"""The frontier: several budgets, one registered point; on real DVC, Prefect and MLflow with toy stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from test_flow import runs
+from toy import ROOT, STAGES, TOY, make_toy
+
+from finercut.report.frontier import FrontierReport, Point, choose
+from pipelines import frontier, register
+from pipelines.flow import compress
+
+
+def point(amount, retention, passed=True, **shares):
+    return Point(
+        amount=amount,
+        removed=[],
+        shares={"sublayers": amount, "parameters": amount, "kv_cache": amount} | shares,
+        mean_retention=retention,
+        perplexity_ratio=1.5,
+        speed_up=1 + amount,
+        passed=passed,
+        reasons=[] if passed else ["speed_up is 1"],
+        sha256="0",
+        run_id="0",
+    )
+
+
+def test_the_leanest_or_the_best_of_those_that_pass_is_chosen():
+    points = [point(0.1, 0.95), point(0.2, 0.9), point(0.3, 0.99, passed=False)]
+    assert choose(points, "parameters", "leanest").amount == 0.2
+    assert choose(points, "parameters", "best").amount == 0.1
+    assert choose([point(0.1, 0.9), point(0.2, 0.9)], "parameters", "best").amount == 0.2
+    # by the budget's own cost, not by its amount
+    assert choose([point(0.1, 0.9, kv_cache=0.5), point(0.2, 0.9)], "kv_cache", "leanest").amount == 0.1
+    assert choose(points[2:], "parameters", "leanest") is None
+
+
+@pytest.fixture
+def toy(tmp_path, mlflow_store, monkeypatch, prefect_server):
+    """A toy whose checkpoint and speed-up depend on the budget: 1.02 for 0.1, which the gate refuses, 1.25 beyond."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    prune = STAGES["prune"] | {
+        "cmd": f"{TOY} model && grep -o 'amount: [0-9.]*' params.yaml >> artifacts/healed/model.safetensors",
+        "params": ["prune.budget"],
+    }
+    faster = "grep -q 'amount: 0.1$' params.yaml && echo 1.02 > speed_up.txt || echo 1.25 > speed_up.txt"
+    throughput = STAGES["throughput"] | {"cmd": f"({faster}) && {TOY} throughput", "params": ["prune.budget"]}
+    throughput["deps"] = ["reports/prove.json", "artifacts/healed"]
+    whole = {"cmd": "echo whole >> measured.txt && echo {} > reports/whole.json", "outs": ["reports/whole.json"]}
+    return make_toy({"whole": whole, "prune": prune, "evaluate": STAGES["evaluate"], "throughput": throughput})
+
+
+def test_each_budget_is_a_child_run_and_the_leanest_that_passes_is_registered(toy):
+    report = compress(budgets=[0.1, 0.2], unit="parameters", rule="best")
+    # 0.1 and 0.2 keep the same accuracy in this toy; 0.1 does not pass
+    assert report.status == "registered"
+    found = FrontierReport.read(Path("reports/frontier.json"))
+    assert [(p.amount, p.passed, p.speed_up) for p in found.points] == [(0.1, False, 1.02), (0.2, True, 1.25)]
+    assert (found.unit, found.rule, found.chosen) == ("parameters", "best", 0.2)
+    assert yaml.safe_load(Path("params.yaml").read_text())["prune"]["budget"] == {"unit": "parameters", "amount": 0.2}
+    *children, parent = runs(toy["flow"]["experiment"])
+    assert parent.data.tags["frontier"] == "0.1, 0.2"
+    assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
+    told = [(child.data.tags["frontier.amount"], child.data.tags["gate"]) for child in reversed(children)]
+    assert told == [("0.2", "passed"), ("0.1", "refused"), ("0.2", "passed")]
+    client = mlflow.MlflowClient()
+    stored = [artifact.path for artifact in client.list_artifacts(parent.info.run_id, "reports")]
+    assert stored == ["reports/frontier.json", "reports/frontier.png"]
+    # what does not depend on the budget ran once, and the chosen point came from the cache
+    assert Path("measured.txt").read_text() == "whole\n"
+    assert {children[0].data.tags[f"stage.{name}"] for name in STAGES} == {"cached"}
+    assert "| 0.2 * " in frontier.markdown()
+
+
+def test_where_no_point_passes_params_stay_as_they_were(toy):
+    before = Path("params.yaml").read_text()
+    with pytest.raises(
+        register.Refused, match=r"^no point of the frontier passes the gate: 0.1 parameters, speed-up 1.02"
+    ):
+        compress(budgets=[0.1], unit="parameters")
+    assert Path("params.yaml").read_text() == before
+    assert mlflow.MlflowClient().search_model_versions(f"name = '{toy['register']['name']}'") == []
+    assert runs(toy["flow"]["experiment"])[-1].info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [([0.2, 0.2], "name one twice"), ([0.2, 7.0], "a budget in parameters is a share between 0 and 1, got 7")],
+)
+def test_budgets_that_are_not_allowed_are_refused_before_anything_runs(toy, budgets, message):
+    before = Path("params.yaml").read_text()
+    with pytest.raises(ValueError, match=message):
+        compress(budgets=budgets, unit="parameters")
+    assert Path("params.yaml").read_text() == before
+    assert not Path("measured.txt").exists()
