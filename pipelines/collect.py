@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -31,6 +32,19 @@ logger = logging.getLogger("finercut")
 CHECKPOINT = "checkpoint"
 
 
+# What a store, a server, DVC or the disk raises; none of it may keep the rest from being deleted.
+_ERRORS = (RuntimeError, ValueError, OSError)
+
+
+@dataclass(frozen=True)
+class Unneeded:
+    """One thing that no rule keeps."""
+
+    what: str
+    n_bytes: int
+    delete: Callable[[], None]
+
+
 @dataclass(frozen=True)
 class Freed:
     """One thing that was deleted, or would be."""
@@ -45,15 +59,26 @@ class Collected:
 
     freed: list[Freed] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """What could not be deleted, and why; each kept nothing else from being deleted."""
+    """What could not be found or deleted, and why; each kept nothing else from being deleted."""
 
-    def take(self, found: Iterator[Freed]) -> None:
-        """Add what `found` deletes, up to its first error."""
+    def take(self, found: Iterator[Unneeded | str], dry_run: bool) -> None:
+        """Delete each thing that `found` finds, in spite of errors of others; texts are problems of its own."""
         try:
             for one in found:
-                self.freed.append(one)
-        except (RuntimeError, ValueError, OSError) as error:
+                if isinstance(one, str):
+                    self.problems.append(one)
+                else:
+                    self._delete(one, dry_run)
+        except _ERRORS as error:
             self.problems.append(str(error))
+
+    def _delete(self, one: Unneeded, dry_run: bool) -> None:
+        try:
+            if not dry_run:
+                one.delete()
+            self.freed.append(Freed(one.what, one.n_bytes))
+        except _ERRORS as error:
+            self.problems.append(f"{one.what}: {error}")
 
     @property
     def n_bytes(self) -> int:
@@ -77,39 +102,36 @@ def free(params: Params, name: str, client: MlflowClient, dry_run: bool = False)
     """
     keep = params.collect
     before = datetime.now(UTC) - timedelta(days=keep.unfinished_days)
-    collected = Collected()
+    ledger, collected = Ledger(client, name), Collected()
     with nullcontext() if dry_run else exclusive(paths.WORK):
         for version in _unkept(client, name, keep.versions, collected):
-            collected.take(_checkpoint(client, Ledger(client, name), version, dry_run))
-        collected.take(_uploads(client, params.flow.experiment, name, before, dry_run))
-        collected.take(_cache(keep.commits, dry_run))
-        collected.take(_work(keep.versions, before.timestamp(), dry_run))
+            collected.take(_checkpoint(ledger, version, dry_run), dry_run)
+        collected.take(_uploads(client, params.flow.experiment, name, before), dry_run)
+        collected.take(_cache(keep.commits), dry_run)
+        collected.take(_work(keep.versions, before.timestamp()), dry_run)
     return collected
 
 
 def _unkept(client: MlflowClient, name: str, n_kept: int, collected: Collected) -> list[ModelVersion]:
-    """Finercut's own versions of `name` but the newest, oldest first."""
+    """Finercut's own versions of `name` but the newest `n_kept`, oldest first."""
     try:
-        listed = versions.every(client, name)[n_kept:]
+        listed = versions.every(client, name)
     except RuntimeError as error:
         collected.problems.append(str(error))
         return []
-    for version in listed:
-        if versions.PRUNED_MD5 not in version.tags:
-            logger.warning("collect: %s version %s is not finercut's, and stays", name, version.version)
-    return [version for version in reversed(listed) if versions.PRUNED_MD5 in version.tags]
+    if foreign := [str(version.version) for version in reversed(listed) if not versions.is_finercuts(version)]:
+        logger.warning("collect: versions of %s that are not finercut's stay: %s", name, ", ".join(foreign))
+    return list(reversed([version for version in listed if versions.is_finercuts(version)][n_kept:]))
 
 
-def _checkpoint(client: MlflowClient, ledger: Ledger, version: ModelVersion, dry_run: bool) -> Iterator[Freed]:
-    # Found before the log says that it is given up: a version whose files cannot be found stays as it is.
-    stored = versions.stored(client, version)
-    if not _given_up(ledger, version, dry_run):
-        return
-    n_bytes = stored.n_bytes(CHECKPOINT)
-    if n_bytes:
-        if not dry_run:
-            stored.delete(CHECKPOINT)
-        yield Freed(f"checkpoint of {ledger.model} version {version.version}", n_bytes)
+def _checkpoint(ledger: Ledger, version: ModelVersion, dry_run: bool) -> Iterator[Unneeded]:
+    # Before the log says that it is given up: a version whose files cannot be found stays as it is.
+    stored = versions.stored(ledger.client, version)
+    if stored is None:
+        logger.warning("collect: %s version %s has no files of its own, and stays", ledger.model, version.version)
+    elif _given_up(ledger, version, dry_run) and (n_bytes := stored.n_bytes(CHECKPOINT)):
+        what = f"checkpoint of {ledger.model} version {version.version}"
+        yield Unneeded(what, n_bytes, lambda: stored.delete(CHECKPOINT))
 
 
 def _given_up(ledger: Ledger, version: ModelVersion, dry_run: bool) -> bool:
@@ -126,46 +148,59 @@ def _given_up(ledger: Ledger, version: ModelVersion, dry_run: bool) -> bool:
 
 
 def _in_use(ledger: Ledger, state: State) -> set[str | None]:
-    """Whatever has an alias, whoever set it; what the log says they should be at; what the last run here came to."""
+    """Versions with any alias, the champion and the one before by the log, and the version of the last run here."""
     report = paths.report("register")
     last = RegisterReport.read(report) if report.is_file() else None
     last_run = {last.version} if last is not None and last.name == ledger.model else set()
     return {*ledger.aliases().values(), state.champion, state.previous} | last_run
 
 
-def _uploads(client: MlflowClient, experiment: str, name: str, before: datetime, dry_run: bool) -> Iterator[Freed]:
+def _uploads(client: MlflowClient, experiment: str, name: str, before: datetime) -> Iterator[Unneeded | str]:
     for model_id, stored in versions.unregistered(client, experiment, name, before):
-        freed = Freed(f"upload {model_id} that no version came of", stored.n_bytes())
-        if not dry_run:
+        what = f"upload {model_id} that no version came of"
+        try:
+            n_bytes = stored.n_bytes()
+        except _ERRORS as error:
+            yield f"{what}: {error}"
+            continue
+
+        def delete(model_id: str = model_id, stored: versions.Stored = stored) -> None:
             stored.delete()
             with mlflow_errors(f"delete {model_id}"):
                 client.delete_logged_model(model_id)
-        yield freed
+
+        yield Unneeded(what, n_bytes, delete)
 
 
-def _cache(n_commits: int, dry_run: bool) -> Iterator[Freed]:
+def _cache(n_commits: int) -> Iterator[Unneeded]:
     if dag.cache_is_shared():
-        yield Freed("nothing of DVC's cache, which is outside the project and may be shared", 0)
+        yield Unneeded("nothing of DVC's cache, which is outside the project and may be shared", 0, lambda: None)
         return
     files = dag.unused(n_commits)
-    n_bytes = sum(file.stat().st_size for file in files)
     if files:
-        if not dry_run:
-            dag.remove_unused(n_commits)
-        yield Freed(f"{len(files)} files of DVC's cache", n_bytes)
+        n_bytes = sum(file.stat().st_size for file in files)
+        yield Unneeded(f"{len(files)} files of DVC's cache", n_bytes, lambda: dag.remove_unused(n_commits))
 
 
-def _work(n_searches: int, before: float, dry_run: bool) -> Iterator[Freed]:
+def _work(n_searches: int, before: float) -> Iterator[Unneeded]:
     """Searches but the newest, and what interrupted downloads and healings left."""
     searches = sorted((paths.WORK / "search").glob("*"), key=_touched, reverse=True)
     left = [
         p for folder in ("fetch", "heal", "promote") for p in (paths.WORK / folder).glob("*") if _touched(p) < before
     ]
     for path in [*searches[n_searches:], *left]:
-        freed = Freed(str(path), sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))
-        if not dry_run:
-            shutil.rmtree(path)
-        yield freed
+        yield Unneeded(str(path), _n_bytes(path), partial(_remove, path))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _n_bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
 
 
 def _touched(path: Path) -> float:
@@ -174,7 +209,7 @@ def _touched(path: Path) -> float:
 
 
 def text(collected: Collected, dry_run: bool) -> str:
-    """For people, with the total and what could not be deleted."""
+    """One line for each thing that was deleted, the total, and what could not be deleted."""
     lines = [f"{_size(one.n_bytes):>10}  {one.what}" for one in collected.freed]
     verb = "would be freed" if dry_run else "freed"
     problems = [f"not deleted: {problem}" for problem in collected.problems]

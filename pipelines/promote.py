@@ -1,7 +1,7 @@
-"""Move the alias `champion`: to a challenger that the rule lets through, or back.
+"""Moves the alias `champion`: to a challenger that passes the rule, or back to a former champion.
 
-Everything that decides is read from the registry: the evidence of challenger and champion, and the checkpoint itself,
-on which the parity check is repeated. What is decided is an entry of the log in `finercut.registry.ledger`.
+Every decision is based on the registry: on the evidence of challenger and champion, and on the checkpoint itself, on
+which the parity check is repeated. Each decision is an entry of the log in `finercut.registry.ledger`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .params import Params
 
 logger = logging.getLogger("finercut")
 
-# Why a version was not promoted, on the version; gone when it is.
+# Tag of a version: why it was not promoted. Removed when it is.
 REFUSED = "promotion.refused"
 
 
@@ -80,6 +80,8 @@ def read_evidence(version: ModelVersion) -> Evidence:
     Raises:
         RuntimeError, ValueError: the version carries none, or it cannot be read.
     """
+    if not versions.is_finercuts(version):
+        raise RuntimeError(f"{version.name} version {version.version} is not finercut's: it carries no evidence")
     with tempfile.TemporaryDirectory() as folder:
         return evidence.read(versions.download(version, "evidence", Path(folder)), str(version.version))
 
@@ -93,7 +95,7 @@ class Moved:
 
 
 def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: bool = False) -> Moved:
-    """Make a version champion if the rule lets it through; at once, done already, or not at all.
+    """Make a version champion if it passes the rule; change nothing if it is champion already.
 
     Args:
         wanted: a version's number, or an alias
@@ -107,7 +109,7 @@ def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: b
     client = versions.connect(name)
     version = versions.find(client, versions.VersionReference(name, wanted))
     ledger, number = Ledger(client, name), str(version.version)
-    challenger = read_evidence(version)
+    challenger: Evidence | None = None
     proof: list[Check] = []
     while True:
         state, alias = ledger.look() if dry_run else ledger.settled()
@@ -119,7 +121,8 @@ def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: b
             raise NotPromoted(
                 f"the checkpoint of {name} version {number} was collected: compress again to have it back"
             )
-        judgement = judge(params, challenger, _champion(client, name, state))
+        challenger = challenger or read_evidence(version)
+        judgement = _against_champion(params, challenger, client, name, state.champion)
         if judgement.passed and not dry_run:
             proof = proof or recheck.files(params, version, challenger)
             judgement = replace(judgement, checks=[*judgement.checks, *proof])
@@ -136,16 +139,27 @@ def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: b
         logger.info("promote: someone else moved %s meanwhile; comparing again", name)
 
 
-def _champion(client: MlflowClient, name: str, state: State) -> Evidence | None:
-    if state.champion is None:
-        return None
-    return read_evidence(versions.find(client, versions.VersionReference(name, state.champion)))
+def _against_champion(
+    params: Params, challenger: Evidence, client: MlflowClient, name: str, champion: str | None
+) -> Judgement:
+    """By the gate alone where there is no champion, or one with no figures because somebody registered it by hand."""
+    if champion is None:
+        return judge(params, challenger, None)
+    version = versions.find(client, versions.VersionReference(name, champion))
+    if versions.is_finercuts(version):
+        return judge(params, challenger, read_evidence(version))
+    reason = f"version {champion}, the champion, is not finercut's: it has no figures to compare with"
+    logger.warning("promote: %s", reason)
+    checks = judge(params, challenger, None).checks
+    return Judgement(
+        challenger.version, champion, [*checks, Check(name="champion", value=None, passed=True, reason=reason)]
+    )
 
 
 def _accept(
     ledger: Ledger, state: State, version: ModelVersion, alias: str | None, reason: str, dry_run: bool
 ) -> Moved:
-    """Promoting what someone made champion by hand takes their word for it."""
+    """Promoting the version that somebody made champion by hand accepts it without a judgement."""
     number, name = str(version.version), ledger.model
     if number != alias:
         accept = f"accept it by `finercut promote {name} --version {alias}`, or " if alias else ""
@@ -159,7 +173,7 @@ def _accept(
 
 
 def rollback(name: str, to: str | None = None, reason: str = "") -> Moved:
-    """Undo the last promotion, once however often it is asked for; or go back to the former champion `to`.
+    """Undo the last promotion, once however often this is called; or go back to the former champion `to`.
 
     Raises:
         RuntimeError: there is nothing to go back to.
@@ -185,7 +199,7 @@ def rollback(name: str, to: str | None = None, reason: str = "") -> Moved:
 
 
 def _undone(state: State, by_hand: bool) -> str | None:
-    """Where the champion was before the last promotion, or before it was moved by hand."""
+    """The champion before the last promotion, or before the alias was moved by hand."""
     if by_hand or (state.move is not None and state.move.action != "promoted"):
         return state.champion
     return state.previous
@@ -198,7 +212,7 @@ def _nothing_to_undo(name: str, state: State, to: str | None) -> str:
 
 
 def _sign(state: State, ledger: Ledger) -> None:
-    """On the version itself, who moved the champion there; the log has it anyway."""
+    """Tag the version with its entry in the log."""
     move = state.move
     text = f"{move.at:%Y-%m-%d %H:%M} UTC, {move.action} by {move.by}, from {_shown(move.before)}"
     signed = f"{text}: {move.reason}" if move.reason else text

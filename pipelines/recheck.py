@@ -37,8 +37,8 @@ def files(params: Params, version: ModelVersion, recorded: Evidence) -> list[Che
     """Download the checkpoint and check it: its hashes against the evidence, its logits against the whole model's.
 
     Raises:
-        RuntimeError: the checkpoint or its whole model cannot be had.
-        ValueError: the checkpoint is none of ours.
+        RuntimeError: the checkpoint or its whole model cannot be downloaded.
+        ValueError: it is no checkpoint of finercut's.
     """
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
@@ -49,7 +49,7 @@ def files(params: Params, version: ModelVersion, recorded: Evidence) -> list[Che
             _same("files_md5", directory_md5(checkpoint), version.tags.get(PRUNED_MD5, "unknown")),
         ]
         if not all(check.passed for check in checks):
-            # What is not what was registered is not loaded.
+            # Files that differ from those registered are not loaded.
             return checks
         if later := [step.step for step in lineage_of(ModelDirectory(checkpoint)) if step.step != "prune"]:
             reason = f"the files are those that were proved; {', '.join(later)} changed the weights after pruning"
@@ -80,7 +80,7 @@ def _outcome(passed: bool) -> str:
 
 
 def _known_files(checkpoint: Path) -> Check:
-    """Nothing that a loader could unpickle."""
+    """Whether all files are of kinds that no loader unpickles."""
     strange = sorted(p.name for p in checkpoint.rglob("*") if p.is_file() and p.suffix not in SUFFIXES)
     reason = (
         f"the checkpoint holds {', '.join(strange)}" if strange else "the checkpoint holds known kinds of files only"
@@ -95,7 +95,7 @@ def _same(name: str, found: str, expected: str) -> Check:
 
 
 def directory_md5(directory: Path) -> str:
-    """Of every file in it, as DVC's lock file records it for an output."""
+    """The hash over all its files, as DVC's lock file records it for an output."""
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     listed = [{"md5": _md5(directory / name), "relpath": name} for name in names]
     return hashlib.md5(json.dumps(listed, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
@@ -107,7 +107,7 @@ def _md5(path: Path) -> str:
 
 
 def _whole_model(version: ModelVersion, recorded: Evidence, folder: Path) -> Path:
-    """This project's, if it is the one; else fetched again from where it came."""
+    """The workspace's, if it has the recorded hash; otherwise fetched again from its source."""
     expected = recorded.fetch.sha256
     if (paths.MODEL / "config.json").is_file() and weights_sha256(paths.MODEL) == expected:
         return paths.MODEL

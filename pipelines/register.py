@@ -1,7 +1,7 @@
 """Register the pruned model in MLflow if its reports pass the gate of `params.yaml`.
 
-Reads the final checkpoint, every report and dvc.lock; writes reports/register.json. Not a stage of DVC, because it acts
-on the registry; a checkpoint that a version holds is not registered again under the same name, but is the challenger.
+Reads the final checkpoint, every report and dvc.lock; writes reports/register.json. Not a stage of DVC, because it
+changes the registry. If a version of the same name holds this checkpoint already, that one becomes the challenger.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
     """Register under `mlflow_run`, or under a run of its own.
 
     Raises:
-        FileNotFoundError: a report is missing.
+        FileNotFoundError, ValueError: a report is missing, or cannot be read.
         Refused: the gate was not passed; the report is written and the reasons are in the MLflow run.
         RuntimeError: the files are not those that `dvc.lock` records, or MLflow does not answer.
     """
@@ -75,7 +75,7 @@ def _register(params: Params, checks: list[Check], stages: list[dag.Stage], mlfl
         report = _report("refused", None, checks, name, mlflow_run)
     else:
         md5 = dag.md5(paths.FINAL)
-        # A version whose checkpoint was collected does not hold it any more.
+        # The checkpoint of a collected version has been deleted.
         collected = Ledger(mlflow_run.client, name).read().collected
         known = versions.find_version(mlflow_run, name, md5, collected)
         found = known or _new_version(stages, checks, name, md5, mlflow_run)

@@ -1,4 +1,4 @@
-"""What `finercut status` prints: who is champion and since whose word, what the others lack, what was refused."""
+"""What `finercut status` prints: the champion and who promoted it, why other versions fail, and what was refused."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _headline(state: State, alias: str | None) -> str:
     if state.moved_outside(alias):
         logged = f"version {state.champion}" if state.champion else "no version"
         return f"Champion: {at}, moved there outside finercut; the log says {logged}"
-    if state.move is None:
-        return "Champion: none yet"
+    if state.champion is None:
+        return "Champion: none"
     move = state.move
     because = f": {move.reason}" if move.reason else ""
     headline = f"Champion: version {move.version}, {move.action} {_time(move.at)} by {move.by}{because}"
@@ -72,7 +72,7 @@ def _versions(params: Params, client: MlflowClient, name: str, state: State, ali
 def _evidence(version: ModelVersion) -> tuple[Evidence | None, str]:
     try:
         return promote.read_evidence(version), ""
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         return None, str(error)
 
 
@@ -112,7 +112,7 @@ def _moves(state: State) -> str:
 
 
 def _refused(client: MlflowClient, experiment: str) -> str:
-    """Executions that ended at the gate; there is no version of them."""
+    """Executions whose model did not pass the gate; they have no version."""
     with mlflow_errors(f"look for runs of {experiment}"):
         found = client.get_experiment_by_name(experiment)
         runs: Iterable = found and client.search_runs(

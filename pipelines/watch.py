@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import re
 import shutil
@@ -28,30 +29,30 @@ PLACE = "{}"
 def run(reference: VersionReference, directory: Path, command: Sequence[str], interval_s: float) -> int:
     """Until the command ends by itself or this process is told to end.
 
-    The next version is downloaded before the last one's command is stopped. A registry that does not answer, a download
-    that fails and an alias that is gone change nothing: what runs goes on.
+    The next version is downloaded before the command is stopped. A registry that does not answer, a download that
+    fails and an alias that was deleted are warnings; the command goes on.
 
     Args:
-        directory: each version's checkpoint gets a folder here, named by model, version and hash. Several watchers may
-            share it; a folder is removed when its watcher has moved on and no other one uses it.
+        directory: each version's checkpoint has a folder here, named by model, version and hash. Several watchers may
+            share the directory; a folder is deleted when no watcher and no command uses it any more.
         command: `{}` stands for the checkpoint's folder
 
     Returns:
         the command's exit status
 
     Raises:
-        RuntimeError: at the start there is no such version, or no registry that answers.
+        RuntimeError: at the start there is no such version, or the registry does not answer.
     """
     client = versions.connect(reference.name)
     version = versions.find(client, reference)
-    # Asked to end, by a supervisor or by Ctrl-C, leave by the way that ends the command too.
+    # A supervisor's SIGTERM ends the command in the same way as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    held = _bring(version, directory)
+    held = _download(version, directory)
     while True:
-        with held as checkpoint:
-            process = _start(command, checkpoint)
+        with held:
+            process = _start(command, held)
             logger.info("watch: %s is version %s; started %s", reference.uri, version.version, command[0])
-            _forget_others(checkpoint, reference.name)
+            _delete_unused(directory, reference.name)
             try:
                 moved = _wait(process, client, reference, version, directory, interval_s)
             finally:
@@ -61,8 +62,13 @@ def run(reference: VersionReference, directory: Path, command: Sequence[str], in
         version, held = moved
 
 
-def _start(command: Sequence[str], checkpoint: Path) -> subprocess.Popen:
-    return subprocess.Popen([part.replace(PLACE, str(checkpoint)) for part in command], start_new_session=True)
+def _start(command: Sequence[str], held: Held) -> subprocess.Popen:
+    # The command holds the folder too: it may survive a watcher that was killed.
+    return subprocess.Popen(
+        [part.replace(PLACE, str(held.folder)) for part in command],
+        start_new_session=True,
+        pass_fds=[held.lock.fileno()],
+    )
 
 
 def _wait(
@@ -73,7 +79,7 @@ def _wait(
     directory: Path,
     interval_s: float,
 ) -> tuple[ModelVersion, Held] | None:
-    """The version the alias has moved to, with its files here; None if the command has ended."""
+    """The version that the alias has moved to, with its downloaded folder; None if the command has ended."""
     while True:
         try:
             process.wait(interval_s)
@@ -83,25 +89,26 @@ def _wait(
         try:
             with impatient():
                 found = versions.find(client, reference)
-            if found.version != current.version:
-                return found, _bring(found, directory)
+            # Not by its number alone: a registered model that was deleted and made anew has a version 1 again.
+            if _folder(found, directory) != _folder(current, directory):
+                return found, _download(found, directory)
         except (RuntimeError, OSError) as error:
             logger.warning("watch: %s; version %s goes on", error, current.version)
 
 
 class Held:
-    """A version's folder, which no watcher removes while this one holds it."""
+    """A version's folder with a shared lock on it: it is deleted only under the exclusive lock."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = _lock_file(folder).open("a")
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self.lock = _lock_file(folder).open("a")
+        fcntl.flock(self.lock, fcntl.LOCK_SH)
 
     def __enter__(self) -> Path:
         return self.folder
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self.lock.close()
 
 
 def _lock_file(folder: Path) -> Path:
@@ -109,38 +116,52 @@ def _lock_file(folder: Path) -> Path:
 
 
 def _folder(version: ModelVersion, directory: Path) -> Path:
-    """Other models have versions of the same number, other registries models of the same name."""
-    md5 = version.tags.get(versions.PRUNED_MD5, "0").partition(".")[0]
-    return directory / f"{version.name}-{version.version}-{md5[:12]}"
+    """Other models have versions of the same number, and other registries models of the same name."""
+    md5 = version.tags.get(versions.PRUNED_MD5, "").partition(".")[0]
+    # A version that finercut did not register has no hash, but a source of its own.
+    key = md5 or hashlib.sha256(f"{version.source} {version.creation_timestamp}".encode()).hexdigest()
+    return directory / f"{version.name}-{version.version}-{key[:12]}"
 
 
-def _bring(version: ModelVersion, directory: Path) -> Held:
-    """Download a version's checkpoint, unless its folder is there; one watcher at a time downloads it."""
+def _download(version: ModelVersion, directory: Path) -> Held:
+    """The folder of a version's checkpoint, downloaded unless it is there; one watcher at a time downloads it."""
     target = _folder(version, directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with _lock_file(target).open("a") as lock:
-        if not target.is_dir():
+    while True:
+        held = Held(target)
+        if target.is_dir():
+            return held
+        held.lock.close()
+        with _lock_file(target).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            with staged(target) as partial:
-                downloaded = versions.download(version, "checkpoint", partial)
-                for path in list(downloaded.iterdir()):
-                    path.rename(partial / path.name)
-                downloaded.rmdir()
-        # Taken before the exclusive lock is given back: nobody removes the folder in between.
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        return Held(target)
+            if not target.is_dir():
+                with staged(target) as partial:
+                    downloaded = versions.download(version, "checkpoint", partial)
+                    for path in list(downloaded.iterdir()):
+                        path.rename(partial / path.name)
+                    downloaded.rmdir()
 
 
-def _forget_others(kept: Path, name: str) -> None:
-    """Remove the other folders of this model that no watcher holds."""
-    ours = re.compile(rf"{re.escape(name)}-\d+-[0-9a-f]+")
-    for folder in kept.parent.iterdir():
-        if folder == kept or not ours.fullmatch(folder.name):
+def _delete_unused(directory: Path, name: str) -> None:
+    """Delete the folders of this model that nobody holds, and what downloads of it that were killed left."""
+    locks = re.compile(rf"\.({re.escape(name)}-\d+-[0-9a-f]+)\.lock")
+    for path in list(directory.iterdir()):
+        match = locks.fullmatch(path.name)
+        if match is None:
             continue
-        with _lock_file(folder).open("a") as lock:
+        with path.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            shutil.rmtree(folder)
+            _discard(directory / match[1])
+
+
+def _discard(folder: Path) -> None:
+    """Under its own name the folder is complete or not there, also if this process is killed meanwhile."""
+    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(old)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -292,3 +292,50 @@ def test_versions_that_somebody_else_made_are_passed_over_with_a_warning(mlflow_
     assert f"{log.name} has versions that are no entries of the log: 2, 4" in caplog.text
     log.settle()
     assert log.aliases() == {"champion": "2", "previous": "1"}
+    assert caplog.text.count("no entries of the log: 2, 4") == 1  # however often a command reads it
+
+
+def test_an_action_that_this_version_does_not_know_moves_no_champion(mlflow_store):
+    _, log, run_id = model_of("newer", n_versions=2)
+    assert log.append(log.read(), "promoted", "1", run_id)
+    assert not log.append(log.read(), "tried out", "2", run_id)
+    assert log.append(log.read(), "promoted", "2", run_id)
+    assert log.read().champions == ("1", "2")
+
+
+def model_of(name, n_versions):
+    client = mlflow.MlflowClient()
+    client.create_registered_model(name)
+    run_id = client.create_run("0").info.run_id
+    for _ in range(n_versions):
+        client.create_model_version(name, f"runs:/{run_id}/x", run_id)
+    return client, Ledger(client, name), run_id
+
+
+def test_a_former_champion_that_was_deleted_is_no_step_and_no_alias(mlflow_store):
+    client, log, run_id = model_of("deleted", n_versions=4)
+    for number in "1234":
+        assert log.append(log.read(), "promoted", number, run_id)
+    log.settle()
+    client.delete_model_version("deleted", "2")
+    assert log.read().champions == ("1", "3", "4")
+    assert log.append(log.read(), "rolled back", "3", run_id)
+    log.settle()
+    assert log.aliases() == {"champion": "3", "previous": "1"}
+    client.delete_model_version("deleted", "1")
+    log.settle()
+    assert log.aliases() == {"champion": "3"}
+    client.delete_model_version("deleted", "3")  # the champion: nobody is
+    state, alias = log.settled()
+    assert (state.champion, alias, state.moved_outside(alias)) == (None, None, False)
+    assert log.append(state, "promoted", "4", run_id)
+    log.settle()
+    assert log.aliases() == {"champion": "4"}
+
+
+def test_a_version_that_no_run_made_can_be_in_the_log(book):
+    book, _ = book
+    book.client.create_model_version(book.model, "s3://somewhere/else")
+    assert book.append(book.read(), "accepted", "4", None)
+    assert book.settle().champion == "4"
+    assert book.aliases() == {"champion": "4"}

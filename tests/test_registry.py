@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
@@ -149,6 +150,46 @@ def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(r
     assert "passed" in told
 
 
+def test_a_soft_cap_that_its_config_leaves_to_the_class_is_applied_too(run, evidence, tokenizer, tmp_path):
+    """Its config.json need not name the soft cap, which Gemma 2 has by default."""
+    whole, pruned = tmp_path / "whole", tmp_path / "pruned"
+    _, changes = CASES["gemma2"]
+    random_model("gemma2", **changes | {"attn_logit_softcapping": 50.0}).save_pretrained(whole)
+    tokenizer.save_pretrained(whole)
+    config = json.loads((whole / "config.json").read_text())
+    del config["attn_logit_softcapping"]
+    (whole / "config.json").write_text(json.dumps(config))
+    write_pruned(whole, [Sublayer(1, "attention"), Sublayer(2, "mlp")], pruned, {"source": "tiny"}, "# card\n")
+    versions.register(run, "soft-caps", pruned, [evidence], {}, {}, "md5")
+
+    served = mlflow.pyfunc.load_model("models:/soft-caps/1")
+    model = served.unwrap_python_model().model
+    expected = load_pruned(pruned)
+    ids = tokenizer("The river rises in the mountains of the north", return_tensors="pt")["input_ids"]
+    assert model.config._attn_implementation == expected.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+    output = expected.generate(ids, max_new_tokens=6, do_sample=False)
+    text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    prompt = ["The river rises in the mountains of the north"]
+    assert served.predict(prompt, params={"max_new_tokens": 6}) == [text]
+
+
+def test_a_version_requires_the_libraries_that_its_evidence_comes_from(run, evidence, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    measured_with = {"torch": "2.11.0+cu130", "vllm": "vllm 0.32.0", "hardware": "cpu"}
+    versions.register(run, "libraries", checkpoint, [evidence], {}, {}, "md5", measured_with)
+    path = mlflow.artifacts.download_artifacts("models:/libraries/1/requirements.txt")
+    installed = {name: version(name) for name in ("mlflow", "transformers")}
+    assert Path(path).read_text().split() == [
+        f"mlflow=={installed['mlflow']}",
+        "torch==2.11.0",
+        f"transformers=={installed['transformers']}",
+    ]
+
+
 def continuation(directory, prompt):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -166,9 +207,9 @@ def test_versions_are_numbered_and_the_challenger_is_the_one_that_is_named(run, 
     made = [versions.register(run, "twice", checkpoint, [evidence], {"a": 1.0}, {}, md5).version for md5 in "xy"]
     assert made == ["1", "2"]
     assert run.client.get_registered_model("twice").aliases == {}
-    for version in "211":
-        versions.challenge(run, "twice", version)
-        assert str(run.client.get_model_version_by_alias("twice", "challenger").version) == version
+    for number in "211":
+        versions.challenge(run, "twice", number)
+        assert str(run.client.get_model_version_by_alias("twice", "challenger").version) == number
 
 
 def test_a_version_that_something_else_made_does_not_count(run):

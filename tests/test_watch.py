@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,14 +122,75 @@ def test_two_watchers_in_one_directory_leave_each_other_their_checkpoints(here):
     here.register()
     for number in "12":
         here.client.set_registered_model_alias(here.name, f"at-{number}", number)
-    versions = [watch.versions.find(here.client, VersionReference(here.name, f"at-{n}")) for n in "12"]
-    first, second = (watch._bring(version, Path("watched")) for version in versions)
-    with first as one, second as two:
-        watch._forget_others(two, here.name)
-        assert (one / "config.json").is_file()
-    watch._forget_others(two, here.name)
-    assert not one.exists()
-    assert (two / "config.json").is_file()
+    watchers = [start(here, f"at-{number}") for number in "12"]
+    try:
+        wait_until(lambda: len(served()) == 2, watchers[0])
+        folders = [f"watched/{here.name}-{number}-{md5(here, number)}" for number in "12"]
+        assert sorted(line[2] for line in served()) == folders
+        # The first one moves on to what the second one has, and its own goes.
+        here.client.set_registered_model_alias(here.name, "at-1", "2")
+        wait_until(lambda: len(served()) == 3, watchers[0])
+        assert served()[2][2] == folders[1]
+        wait_until(lambda: not Path(folders[0]).exists(), watchers[0])
+        # Killed, it leaves its command, which keeps the files that it serves.
+        here.client.set_registered_model_alias(here.name, "at-2", "1")
+        wait_until(lambda: len(served()) == 4, watchers[1])
+        watchers[0].kill()
+        watchers[0].wait()
+        here.client.set_registered_model_alias(here.name, "at-2", "2")
+        wait_until(lambda: len(served()) == 5, watchers[1])
+        here.client.set_registered_model_alias(here.name, "at-2", "1")
+        wait_until(lambda: len(served()) == 6, watchers[1])
+        assert psutil.pid_exists(int(served()[2][0]))
+        assert all((Path(folder) / "config.json").is_file() for folder in folders)
+    finally:
+        for watcher in watchers:
+            watcher.send_signal(signal.SIGTERM)
+            watcher.communicate(timeout=60)
+        for line in served():
+            for pid in line[:2]:
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+
+def start(here, alias):
+    uri = f"models:/{here.name}@{alias}"
+    command = [sys.executable, "-m", "pipelines.cli", "watch", "--interval", "0.2", uri, "--"]
+    return subprocess.Popen([*command, sys.executable, "-c", SERVER, "{}"], stderr=subprocess.DEVNULL)
+
+
+def held(here, number="1"):
+    version = watch.versions.find(here.client, VersionReference(here.name, number))
+    return watch._download(version, Path("watched"))
+
+
+def test_a_folder_that_another_watcher_deletes_meanwhile_is_downloaded_again(here):
+    here.register()
+    with held(here) as folder:
+        pass
+    lock = watch._lock_file(folder).open("a")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # the other one is about to delete it
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(held, here)
+        time.sleep(1)
+        shutil.rmtree(folder)
+        lock.close()
+        with waiting.result(timeout=60) as again:
+            assert (again / "config.json").is_file()
+
+
+def test_what_killed_downloads_left_is_deleted_but_not_one_that_is_under_way(here):
+    here.register()
+    here.register()
+    with held(here) as folder:
+        left, under_way = (folder.with_name(f".{here.name}-{number}-0a.partial") for number in "89")
+        for partial in (left, under_way):
+            partial.mkdir()
+            partial.with_name(partial.name.replace("partial", "lock")).touch()
+        with watch._lock_file(Path("watched") / f"{here.name}-9-0a").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            watch._delete_unused(Path("watched"), here.name)
+        assert [left.exists(), under_way.exists(), folder.exists()] == [False, True, True]
 
 
 def test_an_alias_that_is_nowhere_starts_nothing(here):

@@ -1,10 +1,11 @@
 """An append-only log of promotions in MLflow's registry, and the aliases that follow it.
 
-MLflow sets aliases unconditionally: of two who promote at once the later one wins, whatever it had seen. But it numbers
-the versions of a registered model one by one, never twice. So `NAME.promotions` is a registered model whose versions
-are entries of a log, and an entry counts only if none came between it and the last one its writer had seen: of two
-written on the same state the first counts, and the second's writer looks again. The log alone decides; the aliases
-`champion` and `previous` are set from it afterwards, by anyone who finds them behind.
+MLflow sets aliases unconditionally: of two promotions at once the later write wins, whatever state it was decided on.
+But MLflow numbers the versions of a registered model consecutively and never uses a number twice. So `NAME.promotions`
+is a registered model whose versions are the entries of a log. An entry counts only if no other entry was written
+between it and the last one that its writer had read: of two entries written on the same state the first counts, and
+the writer of the second reads the log again. The log decides; the aliases `champion` and `previous` are set from it
+afterwards, by any command that finds them out of date.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, get_args
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -42,14 +44,14 @@ class Entry:
     """One line of the log."""
 
     number: int
-    """Given out by the registry."""
+    """Assigned by the registry."""
     after: int
-    """The last number its writer had seen."""
+    """The number of the last entry that its writer had read."""
     key: str
-    """Its writer's own, who tells by it whether the entry counts."""
+    """Random; its writer finds the entry by it."""
     action: Action
     version: str
-    """That became champion; or, collected, lost its checkpoint."""
+    """That became champion; or, where collected, whose checkpoint is deleted."""
     before: str | None
     """The champion until then."""
     by: str
@@ -57,19 +59,19 @@ class Entry:
     at: datetime
     """By the registry's clock."""
     settled: bool
-    """Whether the aliases were seen to agree with it."""
+    """Whether the aliases were found to agree with it."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What the log says."""
+    """The state that the log describes."""
 
     last: int
     """Number of its last entry, whether it counts or not."""
     entries: tuple[Entry, ...]
     """Those that count, in order."""
     champions: tuple[str, ...]
-    """Versions a rollback can go back through; the champion last."""
+    """Versions that a rollback can return to; the champion last."""
     collected: frozenset[str]
     """Versions whose checkpoint is no longer kept."""
 
@@ -87,13 +89,13 @@ class State:
         return next((e for e in reversed(self.entries) if e.action != "collected"), None)
 
     def moved_outside(self, alias: str | None) -> bool:
-        """Whether `champion`, found at `alias`, was moved by something that does not write this log."""
+        """Whether the alias `champion`, now at version `alias`, was moved by something that does not write the log."""
         unfinished = self.move is not None and not self.move.settled
         return alias != self.champion and not unfinished
 
 
 def fold(listed: Iterable[Entry]) -> State:
-    """The state that a log in any order comes to."""
+    """The state after these entries, which may be in any order."""
     last, entries, champions, collected = 0, [], [], set()
     for entry in sorted(listed, key=lambda e: e.number):
         counts = entry.after >= last
@@ -104,7 +106,7 @@ def fold(listed: Iterable[Entry]) -> State:
         if entry.action == "collected":
             collected.add(entry.version)
         elif entry.action != "promoted" and entry.version in champions:
-            # Back to it: those after it are no longer on the way.
+            # A return to a former champion: those after it are no longer steps to go back through.
             while champions[-1] != entry.version:
                 champions.pop()
         else:
@@ -124,24 +126,29 @@ class Ledger:
         return self.model + _SUFFIX
 
     def read(self) -> State:
+        """The state of the log, without former champions that have been deleted from the registry."""
         with mlflow_errors(f"read {self.name}"):
             listed = self.client.search_model_versions(f"name = '{self.name}'")
-        entries = {version.version: _entry(version) for version in listed}
+        entries = {int(version.version): _entry(version) for version in listed}
         if foreign := sorted(number for number, entry in entries.items() if entry is None):
-            logger.warning(
-                "%s has versions that are no entries of the log: %s", self.name, ", ".join(map(str, foreign))
-            )
-        return fold(entry for entry in entries.values() if entry is not None)
+            _warn_of_foreign(self.name, tuple(foreign))
+        state = fold(entry for entry in entries.values() if entry is not None)
+        if not state.champions:
+            return state
+        with mlflow_errors(f"list the versions of {self.model}"):
+            kept = {str(version.version) for version in self.client.search_model_versions(f"name = '{self.model}'")}
+        return replace(state, champions=tuple(version for version in state.champions if version in kept))
 
     def aliases(self) -> dict[str, str]:
-        """Of the registered model, with the versions they stand at."""
+        """The aliases of the registered model, each with its version."""
         with mlflow_errors(f"read the aliases of {self.model}"):
             return {a: str(v) for a, v in self.client.get_registered_model(self.model).aliases.items()}
 
     def look(self) -> tuple[State, str | None]:
-        """The log, and the version `champion` is at; again if a stranger seems to have moved it.
+        """The state of the log, and the version with the alias `champion`.
 
-        It may have been a command at work, between its entry and the alias or between our two questions.
+        If the two differ, both are read again: another command may be between its entry and the alias, or have moved
+        the alias between the two reads.
         """
         for pause_s in (0.25, 0.5, 0):
             state, alias = self.read(), self.aliases().get(CHAMPION)
@@ -151,12 +158,12 @@ class Ledger:
         return state, alias
 
     def append(
-        self, state: State, action: Action, version: str, run_id: str, *, reason: str = "", details: str = ""
+        self, state: State, action: Action, version: str, run_id: str | None, *, reason: str = "", details: str = ""
     ) -> bool:
         """Write an entry that counts only if the log is still as in `state`.
 
         Args:
-            run_id: that made the version; MLflow wants one for every entry
+            run_id: of the run that made the version; a version made by hand may have none
             details: Markdown, shown in MLflow as the entry's description
 
         Returns:
@@ -174,11 +181,11 @@ class Ledger:
         }
         with mlflow_errors(f"write to {self.name}"):
             self._create()
-            # With its tags it is one transaction: an entry is whole or not there. Of two with one key the first counts.
+            # An entry and its tags are one transaction. Of two entries with one key the first counts.
             _retrying_collisions(
                 self.client.create_model_version,
                 self.name,
-                source=f"runs:/{run_id}/reports",
+                source=f"runs:/{run_id}/reports" if run_id else f"models:/{self.model}/{version}",
                 run_id=run_id,
                 tags=tags,
                 description=details[:5000],
@@ -195,14 +202,14 @@ class Ledger:
                 raise
 
     def settled(self) -> tuple[State, str | None]:
-        """As `look`, once a move that was cut short has been completed."""
+        """As `look`, after completing a move that was interrupted."""
         state = self.read()
         if state.move is not None and not state.move.settled:
             self.settle()
         return self.look()
 
     def settle(self) -> State:
-        """Set the aliases to what the log says, and look again until they do; then note that they did."""
+        """Set the aliases from the log, read both again until they agree, and mark the last move as settled."""
         while True:
             state, found = self.read(), self.aliases()
             wanted = {PREVIOUS: state.previous, CHAMPION: state.champion}
@@ -222,7 +229,7 @@ class Ledger:
 
 
 def _retrying_collisions(write: Callable[..., object], *arguments: object, **settings: object) -> None:
-    """Two writes of one thing at once can make MLflow refuse one of them: it looks first, then inserts."""
+    """MLflow can refuse one of two simultaneous writes of one thing: it reads first, then inserts."""
     for attempt in range(N_ATTEMPTS):
         try:
             write(*arguments, **settings)
@@ -233,9 +240,17 @@ def _retrying_collisions(write: Callable[..., object], *arguments: object, **set
         time.sleep(random.uniform(0, 0.1 * 2**attempt))
 
 
+@lru_cache
+def _warn_of_foreign(name: str, numbers: tuple[int, ...]) -> None:
+    """Once in each process: a command reads the log many times."""
+    logger.warning("%s has versions that are no entries of the log: %s", name, ", ".join(map(str, numbers)))
+
+
 def _entry(version: ModelVersion) -> Entry | None:
-    """None for a version that somebody else made."""
+    """None for a version that is no entry of this log."""
     tags = version.tags
+    if tags.get("action") not in get_args(Action):
+        return None
     try:
         return Entry(
             number=int(version.version),

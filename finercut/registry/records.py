@@ -1,4 +1,4 @@
-"""What the gate found, and what became of a registration."""
+"""Records of checks and of a registration."""
 
 from __future__ import annotations
 

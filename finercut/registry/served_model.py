@@ -1,24 +1,22 @@
 """Runs a registered version in `mlflow.pyfunc`: text in, text out. MLflow stores this file beside the checkpoint.
 
-It stands alone on purpose: it must load where only mlflow, torch and transformers are installed.
+It imports nothing of finercut: it must load where only mlflow, torch and transformers are installed.
 """
 
-import json
 from pathlib import Path
 
 import pandas
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
-def attention_of(checkpoint):
-    """How the model was evaluated: transformers' default attention leaves soft caps out."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
+def attention_of(config):
+    """The attention that the model was evaluated with: transformers' default one does not apply soft caps."""
+    return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
 
 
 class ServedModel(PythonModel):
@@ -27,8 +25,10 @@ class ServedModel(PythonModel):
     def load_context(self, context):
         # The checkpoint's own files, uploaded with it, serve where finercut is not installed.
         self.tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, trust_remote_code=True)
+        # The config has the defaults of its class: config.json need not name a soft cap.
+        config = AutoConfig.from_pretrained(CHECKPOINT, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(
-            CHECKPOINT, dtype="auto", trust_remote_code=True, **attention_of(CHECKPOINT)
+            CHECKPOINT, dtype="auto", trust_remote_code=True, **attention_of(config)
         )
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,11 +35,17 @@ def mlflow_errors(doing: str) -> Iterator[None]:
     """Turns MLflow's exceptions into one line that says what failed, where, and shows no credentials."""
     try:
         yield
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
+    except (MlflowException, RequestException, SQLAlchemyError, *_object_store_errors()) as error:
         uri = tracking_uri()
         shown = without_credentials(uri)
         cause = redacted((str(error).splitlines() or ["no reason given"])[0].replace(uri, shown))
         raise RuntimeError(f"cannot {doing} in MLflow at {shown}: {cause}") from error
+
+
+def _object_store_errors() -> tuple[type[Exception], ...]:
+    """Of boto3, which MLflow uses where artifacts are in S3 and no server stands between; it lets them through."""
+    botocore = sys.modules.get("botocore.exceptions")
+    return (botocore.BotoCoreError, botocore.ClientError) if botocore else ()
 
 
 @contextmanager

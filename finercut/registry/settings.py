@@ -26,19 +26,19 @@ class Promote(Section):
     max_retention_drop: Annotated[float, Field(ge=0, lt=1)]
     """Of the mean retention over the tasks both were evaluated on, in absolute terms."""
     max_perplexity_rise: Annotated[float, Field(ge=0)]
-    """Of the perplexity ratio, as a share of the champion's; compared on the same held-out tokens only."""
+    """Of the perplexity ratio, as a share of the champion's. Compared on the same held-out tokens only."""
     max_speed_up_drop: Annotated[float, Field(ge=0, lt=1)]
-    """Of the speed-up, as a share of the champion's; compared under the same load on the same hardware only."""
+    """Of the speed-up, as a share of the champion's. Compared under the same load, hardware and versions only."""
     allow_limited: bool
-    """Whether a challenger may have been evaluated on a part of its tasks' documents."""
+    """Accept challengers that were evaluated with a task `limit`."""
 
 
 class Collect(Section):
-    """What `finercut collect` keeps, beside everything that has an alias."""
+    """What `finercut collect` keeps, in addition to every version that has an alias."""
 
     versions: PositiveInt
-    """Newest registered versions whose checkpoints stay; as many searches stay continuable."""
+    """Newest registered versions whose checkpoints are kept; as many interrupted searches are kept."""
     commits: PositiveInt
-    """Git commits, from HEAD back, whose results stay in DVC's cache; those of the workspace always stay."""
+    """Git commits, from HEAD back, whose results are kept in DVC's cache; those of the workspace always are."""
     unfinished_days: PositiveFloat
-    """Uploads and downloads that never ended stay this long, in case they are under way."""
+    """Uploads and downloads that did not end are kept this long, as they may be in progress."""

@@ -77,6 +77,11 @@ def find(client: MlflowClient, reference: VersionReference) -> ModelVersion:
         return client.get_model_version(name, str(number))
 
 
+def is_finercuts(version: ModelVersion) -> bool:
+    """Whether finercut registered it, or it is a copy of such a version. Others carry no evidence."""
+    return PRUNED_MD5 in version.tags
+
+
 def every(client: MlflowClient, name: str) -> list[ModelVersion]:
     """Newest first."""
     with mlflow_errors(f"list the versions of {name}"):
@@ -85,13 +90,13 @@ def every(client: MlflowClient, name: str) -> list[ModelVersion]:
 
 
 def download(version: ModelVersion, folder: str, directory: Path) -> Path:
-    """Bring one folder of a version; MLflow refuses names that would lead out of `directory`.
+    """Download one folder of a version; MLflow refuses names that would lead out of `directory`.
 
     Args:
         folder: `evidence` or `checkpoint`
 
     Raises:
-        RuntimeError: it is not there, or does not come.
+        RuntimeError: there is no such folder, or the download fails.
     """
     uri = f"models:/{version.name}/{version.version}/{folder}"
     with mlflow_errors(f"download {uri}"):
@@ -120,14 +125,27 @@ class Stored:
                 self.repository.delete_artifacts(path)
 
 
-def stored(client: MlflowClient, version: ModelVersion) -> Stored:
+def stored(client: MlflowClient, version: ModelVersion) -> Stored | None:
+    """The files that belong to this version alone.
+
+    None where there are none: it was not made from a logged model, as a copy of another version, or that was deleted.
     """
-    Raises:
-        RuntimeError: it was not registered from a logged model, or that was deleted.
-    """
-    model_id = (version.source or "").removeprefix("models:/")
+    model_id = _logged_model(version)
+    if model_id is None:
+        return None
     with mlflow_errors(f"find the files of {version.name} version {version.version}"):
-        return _stored(client.get_logged_model(model_id))
+        try:
+            return _stored(client.get_logged_model(model_id))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+
+def _logged_model(version: ModelVersion) -> str | None:
+    """The id of the logged model that the version was made from."""
+    match = re.fullmatch(r"models:/(m-[^/@]+)", version.source or "")
+    return match and match[1]
 
 
 def _stored(model: LoggedModel) -> Stored:
@@ -135,17 +153,20 @@ def _stored(model: LoggedModel) -> Stored:
 
 
 def unregistered(client: MlflowClient, experiment: str, name: str, before: datetime) -> Iterator[tuple[str, Stored]]:
-    """Uploads for `name` that began before then and that no version came of: their ids and files."""
+    """Uploads for `name` that began before `before` and that no version of any model was made from: ids and files."""
     with mlflow_errors(f"list the uploads for {name}"):
         found = client.get_experiment_by_name(experiment)
         if found is None:
             return
-        registered = {(version.source or "").removeprefix("models:/") for version in every(client, name)}
+        registered = set(map(_logged_model, every(client, name)))
         token = ""
         while token is not None:
             page = client.search_logged_models([found.experiment_id], f"name = '{name}'", page_token=token or None)
             for model in page:
-                if model.model_id not in registered and model.creation_timestamp < before.timestamp() * 1000:
+                if model.model_id in registered or model.creation_timestamp >= before.timestamp() * 1000:
+                    continue
+                # Somebody may have registered it by hand, under another name.
+                if not client.search_model_versions(f"source_path = 'models:/{model.model_id}'", max_results=1):
                     yield model.model_id, _stored(model)
             token = page.token or None
 
@@ -157,11 +178,16 @@ class Registered:
 
 
 def find_version(run: Run, name: str, pruned_md5: str, collected: Collection[str] = ()) -> Registered | None:
-    """The version of `name` that holds exactly this checkpoint; one of `collected` holds none."""
-    with mlflow_errors(f"look for versions of {name}"):
-        found = run.client.search_model_versions(f"name = '{name}'")
-    same = [v for v in found if v.tags.get(PRUNED_MD5) == pruned_md5 and str(v.version) not in collected]
-    return Registered(str(same[0].version), f"models:/{name}/{same[0].version}") if same else None
+    """The newest version of `name` that holds exactly this checkpoint.
+
+    A version of `collected` holds none any more, nor does one whose logged model was deleted.
+    """
+    for found in every(run.client, name):
+        if found.tags.get(PRUNED_MD5) != pruned_md5 or str(found.version) in collected:
+            continue
+        if _logged_model(found) is None or stored(run.client, found) is not None:
+            return Registered(str(found.version), f"models:/{name}/{found.version}")
+    return None
 
 
 def register(
@@ -176,11 +202,11 @@ def register(
 ) -> Registered:
     """Make `checkpoint` a new version of `name`.
 
-    Args:
-        libraries: versions of torch and transformers that the evidence comes from; those installed by default
-
-    The weights are uploaded once, from where they lie: nothing is loaded or copied beforehand. The version's folder
+    The weights are uploaded once, from where they are: nothing is loaded or copied beforehand. The version's folder
     holds `checkpoint/`, `evidence/` (the files given) and a wrapper for `mlflow.pyfunc`.
+
+    Args:
+        libraries: versions of torch and transformers that produced the evidence; of others, the installed ones
     """
     with mlflow_errors(f"register {name}"):
         model_id = _upload(run, name, checkpoint, evidence, tags, libraries or {})
@@ -189,7 +215,7 @@ def register(
 
 
 def challenge(run: Run, name: str, version: str) -> None:
-    """Make it the version that `challenger` stands at."""
+    """Set the alias `challenger` to this version."""
     with mlflow_errors(f"set the alias {CHALLENGER} of {name}"):
         run.client.set_registered_model_alias(name, CHALLENGER, version)
 
