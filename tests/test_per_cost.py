@@ -13,8 +13,8 @@ from finercut.model.costs import Cost, costs_of_config
 from finercut.model.masking import masked
 from finercut.selection.divergence import js
 from finercut.selection.greedy import search
-from finercut.selection.per_cost import PerCost
-from finercut.sublayers import candidates, open_candidates
+from finercut.selection.per_cost import PerCost, carried_over
+from finercut.sublayers import Sublayer, candidates, open_candidates
 
 A, B, C, D = POOL[:4]
 
@@ -103,6 +103,24 @@ def test_a_candidate_is_given_up_inside_the_window_in_which_it_passes_the_best_r
     assert race.leader == A
     assert outcome.abandoned == {B: 11.0}
     assert n_windows == 2 + 1 + 2
+
+
+def test_increases_are_carried_over_to_the_next_step_but_not_next_to_the_removal():
+    near, same, far = (candidates(8, "mlp")[block] for block in (3, 4, 6))
+    removed = next(c for c in candidates(8, "attention") if c.sublayers == (Sublayer(4, "attention"),))
+    known = {near: [3.0, 3.0], same: [5.0, 5.0], far: [3.0, 0.0]}
+    # far raised the first window by 3 - 1, and so by as much beyond the 4 it is at now; the second was never seen
+    assert carried_over(known, removed, before=[1.0, 1.0], after=[4.0, 5.0]) == {far: [6.0, 0.0]}
+
+
+def test_lazy_gives_up_a_candidate_for_most_of_what_it_raised_the_divergence_by():
+    # 0.8 of the increase of 5 that B is known for is 4 a window: more than A's 3. Of the increase of 3.5 it is 2.8.
+    table = {A: flat(4, 4), B: flat(9, 9)}
+    cost = {A: 1.0, B: 1.0}
+    outcome, _, _ = raced(table, [1.0, 1.0], cost, mode="lazy", known={A: [2, 2], B: [6, 6]})
+    assert outcome.stale == {B: 10.0}
+    outcome, _, _ = raced(table, [1.0, 1.0], cost, mode="lazy", known={A: [2, 2], B: [4.5, 4.5]})
+    assert outcome.stale == {}
 
 
 def test_racing_has_no_ratios():

@@ -13,7 +13,7 @@ from finercut.model.costs import Cost
 from finercut.model.families import layout_of
 from finercut.selection.bench import Bench
 from finercut.selection.distributed import ALONE, Ranks
-from finercut.selection.per_cost import PerCost
+from finercut.selection.per_cost import PerCost, carried_over
 from finercut.selection.race import MODES, Known, Race
 from finercut.selection.sweep import SEGMENT_TOKENS
 from finercut.selection.trajectory import Removal
@@ -102,7 +102,11 @@ def search(
     lost = [s for candidate in gone for s in candidate.sublayers]
     sizes = {"micro_batch_tokens": micro_batch_tokens, "ranks": ranks}
     with Bench(model, calibration, held_out, divergence, removed=lost, **sizes) as bench:
-        known = {parse(name): totals for removal in earlier for name, totals in removal.by_window.items()}
+        known: Known = {}
+        now = [0.0] * len(calibration)  # the divergence on each window
+        for removal in earlier:
+            totals = {parse(name): totals for name, totals in removal.by_window.items()}
+            known, now = _known_after(parse(removal.sublayer), dict(known) | totals, now, per)
 
         for step in range(len(gone) + 1, n_removals + 1):
             choice = [
@@ -122,7 +126,7 @@ def search(
             n_sublayers = len(bench.sublayers)
             bench.remove(best.sublayers)
             gone.append(best)
-            known |= race.now_known()
+            known, now = _known_after(best, dict(known) | race.now_known(), now, per)
             yield _removal(
                 step,
                 best,
@@ -133,6 +137,14 @@ def search(
                 sublayer_passes=n_passes,
                 brute_force_sublayer_passes=len(calibration) * sum(n_sublayers - len(c.sublayers) for c in choice),
             )
+
+
+def _known_after(
+    removed: Candidate, known: Known, now: Sequence[float], per: Cost | None
+) -> tuple[Known, Sequence[float]]:
+    """What the next step knows of the candidates, and the divergence on each window, after a removal."""
+    after = known[removed]
+    return (known if per is None else carried_over(known, removed, now, after)), after
 
 
 def _race(

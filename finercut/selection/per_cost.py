@@ -6,8 +6,36 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from finercut.selection.race import Outcome, Race, Totals
+from finercut.selection.race import Known, Outcome, Race, Totals
 from finercut.sublayers import Candidate
+
+# On SmolLM2-135M, nine in ten increases were at least 0.85 of those measured a step or more before; but for neighbours,
+# all were at least 0.83.
+LAZY_SHARE = 0.8
+# Candidates in blocks that near to a removed one read a stream that changed: their increases fell to as little as 0.36.
+NEIGHBOURS = 1
+
+
+def carried_over(
+    known: Known, removed: Candidate, before: Sequence[float], after: Sequence[float]
+) -> dict[Candidate, list[float]]:
+    """What candidates would come to after a removal if each still raised the divergence by as much.
+
+    Candidates in the removed one's blocks, and in those beside them, are as if never evaluated.
+
+    Args:
+        before: D(R) on each window before the removal; `after`: D(R) after it.
+    """
+    blocks = {s.block for s in removed.sublayers}
+
+    def near(candidate: Candidate) -> bool:
+        return any(abs(s.block - block) <= NEIGHBOURS for s in candidate.sublayers for block in blocks)
+
+    return {
+        candidate: [total + a - b if total > 0 else 0.0 for total, b, a in zip(totals, before, after, strict=True)]
+        for candidate, totals in known.items()
+        if not near(candidate)
+    }
 
 
 @dataclass
@@ -15,8 +43,9 @@ class PerCost(Race):
     """As `Race`, with another idea of which candidate is the least: (D(R + s) - D(R)) / cost(s).
 
     A partial sum of D(R + s) is a lower bound of it, so of the ratio too: `exact` finds the least ratio. `lazy` takes
-    what D(R + s) came to in earlier steps for a lower bound, as with plain divergences. A candidate that lowers the
-    divergence has a negative ratio, and so comes before all that raise it. There is no `racing`.
+    `LAZY_SHARE` of the increase that a candidate caused in earlier steps for a lower bound of this step's; `known` is
+    that whole increase on top of this step's D(R), see `carried_over`. A candidate that lowers the divergence has a
+    negative ratio, and so comes before all that raise it. There is no `racing`.
     """
 
     base: Sequence[float] = ()
@@ -33,6 +62,15 @@ class PerCost(Race):
     def ratio(self, candidate: Candidate, total: float) -> float:
         """If the divergence without `candidate`, summed over the windows, comes to `total`."""
         return (total - self.base_total) / self.cost[candidate]
+
+    def _earlier(self, candidate: Candidate) -> Sequence[float]:
+        known = self._known(candidate)
+        if self.mode != "lazy":
+            return (0.0,) * self.n_windows
+        return [
+            min(total, base + LAZY_SHARE * (total - base)) if total > 0 else 0.0
+            for total, base in zip(known, self.base, strict=True)
+        ]
 
     def record(self, totals: Totals) -> None:
         for window, row in totals.items():
