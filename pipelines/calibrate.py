@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from finercut.model.directory import ModelDirectory
+from finercut.sources import revisions
 from finercut.sources.records import CalibrateReport
 from finercut.sources.texts import read_texts
 from finercut.sources.windows import cut_windows, tokenizer_sha256, window_start
@@ -15,6 +16,17 @@ from . import paths
 from .params import Params
 
 logger = logging.getLogger("finercut")
+
+
+def is_stale(params: Params) -> bool:
+    """Whether a text file was edited after the windows were cut from it: DVC knows its path alone."""
+    path = paths.report("calibrate")
+    if not path.is_file():
+        return False
+    try:
+        return revisions.changed(params.calibrate.source, CalibrateReport.read(path).revision)
+    except ValueError:
+        return True  # another version wrote it
 
 
 def run(params: Params) -> CalibrateReport:

@@ -158,6 +158,46 @@ def test_rows_of_jsonl_and_parquet_and_paragraphs_of_txt_are_the_documents(tmp_p
     assert both.source == f"{tmp_path / 'a.jsonl'} and 1 more"
 
 
+def test_lines_of_a_txt_file_without_blank_lines_are_its_documents(tmp_path, tokenizer):
+    # One text a line, as many people have them: paragraphs alone would be one document, and none is left to hold out.
+    (tmp_path / "lines.txt").write_text("\n".join(LETTERS) + "\n")
+    found = read_texts(files(tmp_path / "lines.txt"))
+    assert (found.documents, found.separator) == (LETTERS, "\n")
+    cut = windows(found, tokenizer, n_tokens=10)
+    assert not letters_of(cut.calibration, tokenizer) & letters_of(cut.held_out, tokenizer)
+    (tmp_path / "wrapped.txt").write_text("One,\nof two lines.\n\nTwo.\n")
+    assert read_texts(files(tmp_path / "wrapped.txt")).documents == ["One,\nof two lines.", "Two."]
+
+
+def test_a_suffix_may_be_written_in_capitals(tmp_path):
+    (tmp_path / "A.JSONL").write_text('{"text": "x"}\n')
+    (tmp_path / "B.TXT").write_text("y\n")
+    assert read_texts(files(tmp_path / "A.JSONL", tmp_path / "B.TXT")).documents == ["x", "y"]
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.longest = tokenizer, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: str, **options: object) -> object:
+        self.longest = max(self.longest, len(text))
+        return self.tokenizer(text, **options)
+
+
+def test_of_a_long_document_no_more_is_tokenised_than_is_needed(tokenizer):
+    long = " ".join(TEXT * 2000)
+    counting = Counting(tokenizer)
+    found = windows(texts([long, *TEXT]), counting, n_tokens=20, n_samples=5)
+    assert counting.longest < len(long) / 100
+    assert found.calibration.flatten().tolist() == tokenizer(long).input_ids[:100]
+    assert found.held_out.flatten().tolist() == tokenizer(" ".join(TEXT)).input_ids[:40]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
@@ -227,6 +267,47 @@ def test_a_hub_dataset_is_read_at_the_commit_its_branch_stands_for(tmp_path):
     assert read
     assert all(path == f"datasets/org/texts/resolve/{COMMIT}/train.jsonl" for path in read)
     assert no_dataset.startswith(f"no repository {hub.endpoint}/datasets/org/absent")
+
+
+PINNED = """
+import json, sys
+from finercut.sources.texts import read_texts
+from finercut.sources.settings import HubText
+try:
+    found = read_texts(HubText(kind="hub", dataset="org/SomeTexts", split="train", revision=sys.argv[1]))
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+else:
+    print(json.dumps([found.documents, found.source, found.revision]))
+"""
+
+
+def test_a_pinned_dataset_is_read_offline_once_it_is_cached(tmp_path):
+    rows = ["One text.", "Another."]
+    content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
+    hub = Hub({"datasets/org/SomeTexts": Repository(COMMIT, {"train.jsonl": content})})
+
+    def read(revision: str, home: str = "home", **environment: str) -> object:
+        done = subprocess.run(
+            [sys.executable, "-c", PINNED, revision],
+            cwd=tmp_path,
+            env=client_environment(hub.endpoint, tmp_path / home) | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    offline = {"HF_HUB_OFFLINE": "1"}
+    with serve(hub):
+        online = read(COMMIT)
+        assert online == [rows, "org/SomeTexts/train", COMMIT]
+    assert read(COMMIT, **offline) == online
+    # A branch may stand for another commit by now, and what nobody read is not there.
+    assert read("main", **offline).startswith("HF_HUB_OFFLINE is set")
+    assert read("0" * 40, **offline).startswith("HF_HUB_OFFLINE is set")
+    assert read(COMMIT, home="empty", **offline).startswith("HF_HUB_OFFLINE is set")
 
 
 # The token file
@@ -317,6 +398,21 @@ def test_a_model_that_does_not_fit_says_why_and_leaves_nothing(project, changes,
         calibrate.run(params(n_tokens=n_tokens))
     assert not paths.CALIBRATION.exists()
     assert not paths.report("calibrate").exists()
+
+
+def test_one_byte_of_a_text_makes_the_stage_stale(project):
+    Path("mine.txt").write_text("\n\n".join(TEXT * 6))
+    mine = params(source={"kind": "files", "paths": ["mine.txt"]})
+    assert not calibrate.is_stale(mine)  # no report: DVC runs it anyway
+    calibrate.run(mine)
+    assert not calibrate.is_stale(mine)
+    whole = Path("mine.txt").read_bytes()
+    Path("mine.txt").write_bytes(whole[:-1] + b"!")
+    assert calibrate.is_stale(mine)
+    calibrate.run(mine)
+    assert not calibrate.is_stale(mine)
+    calibrate.run(params())
+    assert not calibrate.is_stale(params())  # a pinned package cannot have changed
 
 
 def test_calibrate_needs_a_model(tmp_path, monkeypatch):

@@ -512,6 +512,33 @@ def test_the_revision_of_a_local_model_is_that_of_the_files_taken(tiny_model, tm
     assert revisions.current(source) is None
 
 
+def test_one_byte_of_a_local_model_makes_the_stage_stale(tiny_model, tmp_path, monkeypatch):
+    path = shutil.copytree(tiny_model, tmp_path / "mine")
+    mine = {"kind": "local", "path": path}
+    monkeypatch.chdir(tmp_path)
+    assert not fetch.is_stale(params(mine))  # no report: DVC runs it anyway
+    fetch.run(params(mine))
+    assert not fetch.is_stale(params(mine))
+    edited(path / "model.safetensors")
+    assert fetch.is_stale(params(mine))
+    assert not fetch.is_stale(load(ROOT / "params.yaml"))  # a pinned package cannot have changed
+
+
+def test_what_the_stage_notes_in_config_json_does_not_reach_the_cache(tiny_model, tmp_path):
+    files = files_of(tiny_model)
+    hub = Hub({"org/good": Repository(COMMIT, files)})
+    settings = params({"kind": "hub", "repository": "org/good", "revision": "main"}).model_dump_json(by_alias=True)
+    with serve(hub):
+        call = {"cwd": tmp_path, "env": client_environment(hub.endpoint, tmp_path / "home"), "text": True}
+        subprocess.run([sys.executable, "-c", STAGE, settings], **call, check=True, timeout=300)
+    (snapshot,) = (tmp_path / "home").glob("hub/models--org--good/snapshots/*")
+    fetched = tmp_path / paths.MODEL
+    (fetched / "config.json").write_text("{}")
+    assert {file.name: file.read_bytes() for file in snapshot.iterdir()} == files
+    weights = fetched / "model.safetensors"
+    assert weights.stat().st_ino == (snapshot / "model.safetensors").stat().st_ino  # no second copy on the disk
+
+
 def test_the_revision_of_texts_is_that_of_their_files(tmp_path):
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file in files:

@@ -30,6 +30,12 @@ def current(source: Source) -> str | None:
     return None
 
 
+def changed(source: Source, recorded: str) -> bool:
+    """Whether the files behind `source` are others than those of the recorded revision; False where nobody can say."""
+    now = current(source)
+    return now is not None and now != recorded
+
+
 def of_model(directory: Path, taken: Iterable[str]) -> str:
     """Over the contents of a model's files that are taken."""
     names = sorted(taken)

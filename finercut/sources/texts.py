@@ -5,20 +5,20 @@ from __future__ import annotations
 import html
 import importlib.metadata
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finercut.sources import revisions
 from finercut.sources.settings import FilesText, HubText, PackageText
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger("finercut")
 
-# Rows of a table are joined as the authors join wikitext's; paragraphs and whole texts stay apart.
-_BETWEEN_ROWS, _BETWEEN_TEXTS = " ", "\n\n"
+# Rows of a table are joined as the authors join wikitext's; paragraphs and whole texts stay apart, lines stay lines.
+_BETWEEN_ROWS, _BETWEEN_TEXTS, _BETWEEN_LINES = " ", "\n\n", "\n"
 # Shorter strings in a package's data are labels, lists and figures rather than prose.
 _PROSE_CHARACTERS = 200
 
@@ -86,32 +86,44 @@ def _hub_texts(source: HubText) -> Texts:
 
     from finercut.sources import hub
 
-    commit, _ = hub.resolve(source.dataset, source.revision, "dataset")
-    with hub.hub_errors(source.dataset, source.revision, "dataset"):
-        rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=commit)
+    try:
+        commit, _ = hub.resolve(source.dataset, source.revision, "dataset")
+    except hub.NoAnswer as error:
+        # A commit cannot have changed since it was cached; a branch or tag can.
+        commit, rows = source.revision, None
+        if hub.is_commit(commit):
+            rows = hub.cached_rows(source.dataset, source.config, source.split, commit)
+        if rows is None:
+            raise
+        logger.warning("%s; taking the commit from the cache of datasets", error)
+    else:
+        with hub.hub_errors(source.dataset, source.revision, "dataset"):
+            rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=commit)
     name = "/".join(part for part in (source.dataset, source.config, source.split) if part)
     _check_column(rows.column_names, source.column, name)
     return Texts(_all_text(rows[source.column], source.column, name), _BETWEEN_ROWS, name, commit)
 
 
 def _file_texts(files: Sequence[Path], column: str) -> Texts:
-    readers: dict[str, Callable[[Path, str], list[str]]] = {
-        ".txt": lambda file, _: _paragraphs(file),
-        ".jsonl": _json_rows,
-        ".parquet": _parquet_rows,
-    }
-    for file in files:
-        if file.suffix not in readers:
-            raise ValueError(f"{file} is none of {', '.join(readers)}")
+    readers: dict[str, Callable[[Path, str], list[str]]] = {".jsonl": _json_rows, ".parquet": _parquet_rows}
+    suffixes = [file.suffix.lower() for file in files]
+    for file, suffix in zip(files, suffixes, strict=True):
+        if suffix not in (".txt", *readers):
+            raise ValueError(f"{file} is none of .txt, {', '.join(readers)}")
         if not file.is_file():
             raise FileNotFoundError(f"calibrate.source.paths: no file {file}")
     documents: list[str] = []
-    for file in files:
-        found = readers[file.suffix](file, column)
+    separators = set()
+    for file, suffix in zip(files, suffixes, strict=True):
+        if suffix == ".txt":
+            found, separator = _plain(_read_utf8(file), str(file))
+        else:
+            found, separator = readers[suffix](file, column), _BETWEEN_ROWS
         if not any(text.strip() for text in found):
             raise ValueError(f"{file} is empty: take it out of calibrate.source.paths")
         documents += found
-    separator = _BETWEEN_TEXTS if all(file.suffix == ".txt" for file in files) else _BETWEEN_ROWS
+        separators.add(separator)
+    separator = next(between for between in (_BETWEEN_ROWS, _BETWEEN_TEXTS, _BETWEEN_LINES) if between in separators)
     name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     return Texts(documents, separator, name, revisions.of_files(files))
 
@@ -123,8 +135,14 @@ def _read_utf8(file: Path) -> str:
         raise ValueError(f"{file} is not UTF-8 (byte {error.start}): convert it, with iconv for example") from error
 
 
-def _paragraphs(file: Path) -> list[str]:
-    return [text.strip() for text in re.split(r"\n\s*\n", _read_utf8(file)) if text.strip()]
+def _plain(content: str, where: str) -> tuple[list[str], str]:
+    """The documents of plain text and what joins them: blank lines separate them, or, where there are none, lines do."""
+    paragraphs = [text.strip() for text in re.split(r"\n\s*\n", content) if text.strip()]
+    lines = [line.strip() for line in content.split("\n") if line.strip()]
+    if len(paragraphs) > 1 or len(lines) < 2:
+        return paragraphs, _BETWEEN_TEXTS
+    logger.info("%s has no blank lines: each of its %d lines is a document", where, len(lines))
+    return lines, _BETWEEN_LINES
 
 
 def _json_rows(file: Path, column: str) -> list[str]:
