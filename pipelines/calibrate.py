@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from finercut.model.directory import ModelDirectory
 from finercut.sources import revisions
-from finercut.sources.records import CalibrateReport
-from finercut.sources.texts import read_texts
-from finercut.sources.windows import cut_windows, tokenizer_sha256, window_start
+from finercut.sources.generation import beginnings, model_texts
+from finercut.sources.records import CalibrateReport, CalibrationSource
+from finercut.sources.settings import Calibrate, ModelText, Portion
+from finercut.sources.texts import Texts, read_texts
+from finercut.sources.windows import Cut, cut_windows, tokenizer_sha256, window_start
 from finercut.system.staging import staged
 from finercut.tokens import write_tokens
 
@@ -24,9 +27,15 @@ def is_stale(params: Params) -> bool:
     if not path.is_file():
         return False
     try:
-        return revisions.changed(params.calibrate.source, CalibrateReport.read(path).revision)
+        report = CalibrateReport.read(path)
     except ValueError:
         return True  # another version wrote it
+    # In reports of version 0.1 the only source has no line of its own.
+    recorded = [source.revision for source in report.sources] or [report.revision]
+    portions = params.calibrate.portions
+    return len(portions) == len(recorded) and any(
+        revisions.changed(portion.source, revision) for portion, revision in zip(portions, recorded, strict=True)
+    )
 
 
 def run(params: Params) -> CalibrateReport:
@@ -47,26 +56,39 @@ def run(params: Params) -> CalibrateReport:
         )
     tokenizer = model.tokenizer
     _check_tokenizer(len(tokenizer), config.vocab_size)
-    texts = read_texts(settings.source)
-    tokens = cut_windows(
-        texts,
-        tokenizer,
-        n_tokens=settings.n_tokens,
-        n_samples=settings.n_samples,
-        n_held_out_samples=settings.n_held_out_samples,
-        shuffle_seed=settings.shuffle_seed,
-    )
+    portions = settings.portions
+    texts = _texts(portions, model, settings)
+    cuts = [
+        Cut(found, portion.n_samples, portion.n_held_out_samples)
+        for found, portion in zip(texts, portions, strict=True)
+    ]
+    tokens = cut_windows(cuts, tokenizer, n_tokens=settings.n_tokens, shuffle_seed=settings.shuffle_seed)
     highest = max(int(tokens.calibration.max()), int(tokens.held_out.max()))
     if highest >= config.vocab_size:
         raise ValueError(
             f"the tokenizer in {paths.MODEL} makes token {highest}, the model has {config.vocab_size}: "
             "it is not the model's, fetch the model with its own"
         )
+    sources = [
+        CalibrationSource(
+            name=found.source,
+            kind=portion.source.kind,
+            revision=found.revision,
+            share=portion.source.share,
+            n_documents=len(found.documents),
+            n_characters=sum(map(len, found.documents)),
+            n_samples=portion.n_samples,
+            n_held_out_samples=portion.n_held_out_samples,
+            n_tokens=portion.n_windows * settings.n_tokens,
+        )
+        for found, portion in zip(texts, portions, strict=True)
+    ]
     report = CalibrateReport(
-        source=texts.source,
-        revision=texts.revision,
-        n_documents=len(texts.documents),
-        n_characters=sum(map(len, texts.documents)),
+        source=" + ".join(source.name for source in sources),
+        revision=" + ".join(source.revision for source in sources),
+        sources=sources,
+        n_documents=sum(source.n_documents for source in sources),
+        n_characters=sum(source.n_characters for source in sources),
         n_samples=settings.n_samples,
         n_tokens=settings.n_tokens,
         n_held_out_samples=settings.n_held_out_samples,
@@ -80,17 +102,35 @@ def run(params: Params) -> CalibrateReport:
         # Remove the stale report first, so that a crash cannot leave it beside the new windows.
         paths.report("calibrate").unlink(missing_ok=True)
     report.write(paths.report("calibrate"))
-    logger.info(
-        "calibrate: %d calibration and %d held-out windows of %d tokens from %s (%d documents, %.0f kB)%s",
-        report.n_samples,
-        report.n_held_out_samples,
-        report.n_tokens,
-        report.source,
-        report.n_documents,
-        report.n_characters / 1e3,
-        ", each with BOS" if report.bos else "",
-    )
+    for source in sources:
+        logger.info(
+            "calibrate: %d calibration and %d held-out windows of %d tokens from %s (%d documents, %.0f kB)%s",
+            source.n_samples,
+            source.n_held_out_samples,
+            report.n_tokens,
+            source.name,
+            source.n_documents,
+            source.n_characters / 1e3,
+            ", each with BOS" if report.bos else "",
+        )
     return report
+
+
+def _texts(portions: Sequence[Portion], model: ModelDirectory, settings: Calibrate) -> list[Texts]:
+    """The documents of every source. The model writes last, when everything else is known to be in order."""
+    for portion in portions:
+        if isinstance(portion.source, ModelText):
+            beginnings(portion.source, model.tokenizer)
+    read = {i: read_texts(p.source) for i, p in enumerate(portions) if not isinstance(p.source, ModelText)}
+    if len(read) < len(portions):
+        cuts = [Cut(texts, portions[i].n_samples, portions[i].n_held_out_samples) for i, texts in read.items()]
+        cut_windows(cuts, model.tokenizer, n_tokens=settings.n_tokens, shuffle_seed=settings.shuffle_seed)
+    return [
+        read[i]
+        if i in read
+        else model_texts(portion.source, model, portion.n_windows * settings.n_tokens, settings.n_tokens)
+        for i, portion in enumerate(portions)
+    ]
 
 
 def _check_tokenizer(n_entries: int, vocab_size: int) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from finercut.model.tensors import weights_sha256
 from finercut.sources.files import choose
-from finercut.sources.settings import FilesText, HubModel, HubText, LocalModel, PackageModel, PackageText
+from finercut.sources.settings import FilesText, HubModel, HubText, LocalModel, ModelText, PackageModel, PackageText
 
-Source = PackageModel | HubModel | LocalModel | PackageText | HubText | FilesText
+Source = PackageModel | HubModel | LocalModel | PackageText | HubText | FilesText | ModelText
 
 
 def current(source: Source) -> str | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from finercut.sources.files import TOKENIZER_FILES
 from finercut.sources.texts import Texts
@@ -31,47 +33,92 @@ def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A source's documents, and how many windows are cut from them."""
+
+    texts: Texts
+    n_samples: int
+    n_held_out_samples: int
+
+
 def cut_windows(
-    texts: Texts,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    n_tokens: int,
-    n_samples: int,
-    n_held_out_samples: int,
-    shuffle_seed: int | None,
+    cuts: Sequence[Cut], tokenizer: PreTrainedTokenizerBase, *, n_tokens: int, shuffle_seed: int | None
 ) -> Tokens:
     """Consecutive windows of `n_tokens`, BOS included; held-out ones from documents no calibration window touches.
 
+    The windows of the sources take turns, so that any number of the first ones has about the shares of all.
+
     Args:
-        shuffle_seed: shuffles the documents; None keeps their order.
+        shuffle_seed: shuffles the documents of each source; None keeps their order.
 
     Raises:
-        ValueError: too little text.
+        ValueError: a source has too little text.
     """
-    documents = list(texts.documents)
-    if shuffle_seed is not None:
-        random.Random(shuffle_seed).shuffle(documents)
+    length = n_tokens - len(window_start(tokenizer))
+    pools = [_Pool(cut.texts, length, tokenizer, shuffle_seed) for cut in cuts]
+    calibration = [pool.take(cut.n_samples, "calibration") for cut, pool in zip(cuts, pools, strict=True)]
+    # A document of one source may be in another one, too.
+    seen = set[str]().union(*(pool.used for pool in pools))
+    held_out = []
+    for cut, pool in zip(cuts, pools, strict=True):
+        pool.leave_out(seen)
+        held_out.append(pool.take(cut.n_held_out_samples, "held-out"))
     start = window_start(tokenizer)
-    length = n_tokens - len(start)
+    calibration_windows, calibration_sources = _in_turn(calibration, start)
+    held_out_windows, held_out_sources = _in_turn(held_out, start)
+    names = tuple(cut.texts.source for cut in cuts)
+    return Tokens(calibration_windows, held_out_windows, calibration_sources, held_out_sources, names)
 
-    def encode(n_documents: int, needed: int) -> list[int]:
-        return _first_ids(texts.separator.join(documents[:n_documents]), needed, tokenizer)
 
-    windows = []
-    for name, n in (("calibration", n_samples), ("held-out", n_held_out_samples)):
-        n_documents = _fewest(len(documents), lambda k, needed=n * length: len(encode(k, needed)) >= needed)
-        ids = encode(n_documents, n * length)
-        if len(ids) < n * length:
+def _in_turn(windows: Sequence[Sequence[list[int]]], start: list[int]) -> tuple[Tensor, Tensor]:
+    """All windows, each with the index of its source."""
+    places = sorted(
+        ((position + 0.5) / len(of_source), source, position)
+        for source, of_source in enumerate(windows)
+        for position in range(len(of_source))
+    )
+    rows = [start + windows[source][position] for _, source, position in places]
+    return torch.tensor(rows), torch.tensor([source for _, source, _ in places])
+
+
+class _Pool:
+    """The documents of a source that no window was cut from yet."""
+
+    def __init__(self, texts: Texts, length: int, tokenizer: PreTrainedTokenizerBase, shuffle_seed: int | None) -> None:
+        self.documents = list(texts.documents)
+        self.used: set[str] = set()
+        self.texts, self.length, self.tokenizer = texts, length, tokenizer
+        if shuffle_seed is not None:
+            random.Random(shuffle_seed).shuffle(self.documents)
+
+    def leave_out(self, seen: Collection[str]) -> None:
+        self.documents = [document for document in self.documents if document not in seen]
+
+    def take(self, n: int, name: str) -> list[list[int]]:
+        """`n` windows of the fewest first documents, which are used up.
+
+        Raises:
+            ValueError: there is too little text.
+        """
+        if not n:
+            return []
+        needed = n * self.length
+        n_documents = _fewest(len(self.documents), lambda k: len(self._encode(k, needed)) >= needed)
+        ids = self._encode(n_documents, needed)
+        if len(ids) < needed:
             rest = " that calibration does not use" if name == "held-out" else ""
             raise ValueError(
-                f"{texts.source} has {len(ids)} tokens in {len(documents)} documents{rest}, {n} {name} windows need "
-                f"{n * length}: give more text (blank lines separate the documents of a .txt file), or lower "
-                "calibrate.n_samples, n_held_out_samples or n_tokens"
+                f"{self.texts.source} has {len(ids)} tokens in {len(self.documents)} documents{rest}, {n} {name} "
+                f"windows need {needed}: give more text (blank lines separate the documents of a .txt file), or lower "
+                "calibrate.n_samples, n_held_out_samples, n_tokens or its share"
             )
-        windows.append(torch.tensor([start + ids[i * length : (i + 1) * length] for i in range(n)]))
-        seen = set(documents[:n_documents])
-        documents = [d for d in documents[n_documents:] if d not in seen]
-    return Tokens(*windows)
+        self.used.update(self.documents[:n_documents])
+        self.documents = self.documents[n_documents:]
+        return [ids[i * self.length : (i + 1) * self.length] for i in range(n)]
+
+    def _encode(self, n_documents: int, needed: int) -> list[int]:
+        return _first_ids(self.texts.separator.join(self.documents[:n_documents]), needed, self.tokenizer)
 
 
 def _first_ids(text: str, needed: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
