@@ -105,6 +105,8 @@ def load_tokens(directory: Path) -> Tokens:
         tokens = Tokens(**tensors, sources=tuple(sources), unseen=tuple(recorded.get("unseen", [])))
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a token file: run `finercut calibrate` again") from error
+    if hashes != _hashes(tensors):
+        raise ValueError(f"{file} is damaged, its tokens are not those recorded: run `finercut calibrate` again")
     for name, windows in tokens.named().items():
         if windows.dtype != torch.int64 or windows.dim() != 2 or not windows.numel() or windows.min() < 0:
             raise ValueError(f"{file} does not hold windows of tokens: run `finercut calibrate` again")
@@ -113,6 +115,4 @@ def load_tokens(directory: Path) -> Tokens:
             raise ValueError(f"{file} does not say where its windows are from: run `finercut calibrate` again")
         if origins.min() < 0 or origins.max() >= len(tokens.sources):
             raise ValueError(f"{file} names no source for some of its windows: run `finercut calibrate` again")
-    if hashes != _hashes(tensors):
-        raise ValueError(f"{file} is damaged, its tokens are not those recorded: run `finercut calibrate` again")
     return tokens

@@ -1,9 +1,9 @@
-"""Stage `calibrate`: the model's tokenizer and a text source in, calibration and held-out tokens out."""
+"""Stage `calibrate`: the model's tokenizer and texts in; calibration, held-out and healing tokens out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from finercut.model.directory import ModelDirectory
 from finercut.sources import revisions
@@ -13,7 +13,7 @@ from finercut.sources.settings import Calibrate, ModelText, Portion
 from finercut.sources.texts import Texts, read_texts
 from finercut.sources.windows import Cut, cut_windows, tokenizer_sha256, window_start
 from finercut.system.staging import staged
-from finercut.tokens import write_tokens
+from finercut.tokens import Tokens, write_tokens
 
 from . import paths
 from .params import Params
@@ -58,12 +58,8 @@ def run(params: Params) -> CalibrateReport:
     _check_tokenizer(len(tokenizer), config.vocab_size)
     portions = settings.portions
     texts = _texts(portions, model, settings)
-    cuts = [
-        Cut(found, portion.n_samples, portion.n_held_out_samples)
-        for found, portion in zip(texts, portions, strict=True)
-    ]
-    tokens = cut_windows(cuts, tokenizer, n_tokens=settings.n_tokens, shuffle_seed=settings.shuffle_seed)
-    highest = max(int(tokens.calibration.max()), int(tokens.held_out.max()))
+    tokens = _cut(zip(texts, portions, strict=True), model, settings)
+    highest = max(int(windows.max()) for windows in tokens.named().values())
     if highest >= config.vocab_size:
         raise ValueError(
             f"the tokenizer in {paths.MODEL} makes token {highest}, the model has {config.vocab_size}: "
@@ -71,7 +67,7 @@ def run(params: Params) -> CalibrateReport:
         )
     sources = [
         CalibrationSource(
-            name=found.source,
+            name=name,
             kind=portion.source.kind,
             revision=found.revision,
             share=portion.source.share,
@@ -79,9 +75,10 @@ def run(params: Params) -> CalibrateReport:
             n_characters=sum(map(len, found.documents)),
             n_samples=portion.n_samples,
             n_held_out_samples=portion.n_held_out_samples,
+            n_healing_samples=portion.n_healing_samples,
             n_tokens=portion.n_windows * settings.n_tokens,
         )
-        for found, portion in zip(texts, portions, strict=True)
+        for name, found, portion in zip(tokens.sources, texts, portions, strict=True)
     ]
     report = CalibrateReport(
         source=" + ".join(source.name for source in sources),
@@ -92,8 +89,10 @@ def run(params: Params) -> CalibrateReport:
         n_samples=settings.n_samples,
         n_tokens=settings.n_tokens,
         n_held_out_samples=settings.n_held_out_samples,
+        n_healing_samples=settings.n_healing_samples,
         calibration_sha256=tokens.calibration_sha256,
         held_out_sha256=tokens.held_out_sha256,
+        healing_sha256=tokens.healing_sha256,
         tokenizer_sha256=tokenizer_sha256(paths.MODEL),
         bos=bool(window_start(tokenizer)),
     )
@@ -104,9 +103,10 @@ def run(params: Params) -> CalibrateReport:
     report.write(paths.report("calibrate"))
     for source in sources:
         logger.info(
-            "calibrate: %d calibration and %d held-out windows of %d tokens from %s (%d documents, %.0f kB)%s",
+            "calibrate: %d calibration, %d held-out, %d healing windows of %d tokens from %s (%d documents, %.0f kB)%s",
             source.n_samples,
             source.n_held_out_samples,
+            source.n_healing_samples,
             report.n_tokens,
             source.name,
             source.n_documents,
@@ -123,14 +123,18 @@ def _texts(portions: Sequence[Portion], model: ModelDirectory, settings: Calibra
             beginnings(portion.source, model.tokenizer)
     read = {i: read_texts(p.source) for i, p in enumerate(portions) if not isinstance(p.source, ModelText)}
     if len(read) < len(portions):
-        cuts = [Cut(texts, portions[i].n_samples, portions[i].n_held_out_samples) for i, texts in read.items()]
-        cut_windows(cuts, model.tokenizer, n_tokens=settings.n_tokens, shuffle_seed=settings.shuffle_seed)
+        _cut(((texts, portions[i]) for i, texts in read.items()), model, settings)
     return [
         read[i]
         if i in read
         else model_texts(portion.source, model, portion.n_windows * settings.n_tokens, settings.n_tokens)
         for i, portion in enumerate(portions)
     ]
+
+
+def _cut(parts: Iterable[tuple[Texts, Portion]], model: ModelDirectory, settings: Calibrate) -> Tokens:
+    cuts = [Cut(texts, p.n_samples, p.n_held_out_samples, p.n_healing_samples) for texts, p in parts]
+    return cut_windows(cuts, model.tokenizer, n_tokens=settings.n_tokens, shuffle_seed=settings.shuffle_seed)
 
 
 def _check_tokenizer(n_entries: int, vocab_size: int) -> None:

@@ -343,6 +343,19 @@ def test_a_dialogue_in_the_json_of_a_package_is_a_document_a_conversation(tmp_pa
     installed(monkeypatch, tmp_path, "talks_of_mine", {"talks.json": json.dumps(talks)})
     source = {"kind": "package", "name": "talks-of-mine", "version": "1.0"}
     assert read_texts(PackageText(**source, column="text")).documents == ["Hello\nHi\nHow?", "Bye"]
+    more = {"categories": ["humor"], "conversations": [["A joke?", "Knock, knock."], ["Why?", "Because."]]}
+    (tmp_path / "talks_of_mine" / "talks.json").write_text(json.dumps(more))
+    found = ["A joke?\nKnock, knock.", "Why?\nBecause."]
+    assert read_texts(PackageText(**source, column="conversations")).documents == found
+    (tmp_path / "talks_of_mine" / "talks.json").rename(tmp_path / "talks_of_mine" / "talks.yml")
+    record = tmp_path / "talks_of_mine-1.0.dist-info" / "RECORD"
+    record.write_text(record.read_text().replace("talks.json", "talks.yml"))
+    assert read_texts(PackageText(**source, files=["*.yml"], column="conversations")).documents == found
+    (tmp_path / "talks_of_mine" / "talks.yml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"talks\.yml is not YAML: while parsing"):
+        read_texts(PackageText(**source, files=["*.yml"], column="conversations"))
+    (tmp_path / "talks_of_mine" / "talks.yml").write_text("a: b")
+    source["files"] = ["*.yml"]
     with pytest.raises(ValueError, match=r"has no column 'body' in 1 files"):
         read_texts(PackageText(**source, column="body"))
 
@@ -456,15 +469,20 @@ def test_the_token_file_keeps_the_source_of_every_window(tmp_path):
     tokens = Tokens(
         torch.arange(12).reshape(3, 4),
         torch.arange(8).reshape(2, 4),
+        torch.arange(16).reshape(4, 4),
         torch.tensor([0, 1, 0]),
         torch.tensor([2, 1]),
-        ("prose", "dialogue", "unseen"),
+        torch.tensor([1, 0, 0, 1]),
+        ("prose", "dialogue", "unlike"),
+        ("unlike",),
     )
     write_tokens(tmp_path, tokens, {"source": "s"})
     found = load_tokens(tmp_path)
-    assert found.sources == ("prose", "dialogue", "unseen")
+    assert (found.sources, found.unseen) == (("prose", "dialogue", "unlike"), ("unlike",))
     assert found.calibration_sources.tolist() == [0, 1, 0]
     assert found.held_out_sources.tolist() == [2, 1]
+    assert found.healing_sources.tolist() == [1, 0, 0, 1]
+    assert torch.equal(found.healing, tokens.healing)
     # Of the same windows it stays what it was: a search goes on, a champion's held-out windows are compared.
     assert found.calibration_sha256 == Tokens(tokens.calibration, tokens.held_out).calibration_sha256
 

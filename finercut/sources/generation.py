@@ -44,9 +44,10 @@ class Draft:
 
     beginning: list[int]
     written: list[int]
-    """Without the token that ended it."""
+    end: list[int]
+    """The token that ended it; none where it was cut off."""
     perplexity: float
-    """Under the model itself, at temperature 1; infinite where nothing was written."""
+    """Of what is written, under the model itself, at temperature 1; infinite where nothing is."""
 
     @property
     def repetition(self) -> float:
@@ -110,8 +111,8 @@ def model_texts(settings: ModelText, directory: ModelDirectory, n_tokens_needed:
     writer = _Vllm if _uses_vllm(settings, device) else _Transformers
     write = writer(settings, directory, device, max_tokens)
     started = time.monotonic()
-    # A document that calibration ends in is not held out, so one more than the tokens need.
-    wanted = n_tokens_needed * (1 + _LOSS) + max_tokens
+    # No document is cut for two uses: what is left of those that calibration and the held-out windows end in is lost.
+    wanted = n_tokens_needed * (1 + _LOSS) + 2 * max_tokens
     n_drafts = math.ceil(wanted / max_tokens / (1 - settings.drop_perplexity))
     n_most = _MOST * n_drafts
     drafts: list[Draft] = []
@@ -161,8 +162,8 @@ def _too_little(drafts: Sequence[Draft], kept: Sequence[Draft], wanted: float, s
 
 
 def _whole(draft: Draft, settings: ModelText) -> list[int]:
-    """The tokens of its text: a dialogue keeps what it answers."""
-    return [*draft.beginning, *draft.written] if settings.prompts else draft.written
+    """The tokens of its text: an answer keeps its question, and that it ends."""
+    return [*draft.beginning, *draft.written, *draft.end] if settings.prompts else draft.written
 
 
 def _bar(n_drafts: int):
@@ -196,25 +197,27 @@ class _Transformers:
         self.tokenizer = directory.tokenizer
 
     def __call__(self, starts: Sequence[list[int]], n_before: int) -> list[Draft]:
-        # One generator a batch: what is written later does not depend on how much was asked for.
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + n_before)
+        # Each document has numbers of its own, so that it does not depend on how many are asked for.
+        seeds = [self.settings.seed * 1_000_003 + n_before + place for place in range(len(starts))]
+        chances = [torch.rand(self.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         drafts: dict[int, Draft] = {}
         for places in _of_one_length(starts):
             rows = torch.tensor([starts[place] for place in places], device=self.model.device)
-            drafts |= zip(places, self._write(rows, generator), strict=True)
+            drafts |= zip(places, self._write(rows, torch.stack([chances[i] for i in places], -1)), strict=True)
         return [drafts[place] for place in sorted(drafts)]
 
-    def _write(self, rows: Tensor, generator: torch.Generator) -> Iterator[Draft]:
+    def _write(self, rows: Tensor, chances: Tensor) -> Iterator[Draft]:
         once = None if self.settings.prompts else int(rows[0, 0])
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         stops = torch.tensor(sorted(_stops(once, self.tokenizer, ends)), device=rows.device)
-        chances = torch.rand(self.max_tokens, len(rows), generator=generator).to(rows.device)
-        ids, log_p = sample(self.model, rows, chances, stops, self.settings.temperature, self.settings.top_p)
+        ids, log_p = sample(
+            self.model, rows, chances.to(rows.device), stops, self.settings.temperature, self.settings.top_p
+        )
         ended = torch.isin(ids, stops)
         for row, beginning in enumerate(rows.tolist()):
             n = int(ended[row].int().argmax()) if ended[row].any() else ids.shape[1]
             perplexity = math.exp(-float(log_p[row, :n].double().mean())) if n else math.inf
-            yield Draft(beginning, ids[row, :n].tolist(), perplexity)
+            yield Draft(beginning, ids[row, :n].tolist(), ids[row, n : n + 1].tolist(), perplexity)
 
 
 @torch.inference_mode()
@@ -246,7 +249,12 @@ def sample(
 
 def draw(logits: Tensor, chance: Tensor, top_p: float) -> Tensor:
     """A token a row, (batch, 1): the one `chance` in [0, 1) falls on, of the likeliest that have `top_p` together."""
-    p, order = logits.softmax(-1).sort(descending=True, stable=True)
+    p = logits.softmax(-1)
+    # All tokens below this have less than 1 - top_p together: only the others need to be sorted.
+    n_likely = int((p >= (1 - top_p) / p.shape[-1]).sum(-1).max())
+    likely = p.topk(n_likely).indices.sort().values
+    p, order = p.gather(-1, likely).sort(descending=True, stable=True)
+    order = likely.gather(-1, order)
     total = p.cumsum(-1)
     n_kept = (total - p < top_p).sum(-1, keepdim=True)
     mass = total.gather(-1, n_kept - 1)
@@ -303,4 +311,4 @@ class _Vllm:
         # vLLM keeps the token that ended the text, and also ends at those of the generation config.
         n = len(ids) - 1 if ids and (answer.finish_reason == "stop" or ids[-1] in stops) else len(ids)
         perplexity = math.exp(-sum(log_p[:n]) / n) if n else math.inf
-        return Draft(start, ids[:n], perplexity)
+        return Draft(start, ids[:n], ids[n:], perplexity)

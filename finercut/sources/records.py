@@ -48,6 +48,7 @@ class CalibrationSource(Record):
     n_samples: int
     """Calibration windows from it; 0 for a source that only held-out windows come from."""
     n_held_out_samples: int
+    n_healing_samples: int = 0
     n_tokens: int
     """In all its windows."""
 
@@ -65,7 +66,10 @@ class CalibrateReport(HeldOut):
     n_tokens: int
     """In a window."""
     n_held_out_samples: int
+    n_healing_samples: int = 0
     calibration_sha256: str
+    healing_sha256: str | None = None
+    """None where no windows were cut for healing."""
     tokenizer_sha256: str
     bos: bool
     """Whether every window starts with the tokenizer's BOS."""

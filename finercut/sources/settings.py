@@ -90,7 +90,8 @@ class _Text(Section):
 
 
 class PackageText(_Text):
-    """Text in the data files of an installed package: the prose in .json, paragraphs of .txt, whole .md and .rst."""
+    """Text in the data files of an installed package: the prose in .json and .yaml, paragraphs of .txt, whole .md and
+    .rst."""
 
     kind: Literal["package"]
     name: PackageName
@@ -99,8 +100,8 @@ class PackageText(_Text):
     files: list[str] = Field(["*.json"], min_length=1)
     """Which files are read: patterns of their paths, as a shell would match them; `*` matches a / too."""
     column: str | None = None
-    """For .json that is no prose, such as dialogue: which field holds the text. What is under that name in one entry of
-    the file is one document, a line each."""
+    """For .json and .yaml that are no prose, such as dialogue: which field holds the text. What is under that name in
+    one entry of the file is one document, a line each; so is each entry of a list of that name."""
 
     @property
     def label(self) -> str:
@@ -163,7 +164,7 @@ class ModelText(_Text):
 
     @property
     def label(self) -> str:
-        return "the model's own text"
+        return "the model's own answers" if self.prompts else "the model's own text"
 
     @model_validator(mode="after")
     def _one_beginning(self) -> ModelText:
@@ -188,6 +189,9 @@ class Calibrate(Section):
     """Tokens in a window."""
     n_held_out_samples: PositiveInt
     """Windows the search never sees, of the same length, of all sources together."""
+    n_healing_samples: Annotated[int, Field(ge=0)] = 0
+    """Windows that healing is fitted to, of the same length, of all sources together but the unseen one; disjoint from
+    the others."""
     shuffle_seed: int | None
     """Shuffles the documents of each source; null keeps their order, as the authors do."""
 
@@ -196,8 +200,9 @@ class Calibrate(Section):
         if (self.source is None) == (self.sources is None):
             raise ValueError("give either source or sources")
         for portion in self.portions:
-            for field, n in (("n_samples", portion.n_samples), ("n_held_out_samples", portion.n_held_out_samples)):
-                if not n and (field == "n_held_out_samples" or portion.source is not self.unseen):
+            for field in ("n_samples", "n_held_out_samples", "n_healing_samples"):
+                asked = getattr(self, field) and (field == "n_held_out_samples" or portion.source is not self.unseen)
+                if asked and not getattr(portion, field):
                     raise ValueError(
                         f"{field} = {getattr(self, field)} leaves no window for {portion.source.label} with its share "
                         f"of {portion.source.share:g}: raise one of them"
@@ -209,9 +214,11 @@ class Calibrate(Section):
         """Every source, the unseen one last, with its part of the windows."""
         seen = self.sources if self.sources is not None else [self.source]
         every = [*seen, *([self.unseen] if self.unseen is not None else [])]
-        n_samples = apportion(self.n_samples, [source.share for source in seen])
-        n_held_out_samples = apportion(self.n_held_out_samples, [source.share for source in every])
-        counts = zip_longest(every, n_samples, n_held_out_samples, fillvalue=0)
+        shares = [source.share for source in every]
+        n_samples = apportion(self.n_samples, shares[: len(seen)])
+        n_held_out_samples = apportion(self.n_held_out_samples, shares)
+        n_healing_samples = apportion(self.n_healing_samples, shares[: len(seen)])
+        counts = zip_longest(every, n_samples, n_held_out_samples, n_healing_samples, fillvalue=0)
         return [Portion(*counted) for counted in counts]
 
 
@@ -222,10 +229,11 @@ class Portion:
     source: PackageText | HubText | FilesText | ModelText
     n_samples: int
     n_held_out_samples: int
+    n_healing_samples: int
 
     @property
     def n_windows(self) -> int:
-        return self.n_samples + self.n_held_out_samples
+        return self.n_samples + self.n_held_out_samples + self.n_healing_samples
 
 
 def apportion(n: int, shares: Sequence[float]) -> list[int]:

@@ -13,6 +13,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from finercut.sources import revisions
 from finercut.sources.settings import FilesText, HubText, PackageText
 
@@ -20,7 +23,8 @@ logger = logging.getLogger("finercut")
 
 # Rows of a table are joined as the authors join wikitext's; paragraphs and whole texts stay apart, lines stay lines.
 _BETWEEN_ROWS, _BETWEEN_TEXTS, _BETWEEN_LINES = " ", "\n\n", "\n"
-_PACKAGE_SUFFIXES = {".json", ".md", ".rst", ".txt"}
+_TREES = {".json", ".yaml", ".yml"}
+_PACKAGE_SUFFIXES = {*_TREES, ".md", ".rst", ".txt"}
 # Shorter strings in a package's data are labels, lists and figures rather than prose.
 _PROSE_CHARACTERS = 200
 
@@ -77,33 +81,42 @@ def _package_file(file: Path, column: str | None) -> list[str]:
     content = _read_utf8(file)
     if file.suffix == ".txt":
         return _plain(content, str(file))[0]
-    if file.suffix != ".json":
+    if file.suffix not in _TREES:
         return [content.strip()]
-    try:
-        value = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    value = _tree(content, file)
     if column is None:
         return [_BETWEEN_TEXTS.join(_prose(value))]
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if isinstance(value, dict) and isinstance(value.get(column), list):
+        entries = [{column: entry} for entry in value[column]]
     return [_BETWEEN_LINES.join(_under(column, entry)) for entry in entries]
 
 
-def _under(name: str, content: Any) -> Iterator[str]:
-    """The strings that a JSON value holds under `name`, at any depth, in their order."""
+def _tree(content: str, file: Path) -> Any:
+    """What JSON or YAML holds: strings in lists and mappings."""
+    try:
+        if file.suffix == ".json":
+            return json.loads(content)
+        return YAML(typ="safe").load(content)
+    except (json.JSONDecodeError, YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not {'JSON' if file.suffix == '.json' else 'YAML'}: {reason}") from error
+
+
+def _under(name: str, content: Any, found: bool = False) -> Iterator[str]:
+    """The strings that a tree holds under `name`, at any depth, in their order."""
     if isinstance(content, dict):
         for key, value in content.items():
-            if key == name and isinstance(value, str):
-                yield value.strip()
-            else:
-                yield from _under(name, value)
+            yield from _under(name, value, key == name)
     elif isinstance(content, list):
         for value in content:
-            yield from _under(name, value)
+            yield from _under(name, value, found)
+    elif found and isinstance(content, str):
+        yield content.strip()
 
 
 def _prose(content: Any) -> Iterator[str]:
-    """The long strings of a JSON value that are made of sentences, without their HTML."""
+    """The long strings of a tree that are made of sentences, without their HTML."""
     if isinstance(content, dict | list):
         for value in content.values() if isinstance(content, dict) else content:
             yield from _prose(value)

@@ -1,4 +1,4 @@
-"""Cuts calibration and held-out windows from documents."""
+"""Cuts calibration, held-out and healing windows from documents."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ class Cut:
     texts: Texts
     n_samples: int
     n_held_out_samples: int
+    n_healing_samples: int = 0
 
 
 def cut_windows(
     cuts: Sequence[Cut], tokenizer: PreTrainedTokenizerBase, *, n_tokens: int, shuffle_seed: int | None
 ) -> Tokens:
-    """Consecutive windows of `n_tokens`, BOS included; held-out ones from documents no calibration window touches.
+    """Consecutive windows of `n_tokens`, BOS included. No document is cut for two uses, in whichever sources it is.
 
-    The windows of the sources take turns, so that any number of the first ones has about the shares of all.
+    The windows of the sources take turns, so that any number of the first ones has about the shares of all. A source
+    without calibration windows is unseen.
 
     Args:
         shuffle_seed: shuffles the documents of each source; None keeps their order.
@@ -57,27 +59,47 @@ def cut_windows(
     """
     length = n_tokens - len(window_start(tokenizer))
     pools = [_Pool(cut.texts, length, tokenizer, shuffle_seed) for cut in cuts]
-    calibration = [pool.take(cut.n_samples, "calibration") for cut, pool in zip(cuts, pools, strict=True)]
-    # A document of one source may be in another one, too.
-    seen = set[str]().union(*(pool.used for pool in pools))
-    held_out = []
-    for cut, pool in zip(cuts, pools, strict=True):
-        pool.leave_out(seen)
-        held_out.append(pool.take(cut.n_held_out_samples, "held-out"))
     start = window_start(tokenizer)
-    calibration_windows, calibration_sources = _in_turn(calibration, start)
-    held_out_windows, held_out_sources = _in_turn(held_out, start)
-    names = tuple(cut.texts.source for cut in cuts)
-    return Tokens(calibration_windows, held_out_windows, calibration_sources, held_out_sources, names)
+    calibration, calibration_sources = _in_turn(_take(pools, [cut.n_samples for cut in cuts], "calibration"), start)
+    held_out, held_out_sources = _in_turn(_take(pools, [cut.n_held_out_samples for cut in cuts], "held-out"), start)
+    # Last, so that the others do not depend on how much healing asks for.
+    healing, healing_sources = _in_turn(_take(pools, [cut.n_healing_samples for cut in cuts], "healing"), start)
+    sources = distinct([cut.texts.source for cut in cuts])
+    return Tokens(
+        calibration,
+        held_out,
+        healing,
+        calibration_sources,
+        held_out_sources,
+        healing_sources,
+        sources,
+        unseen=tuple(name for name, cut in zip(sources, cuts, strict=True) if not cut.n_samples),
+    )
 
 
-def _in_turn(windows: Sequence[Sequence[list[int]]], start: list[int]) -> tuple[Tensor, Tensor]:
-    """All windows, each with the index of its source."""
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of sources, with a number where an earlier one has the same."""
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return tuple(f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True))
+
+
+def _take(pools: Sequence[_Pool], counts: Sequence[int], use: str) -> list[list[list[int]]]:
+    """Windows of each pool, from documents that nothing was cut from, also where it was in another pool."""
+    seen = set[str]().union(*(pool.used for pool in pools))
+    for pool in pools:
+        pool.leave_out(seen)
+    return [pool.take(n, use) for pool, n in zip(pools, counts, strict=True)]
+
+
+def _in_turn(windows: Sequence[Sequence[list[int]]], start: list[int]) -> tuple[Tensor | None, Tensor | None]:
+    """All windows, each with the index of its source; None where there are none."""
     places = sorted(
         ((position + 0.5) / len(of_source), source, position)
         for source, of_source in enumerate(windows)
         for position in range(len(of_source))
     )
+    if not places:
+        return None, None
     rows = [start + windows[source][position] for _, source, position in places]
     return torch.tensor(rows), torch.tensor([source for _, source, _ in places])
 
@@ -107,11 +129,11 @@ class _Pool:
         n_documents = _fewest(len(self.documents), lambda k: len(self._encode(k, needed)) >= needed)
         ids = self._encode(n_documents, needed)
         if len(ids) < needed:
-            rest = " that calibration does not use" if name == "held-out" else ""
+            rest = {"held-out": " that calibration does not use", "healing": " that nothing else uses"}.get(name, "")
             raise ValueError(
                 f"{self.texts.source} has {len(ids)} tokens in {len(self.documents)} documents{rest}, {n} {name} "
                 f"windows need {needed}: give more text (blank lines separate the documents of a .txt file), or lower "
-                "calibrate.n_samples, n_held_out_samples, n_tokens or its share"
+                "calibrate.n_samples, n_held_out_samples, n_healing_samples, n_tokens or its share"
             )
         self.used.update(self.documents[:n_documents])
         self.documents = self.documents[n_documents:]
