@@ -56,6 +56,11 @@ class Tokens:
         """The windows there are, by name."""
         return {name: windows for name in _WINDOWS if (windows := getattr(self, name)) is not None}
 
+    def sources_of(self, name: str) -> tuple[str, ...]:
+        """The source of each of the windows of this name; of none where all are from one."""
+        indices = getattr(self, f"{name}_sources").tolist()
+        return tuple(self.sources[i] for i in indices) if len(set(indices)) > 1 else ()
+
     @property
     def calibration_sha256(self) -> str:
         return _sha256(self.calibration)
