@@ -134,7 +134,7 @@ def test_the_repetitive_go_first_and_then_the_share_that_is_least_likely():
 # Beginnings
 
 
-def test_a_document_starts_from_bos_or_else_eos(own_tokenizer):
+def test_a_document_starts_from_the_end_of_another_or_bos_or_eos(own_tokenizer):
     assert beginnings(settings(), own_tokenizer) == [[0]]
     own_tokenizer.bos_token = None
     assert beginnings(settings(), own_tokenizer) == [[1]]
@@ -144,6 +144,8 @@ def test_a_document_starts_from_bos_or_else_eos(own_tokenizer):
         beginnings(settings(), own_tokenizer)
     with pytest.raises(ValueError, match=r"start: '<\|endoftext\|>', which is no token of the model's tokenizer"):
         beginnings(settings(start="<|endoftext|>"), own_tokenizer)
+    own_tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|endoftext|>"]})
+    assert beginnings(settings(), own_tokenizer) == [own_tokenizer.convert_tokens_to_ids(["<|endoftext|>"])]
 
 
 def test_prompts_are_asked_in_the_chat_template(own_tokenizer):

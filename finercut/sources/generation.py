@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("finercut")
 
+_END_OF_TEXT = "<|endoftext|>"
 # Tokens of the runs that count as repeated.
 _RUN = 4
 # Of the tokens that are needed, what documents may lose when their text is tokenised again.
@@ -80,7 +81,9 @@ def beginnings(settings: ModelText, tokenizer: PreTrainedTokenizerBase) -> list[
         if token is None:
             raise ValueError(f"calibrate has start: {settings.start!r}, which is no token of the model's tokenizer")
         return [[token]]
-    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    # A chat model's BOS and EOS begin and end messages; between the documents it was trained on lies another token.
+    between = tokenizer.get_vocab().get(_END_OF_TEXT)
+    token = next((t for t in (between, tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
     if token is None:
         raise ValueError(
             "the model's tokenizer has neither BOS nor EOS to start a text from: name a token as the start of the "

@@ -146,7 +146,7 @@ class ModelText(_Text):
     prompts: list[str] = Field([])
     """What it answers, in its chat template, in turn; none: it writes on from `start`."""
     start: str | None = None
-    """The token a document starts from; null: the tokenizer's BOS, or EOS where it has no BOS."""
+    """The token a document starts from; null: <|endoftext|> where the tokenizer has it, or BOS, or EOS."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
