@@ -116,7 +116,8 @@ def model_texts(settings: ModelText, directory: ModelDirectory, n_tokens_needed:
     started = time.monotonic()
     # No document is cut for two uses: what is left of those that calibration and the held-out windows end in is lost.
     wanted = n_tokens_needed * (1 + _LOSS) + 2 * max_tokens
-    n_drafts = math.ceil(wanted / max_tokens / (1 - settings.drop_perplexity))
+    n_longest = max_tokens + (min(map(len, starts)) if settings.prompts else 0)
+    n_drafts = math.ceil(wanted / n_longest / (1 - settings.drop_perplexity))
     n_most = _MOST * n_drafts
     drafts: list[Draft] = []
     with _bar(n_drafts) as bar:
@@ -128,11 +129,12 @@ def model_texts(settings: ModelText, directory: ModelDirectory, n_tokens_needed:
             if len(drafts) < n_drafts:
                 continue
             kept = keep(drafts, settings)
-            if sum(len(draft.written) for draft in kept) >= wanted:
+            n_written = sum(len(_whole(draft, settings)) for draft in kept)
+            if n_written >= wanted:
                 break
             if len(drafts) >= n_most or not kept:
                 raise ValueError(_too_little(drafts, kept, wanted, settings))
-            n_drafts = min(len(drafts) + settings.batch_size, n_most)
+            n_drafts = min(math.ceil(len(drafts) * wanted / n_written), n_most)
             bar.total = n_drafts
     documents = [tokenizer.decode(_whole(draft, settings)).strip() for draft in kept]
     logger.info(
@@ -159,7 +161,7 @@ def _too_little(drafts: Sequence[Draft], kept: Sequence[Draft], wanted: float, s
     n_repetitive = sum(draft.repetition > settings.max_repetition for draft in drafts)
     return (
         f"of {len(drafts)} documents that the model wrote, {n_empty} are empty and {n_repetitive} repeat themselves; "
-        f"{len(kept)} with {sum(len(draft.written) for draft in kept)} tokens are left, {wanted:.0f} are needed: try "
+        f"{len(kept)} with {sum(len(_whole(draft, settings)) for draft in kept)} tokens are left, {wanted:.0f} are needed: try "
         "another start or temperature, or raise max_repetition in calibrate"
     )
 
