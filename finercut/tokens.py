@@ -13,19 +13,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _FILE = "tokens.safetensors"
+_WINDOWS = ("calibration", "held_out", "healing")
 _METADATA = "finercut"  # one key: safetensors writes several in no fixed order
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, (samples, tokens), int64."""
+    """Token ids, (samples, tokens), int64, and where they are from."""
 
     calibration: Tensor
     """What the search sees."""
     held_out: Tensor
     """What neither the search nor healing is fitted to."""
     healing: Tensor | None = None
-    """What healing is fitted to, from the same sources; disjoint from the held-out windows."""
+    """What healing is fitted to, from the same sources as the calibration windows; disjoint from all others."""
+    calibration_sources: Tensor | None = None
+    """(samples,) int64: which of `sources` each window was cut from. None: the first."""
+    held_out_sources: Tensor | None = None
+    healing_sources: Tensor | None = None
+    sources: tuple[str, ...] = ("unknown",)
+    """Names, for people."""
+    unseen: tuple[str, ...] = ()
+    """Those of `sources` that only held-out windows are from."""
+
+    def __post_init__(self) -> None:
+        for name, windows in self.named().items():
+            if getattr(self, f"{name}_sources") is None:
+                object.__setattr__(self, f"{name}_sources", torch.zeros(len(windows), dtype=torch.int64))
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """
@@ -40,8 +54,12 @@ class Tokens:
 
     def named(self) -> dict[str, Tensor]:
         """The windows there are, by name."""
-        every = {"calibration": self.calibration, "held_out": self.held_out, "healing": self.healing}
-        return {name: windows for name, windows in every.items() if windows is not None}
+        return {name: windows for name in _WINDOWS if (windows := getattr(self, name)) is not None}
+
+    def sources_of(self, name: str) -> tuple[str, ...]:
+        """The source of each of the windows of this name; of none where all are from one."""
+        indices = getattr(self, f"{name}_sources").tolist()
+        return tuple(self.sources[i] for i in indices) if len(set(indices)) > 1 else ()
 
     @property
     def calibration_sha256(self) -> str:
@@ -56,20 +74,26 @@ class Tokens:
         return None if self.healing is None else _sha256(self.healing)
 
 
-def _sha256(windows: Tensor) -> str:
-    shape = " ".join(map(str, windows.shape))
-    return hashlib.sha256(f"{shape}\n".encode() + windows.numpy().astype("<i8").tobytes()).hexdigest()
+def _sha256(values: Tensor) -> str:
+    shape = " ".join(map(str, values.shape))
+    return hashlib.sha256(f"{shape}\n".encode() + values.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def write_tokens(directory: Path, tokens: Tokens, provenance: dict[str, str]) -> None:
     """Write the token file; the same tokens and provenance give the same bytes."""
-    named = tokens.named()
-    hashes = {f"{name}_sha256": _sha256(windows) for name, windows in named.items()}
-    save_file(named, directory / _FILE, {_METADATA: json.dumps(provenance | hashes)})
+    windows = tokens.named()
+    tensors = windows | {f"{name}_sources": getattr(tokens, f"{name}_sources") for name in windows}
+    recorded = provenance | {"sources": tokens.sources, "unseen": tokens.unseen} | _hashes(tensors)
+    save_file(tensors, directory / _FILE, {_METADATA: json.dumps(recorded)})
+
+
+def _hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {f"{name}_sha256": _sha256(values) for name, values in tensors.items()}
 
 
 def load_tokens(directory: Path) -> Tokens:
-    """
+    """Also files of version 0.1, which do not say where single windows are from: all are from one source.
+
     Raises:
         FileNotFoundError: no token file there.
         ValueError: it was written by something else, or changed since.
@@ -80,13 +104,20 @@ def load_tokens(directory: Path) -> Tokens:
     try:
         with safe_open(file, framework="pt") as stored:
             recorded = json.loads(stored.metadata()[_METADATA])
-            tokens = Tokens(**{name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-            hashes = {name: recorded[f"{name}_sha256"] for name in tokens.named()}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        hashes = {key: recorded[key] for key in _hashes(tensors)}
+        sources = recorded.get("sources", [recorded.get("source", "unknown")])
+        tokens = Tokens(**tensors, sources=tuple(sources), unseen=tuple(recorded.get("unseen", [])))
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a token file: run `finercut calibrate` again") from error
-    for windows in tokens.named().values():
+    if hashes != _hashes(tensors):
+        raise ValueError(f"{file} is damaged, its tokens are not those recorded: run `finercut calibrate` again")
+    for name, windows in tokens.named().items():
         if windows.dtype != torch.int64 or windows.dim() != 2 or not windows.numel() or windows.min() < 0:
             raise ValueError(f"{file} does not hold windows of tokens: run `finercut calibrate` again")
-    if hashes != {name: _sha256(windows) for name, windows in tokens.named().items()}:
-        raise ValueError(f"{file} is damaged, its tokens are not those recorded: run `finercut calibrate` again")
+        origins = getattr(tokens, f"{name}_sources")
+        if origins.dtype != torch.int64 or origins.shape != windows.shape[:1]:
+            raise ValueError(f"{file} does not say where its windows are from: run `finercut calibrate` again")
+        if origins.min() < 0 or origins.max() >= len(tokens.sources):
+            raise ValueError(f"{file} names no source for some of its windows: run `finercut calibrate` again")
     return tokens

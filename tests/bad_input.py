@@ -27,7 +27,7 @@ def compress(root: Path, model: Path) -> None:
     changed = copy.deepcopy(VALID)
     changed["fetch"]["source"] = {"kind": "local", "path": "mine"}
     changed["calibrate"] |= {"source": {"kind": "files", "paths": ["text.txt"]}, "n_samples": 2, "n_tokens": 16}
-    changed["calibrate"] |= {"n_held_out_samples": 2}
+    changed["calibrate"] |= {"n_held_out_samples": 2, "n_healing_samples": 0, "sources": None, "unseen": None}
     changed["search"] |= {"removals": 4, "dtype": "float32", "device": "cpu"}
     changed["prune"]["budget"]["amount"] = 2
     changed["evaluate"] |= {"tasks": [], "device": "cpu"}

@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from bad_input import refused, set_params
-from conftest import TEXT
+from conftest import TEXT, random_llama
 from safetensors.torch import load_file, save_file
 
 from finercut.tokens import load_tokens
 from pipelines import paths
+
+
+def sha256(windows: torch.Tensor) -> str:
+    shape = " ".join(map(str, windows.shape))
+    return hashlib.sha256(f"{shape}\n".encode() + windows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def stored(**changes: object) -> Callable[[], None]:
@@ -27,12 +32,7 @@ def stored(**changes: object) -> Callable[[], None]:
         fields = {"calibration": found.calibration, "held_out": found.held_out} | changes
         shutil.rmtree(paths.CALIBRATION)
         paths.CALIBRATION.mkdir()
-        recorded = {
-            f"{name}_sha256": hashlib.sha256(
-                f"{' '.join(map(str, windows.shape))}\n".encode() + windows.numpy().astype("<i8").tobytes()
-            ).hexdigest()
-            for name, windows in fields.items()
-        }
+        recorded = {f"{name}_sha256": sha256(windows) for name, windows in fields.items()}
         save_file(fields, paths.CALIBRATION / "tokens.safetensors", {"finercut": json.dumps(recorded)})
 
     return damage
@@ -162,3 +162,68 @@ def test_a_parquet_file_whose_pages_are_damaged(workspace):
 def test_a_calibration_that_cannot_be_cut(workspace, change, message):
     set_params(**change)
     assert message in refused("calibrate")
+
+
+TEXT_FILE = {"kind": "files", "paths": ["text.txt"]}
+OWN = {"kind": "model", "device": "cpu", "max_tokens": 16}
+
+
+def several(*sources: dict, **changes: object) -> dict:
+    return {"calibrate__source": None, "calibrate__sources": list(sources)} | changes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (several(TEXT_FILE | {"share": 0}), "sources.0.share: Input should be greater than 0"),
+        (several(TEXT_FILE, TEXT_FILE | {"share": -1}), "sources.1.share: Input should be greater than 0"),
+        (several(TEXT_FILE | {"share": "half"}), "sources.0.share"),
+        (several(), "calibrate.sources: List should have at least 1"),
+        (several(TEXT_FILE, calibrate__source=TEXT_FILE), "calibrate: give either source or sources"),
+        ({"calibrate__source": None}, "calibrate: give either source or sources"),
+        (several(TEXT_FILE, TEXT_FILE, TEXT_FILE), "n_samples = 2 leaves no window for text.txt with its share of 1"),
+        (several(TEXT_FILE, OWN | {"share": 0.1}), "n_samples = 2 leaves no window for the model's own text with its"),
+        ({"calibrate__unseen": TEXT_FILE | {"share": 0.1}}, "n_held_out_samples = 2 leaves no window for text.txt"),
+        (several(TEXT_FILE, {"kind": "files", "paths": ["a.txt"]}), "no file a.txt"),
+        (several(TEXT_FILE, {"kind": "book", "paths": ["a.txt"]}), "calibrate.sources.1"),
+        (several(OWN | {"start": "<|im_start|>"}), "start: '<|im_start|>', which is no token of the model's tokenizer"),
+        (several(OWN | {"prompts": ["Why?"]}), "whose tokenizer has no chat template"),
+        (several(OWN | {"prompts": ["Why?"], "start": "<s>"}), "give prompts or start, not both"),
+        (several(OWN | {"max_tokens": 256}), "lower max_tokens in calibrate"),
+        (several(OWN | {"temperature": 0}), "sources.0.temperature: Input should be greater than 0"),
+        (several(OWN | {"top_p": 1.5}), "sources.0.top_p"),
+        (several(OWN | {"device": "cuda:7"}), "no device 'cuda:7' here"),
+    ],
+)
+def test_sources_that_cannot_be_used(workspace, change, message):
+    set_params(**change)
+    assert message in refused("calibrate")
+
+
+def test_a_model_that_writes_nothing(workspace):
+    flat = random_llama()
+    torch.nn.init.zeros_(flat.model.norm.weight)
+    flat.save_pretrained(paths.MODEL)
+    set_params(**several(TEXT_FILE, OWN | {"top_p": 1e-6}))
+    assert "are empty and 0 repeat themselves; 0 with 0 tokens are left" in refused("calibrate")
+
+
+def test_a_window_of_no_source(workspace):
+    found = load_tokens(paths.CALIBRATION)
+    indices = {"calibration_sources": torch.tensor([0, 1]), "held_out_sources": found.held_out_sources}
+    fields = {"calibration": found.calibration, "held_out": found.held_out} | indices
+    recorded = {f"{name}_sha256": sha256(windows) for name, windows in fields.items()} | {"sources": ["text.txt"]}
+    save_file(fields, TOKENS, {"finercut": json.dumps(recorded)})
+    assert "names no source for some of its windows" in refused("search")
+
+
+@pytest.mark.parametrize(
+    "indices", [torch.tensor([0]), torch.tensor([0.0, 0.0]), torch.tensor([[0], [0]]), torch.tensor([True, False])]
+)
+def test_windows_and_sources_that_do_not_belong_together(workspace, indices):
+    found = load_tokens(paths.CALIBRATION)
+    fields = {"calibration": found.calibration, "held_out": found.held_out, "held_out_sources": found.held_out_sources}
+    fields["calibration_sources"] = indices
+    recorded = {f"{name}_sha256": sha256(windows) for name, windows in fields.items()} | {"sources": ["text.txt"]}
+    save_file(fields, TOKENS, {"finercut": json.dumps(recorded)})
+    assert "does not say where its windows are from" in refused("search")

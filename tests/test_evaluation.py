@@ -34,7 +34,11 @@ def loglikelihood(model, tokenizer, text, continuation):
 def test_perplexity_is_the_exponential_of_the_loss_that_transformers_computes(model, tokenizer, tokens):
     with torch.no_grad():
         expected = math.exp(model(tokens, labels=tokens).loss.item())
-    assert fit(model, tokenizer, tokens).perplexity == pytest.approx(expected, rel=1e-5)
+        of_a, of_b = (math.exp(model(part, labels=part).loss.item()) for part in (tokens[[0, 2, 3, 5]], tokens[[1, 4]]))
+    found = fit(model, tokenizer, tokens, ("a", "b", "a", "a", "b", "a"))
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    assert found.perplexity_by_source == pytest.approx({"a": of_a, "b": of_b}, rel=1e-5)
+    assert fit(model, tokenizer, tokens[:1]).perplexity_by_source == {}
 
 
 def test_a_model_that_knows_nothing_pays_for_every_token_alike(tokenizer):

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from finercut.model.families import PRE_NORM, layout_of
 from finercut.model.masking import masked
 from finercut.model.probe import find_layout
+from finercut.selection.bench import source_weights
 from finercut.selection.blocks import Blocks
 from finercut.selection.divergence import DIVERGENCES
 from finercut.selection.greedy import search
@@ -172,6 +173,58 @@ def test_a_search_leaves_the_threads_as_they_were(model, tokens, n_taken):
         assert (torch.get_num_threads(), blas(), threading.active_count()) == before
     finally:
         torch.set_num_threads(n_threads)
+
+
+SOURCES = ("a", "b", "a", "a", "c", "a")  # 4, 1 and 1 of 6 windows
+
+
+def by_source(model, tokens, sources, gone):
+    """Mean divergence on the windows of each source, by full forwards of the masked model."""
+    with torch.no_grad():
+        whole = model(tokens).logits
+        with masked(model, gone):
+            values = DIVERGENCES["js"](whole, model(tokens).logits).mean(-1).tolist()
+    of = {name: [v for v, source in zip(values, sources, strict=True) if source == name] for name in sorted({*sources})}
+    return {name: sum(found) / len(found) for name, found in of.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_divergence_is_a_mean_over_sources_and_not_over_windows(model, tokens, mode):
+    found = list(
+        search(model, tokens, tokens, 3, mode=mode, calibration_sources=SOURCES, held_out_sources=SOURCES[::-1])
+    )
+    gone = []
+    for removal in found:
+        expected = {}
+        for candidate in candidates(4, "both"):
+            if set(gone).isdisjoint(candidate.sublayers):
+                means = by_source(model, tokens, SOURCES, [*gone, *candidate.sublayers])
+                expected[str(candidate)] = sum(means.values()) / 3
+        assert removal.sublayer == min(expected, key=expected.get)
+        assert removal.values == pytest.approx({name: expected[name] for name in removal.values}, rel=1e-4, abs=1e-6)
+        gone += [s for c in candidates(4, "both") if str(c) == removal.sublayer for s in c.sublayers]
+        held_out = by_source(model, tokens, SOURCES[::-1], gone)
+        assert removal.held_out_by_source == pytest.approx(held_out, rel=1e-4)
+        assert removal.held_out_divergence == pytest.approx(sum(held_out.values()) / 3, rel=1e-4)
+    if mode == "brute":
+        plain = list(search(model, tokens, tokens, 3, mode=mode))
+        assert [r.divergence for r in plain] != pytest.approx([r.divergence for r in found], rel=1e-3)
+
+
+def test_sources_with_as_many_windows_each_change_no_bit(model, tokens):
+    sources = ("a", "b") * 3
+    for mode in MODES:
+        plain = list(search(model, tokens, tokens, 3, mode=mode))
+        weighted = list(search(model, tokens, tokens, 3, mode=mode, calibration_sources=sources))
+        assert weighted == plain
+        assert all(removal.held_out_by_source == {} for removal in plain)
+
+
+def test_windows_weigh_so_that_every_source_counts_alike():
+    assert source_weights(("a", "b", "a", "a")) == [2 / 3, 2, 2 / 3, 2 / 3]
+    assert source_weights(("a",) * 7) == [1.0] * 7
+    assert source_weights(("a", "b", "c") * 11) == [1.0] * 33
+    assert source_weights(()) == []
 
 
 def test_held_out_divergence_is_measured_on_the_held_out_tokens(model, tokens):

@@ -73,10 +73,10 @@ def test_what_does_not_exist_or_is_not_allowed_changes_nothing(file, overrides, 
 
 @pytest.mark.usefixtures("clone")
 def test_overrides_keep_the_files_comments_and_are_named_in_its_first_line():
-    settings.take_committed("params.yaml", {"prune.budget.amount": 0.125, "calibrate.source.version": "1e-4"})
+    settings.take_committed("params.yaml", {"prune.budget.amount": 0.125, "fetch.source.version": "1e-4"})
     first, *lines = Path("params.yaml").read_text().splitlines()
     assert first == (
-        '# params.yaml as committed, with overrides {"prune.budget.amount": 0.125, "calibrate.source.version": "1e-4"}'
+        '# params.yaml as committed, with overrides {"prune.budget.amount": 0.125, "fetch.source.version": "1e-4"}'
     )
     before = (ROOT / "params.yaml").read_text().splitlines()
     assert [new for old, new in zip(before, lines, strict=True) if old != new] == [

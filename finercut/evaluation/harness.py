@@ -57,6 +57,8 @@ class Fit:
 
     perplexity: float
     bits_per_byte: float
+    perplexity_by_source: dict[str, float]
+    """Empty where all tokens are from one."""
 
 
 def load_tasks(tasks: Sequence[Task]) -> list[LoadedTask]:
@@ -238,21 +240,32 @@ class _WithoutBars(io.TextIOBase):
 
 
 @torch.inference_mode()
-def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor) -> Fit:
+def fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, sources: Sequence[str] = ()
+) -> Fit:
     """How well `model` predicts each window's tokens from those before them, its first token left out.
 
     Args:
         windows: token ids, (samples, tokens)
+        sources: of each window; empty where all are from one.
 
     Raises:
         RuntimeError: logits that are not finite.
     """
-    nats, n_tokens, n_bytes = 0.0, 0, 0
+    nats: list[float] = []
+    n_bytes = 0
     for window in windows.to(model.device):
         logits = model(window[None], use_cache=False).logits[0, :-1].float()
-        nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
-        n_tokens += len(window) - 1
+        nats.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item())
         n_bytes += len(tokenizer.decode(window[1:], clean_up_tokenization_spaces=False).encode())
-    if not math.isfinite(nats):
+    if not math.isfinite(sum(nats)):
         raise RuntimeError(f"logits in {model.dtype} are not finite: set evaluate.dtype to bfloat16 or float32")
-    return Fit(perplexity=math.exp(nats / n_tokens), bits_per_byte=nats / math.log(2) / n_bytes)
+    n_predicted = windows.shape[1] - 1
+    by_source: dict[str, list[float]] = {}
+    for source, lost in zip(sources, nats if sources else (), strict=True):
+        by_source.setdefault(source, []).append(lost)
+    return Fit(
+        perplexity=math.exp(sum(nats) / (len(nats) * n_predicted)),
+        bits_per_byte=sum(nats) / math.log(2) / n_bytes,
+        perplexity_by_source={s: math.exp(sum(lost) / (len(lost) * n_predicted)) for s, lost in by_source.items()},
+    )

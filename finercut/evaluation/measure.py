@@ -34,7 +34,7 @@ def measure(name: str, directory: ModelDirectory, tokens: Tokens, settings: Eval
     dtype = dtype_of(settings.dtype, device)
     tasks = load_tasks(settings.tasks)
     model = load(directory, dtype, device)
-    found = fit(model, directory.tokenizer, tokens.held_out)
+    found = fit(model, directory.tokenizer, tokens.held_out, tokens.sources_of("held_out"))
     logger.info("evaluate: %s model, perplexity %.2f, %.3f bits/byte", name, found.perplexity, found.bits_per_byte)
     scores = {}
     options = {"seed": settings.seed, "batch_size": settings.batch_size}
@@ -46,6 +46,7 @@ def measure(name: str, directory: ModelDirectory, tokens: Tokens, settings: Eval
         dtype=str(dtype).removeprefix("torch."),
         perplexity=found.perplexity,
         bits_per_byte=found.bits_per_byte,
+        perplexity_by_source=found.perplexity_by_source,
         held_out_sha256=tokens.held_out_sha256,
         tasks=scores,
         lm_eval_version=lm_eval.__version__,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from pydantic import Field
+
 from finercut.system.records import Record
 
 
@@ -29,6 +31,8 @@ class Measured(Record):
     perplexity: float
     """On the held-out tokens."""
     bits_per_byte: float
+    perplexity_by_source: dict[str, float] = Field({})
+    """On the held-out tokens of each source; empty where there is one."""
     held_out_sha256: str
     tasks: dict[str, Score]
     lm_eval_version: str
@@ -93,6 +97,9 @@ class EvaluateReport(Evaluation):
     whole_perplexity: float
     """On the held-out tokens."""
     pruned_perplexity: float
+    whole_perplexity_by_source: dict[str, float] = Field({})
+    """On the held-out tokens of each source; empty where there is one."""
+    pruned_perplexity_by_source: dict[str, float] = Field({})
     whole_bits_per_byte: float
     pruned_bits_per_byte: float
     lm_eval_version: str

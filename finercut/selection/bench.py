@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -14,6 +15,7 @@ from finercut.model.families import layout_of
 from finercut.selection.blocks import Blocks
 from finercut.selection.distributed import ALONE, Ranks, SharedSweep
 from finercut.selection.divergence import DIVERGENCES, Divergence, Reference
+from finercut.selection.race import Part, Totals
 from finercut.selection.sweep import micro_batch
 from finercut.selection.trajectory import Step
 from finercut.selection.workers import Workers
@@ -36,12 +38,16 @@ class Bench(SharedSweep):
         held_out: Tensor,
         objective: str = "js",
         *,
+        calibration_sources: Sequence[str] = (),
+        held_out_sources: Sequence[str] = (),
         micro_batch_tokens: int | None = None,
         ranks: Ranks = ALONE,
         removed: Iterable[Sublayer] = (),
     ) -> None:
         """
         Args:
+            calibration_sources, held_out_sources: which source each window is from: divergences are means over sources.
+                Empty where all are from one.
             objective: the name of a divergence, or `perplexity`: the negative log-likelihood of each next token in
                 place of a divergence, nats; 0 for the last token of a window.
             removed: sublayers that are gone from the start.
@@ -58,6 +64,12 @@ class Bench(SharedSweep):
         if len(calibration) < ranks.size:
             raise ValueError(f"{len(calibration)} calibration windows cannot be shared by {ranks.size} processes")
         self.calibration, self.held_out = calibration, held_out
+        self.held_out_sources = held_out_sources
+        self.weights = [
+            *source_weights(calibration_sources or ("",) * len(calibration)),
+            *source_weights(held_out_sources or ("",) * len(held_out)),
+        ]
+        """Of each window in a sum over windows."""
         tokens = torch.cat([calibration, held_out]).to(model.device)
         self.deciding, self.unseen = range(len(calibration)), range(len(calibration), len(tokens))
         with torch.inference_mode():
@@ -81,9 +93,33 @@ class Bench(SharedSweep):
     def n_tokens_deciding(self) -> int:
         return self.calibration.numel()
 
+    def divergences(self, windows: Sequence[int]) -> list[float]:
+        """Of the model as it stands, summed over the tokens of each window, by its weight."""
+        found = super().divergences(windows)
+        return [self.weights[window] * value for window, value in zip(windows, found, strict=True)]
+
+    def totals(self, part: Part) -> Totals:
+        """As of `Sweep`, by the weight of each window; the limits are too."""
+        limits = {w: {c: limit / self.weights[w] for c, limit in row.items()} for w, row in part.items()}
+        return {
+            w: {c: tuple(self.weights[w] * x for x in segments) for c, segments in row.items()}
+            for w, row in super().totals(limits).items()
+        }
+
     def held_out_divergence(self) -> float:
-        """Of the model as it stands, per token."""
-        return sum(self.divergences(self.unseen)) / self.held_out.numel()
+        """Of the model as it stands, per token, a mean over sources."""
+        return self.held_out_divergences()[0]
+
+    def held_out_divergences(self) -> tuple[float, dict[str, float]]:
+        """The same, and for each source; for none where there is one."""
+        values = super().divergences(self.unseen)
+        weighted = [self.weights[window] * value for window, value in zip(self.unseen, values, strict=True)]
+        by_source: dict[str, list[float]] = {}
+        if len(set(self.held_out_sources)) > 1:
+            for source, value in zip(self.held_out_sources, values, strict=True):
+                by_source.setdefault(source, []).append(value / self.n_tokens)
+        means = {source: math.fsum(of_source) / len(of_source) for source, of_source in by_source.items()}
+        return sum(weighted) / self.held_out.numel(), means
 
     def divergence_now(self) -> float:
         """Of the model as it stands, on the calibration tokens, per token."""
@@ -106,12 +142,16 @@ class Bench(SharedSweep):
 
     @torch.inference_mode()
     def mean(self, value: Callable[[int], float]) -> float:
-        """Over the calibration windows, of all processes.
+        """Over the calibration windows, of all processes; a mean over sources.
 
         Args:
             value: of a window, by its index in this process's trunk.
         """
-        mine = [value(w // self.ranks.size) for w in self.deciding if w % self.ranks.size == self.ranks.rank]
+        mine = [
+            self.weights[w] * value(w // self.ranks.size)
+            for w in self.deciding
+            if w % self.ranks.size == self.ranks.rank
+        ]
         return math.fsum(x for share in self.ranks.gather(mine) for x in share) / len(self.deciding)
 
     def before(self, sublayer: Sublayer, window: int) -> Tensor:
@@ -131,12 +171,24 @@ def measured(bench: Bench, order: Iterable[Candidate]) -> Iterator[Step]:
     """Remove candidates in their order, for good, and measure the model after each removal."""
     for step, candidate in enumerate(order, start=1):
         bench.remove(candidate.sublayers)
+        held_out, by_source = bench.held_out_divergences()
         yield Step(
             step=step,
             sublayer=str(candidate),
             divergence=bench.divergence_now(),
-            held_out_divergence=bench.held_out_divergence(),
+            held_out_divergence=held_out,
+            held_out_by_source=by_source,
         )
+
+
+def source_weights(sources: Sequence[str]) -> list[float]:
+    """Weights of windows with which a sum over windows counts each source alike; 1 on average.
+
+    Args:
+        sources: of each window.
+    """
+    counts = Counter(sources)
+    return [len(sources) / (len(counts) * counts[source]) for source in sources]
 
 
 def _negative_log_likelihood(targets: Reference, pruned: Tensor) -> Tensor:

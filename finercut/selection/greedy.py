@@ -45,6 +45,8 @@ def search(
     mode: str = "exact",
     error_probability: float = 0.05,
     first_windows: int = 1,
+    calibration_sources: Sequence[str] = (),
+    held_out_sources: Sequence[str] = (),
     micro_batch_tokens: int | None = None,
     ranks: Ranks = ALONE,
     progress: Callable[[], Any] = lambda: None,
@@ -73,6 +75,8 @@ def search(
         error_probability: racing: the chance, at most, that a step's removal is not what lazy would have found.
         first_windows: of the calibration set, in a step's first part; those after it grow from there. Fewer save work,
             more save passes.
+        calibration_sources, held_out_sources: which source each window is from: divergences are means over sources.
+            Empty where all are from one.
         micro_batch_tokens: tokens that go through a sublayer at once; None for what fits.
         ranks: the processes that share the windows; each is given all of both sets, and yields the same removals.
         progress: called after every part of the calibration set.
@@ -101,7 +105,8 @@ def search(
     gone = [parse(removal.sublayer) for removal in earlier]
     lost = [s for candidate in gone for s in candidate.sublayers]
     sizes = {"micro_batch_tokens": micro_batch_tokens, "ranks": ranks}
-    with Bench(model, calibration, held_out, divergence, removed=lost, **sizes) as bench:
+    sources = {"calibration_sources": calibration_sources, "held_out_sources": held_out_sources}
+    with Bench(model, calibration, held_out, divergence, removed=lost, **sizes, **sources) as bench:
         known: Known = {}
         now = [0.0] * len(calibration)  # the divergence on each window
         for removal in earlier:
@@ -127,12 +132,14 @@ def search(
             bench.remove(best.sublayers)
             gone.append(best)
             known, now = _known_after(best, dict(known) | race.now_known(), now, per)
+            held_out_divergence, held_out_by_source = bench.held_out_divergences()
             yield _removal(
                 step,
                 best,
                 race,
                 calibration.numel(),
-                held_out_divergence=bench.held_out_divergence(),
+                held_out_divergence=held_out_divergence,
+                held_out_by_source=held_out_by_source,
                 head_tokens=race.segments * SEGMENT_TOKENS,
                 sublayer_passes=n_passes,
                 brute_force_sublayer_passes=len(calibration) * sum(n_sublayers - len(c.sublayers) for c in choice),

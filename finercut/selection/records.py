@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from finercut.system.records import Record
 
 
@@ -29,8 +31,11 @@ class SearchReport(Record):
     final_divergence: float
     """On the calibration tokens after the last removal."""
     final_held_out_divergence: float
+    final_held_out_by_source: dict[str, float] = Field({})
+    """Empty where there is one source."""
     curves_part: bool
-    """Held-out divergence is more than 1.5 times the calibration's: the search fits its calibration set."""
+    """Held-out divergence, on the worst source, is more than 1.5 times the calibration's: the search fits its
+    calibration set."""
     evaluations: int
     """Candidates evaluated, to the end or until given up, over all greedy steps. 0, as are the two below, for methods
     without steps."""

@@ -55,6 +55,8 @@ class Provenance(Origin, Line):
     """Of racing."""
     first_windows: int = 1
     """Calibration windows of the first part of every step."""
+    window_weights: list[float] | None = None
+    """Of the calibration windows, so that each source counts alike; null where all windows do."""
     code_sha256: str
     """Of the modules that search."""
 
@@ -87,9 +89,11 @@ class Step(Line):
     sublayer: str
     """What was removed: 12.attention, 12.mlp, or 12.block."""
     divergence: Annotated[float, Field(allow_inf_nan=False)]
-    """Of the model after this removal, on the calibration tokens."""
+    """Of the model after this removal, on the calibration tokens: a mean over their sources."""
     held_out_divergence: float
     """The same on the held-out tokens."""
+    held_out_by_source: dict[str, float] = Field({})
+    """And on those of each source; empty where there is one."""
 
 
 class Removal(Step):
@@ -114,7 +118,7 @@ class Removal(Step):
     """Racing: of the test having dropped the least candidate in this step; 0 where it dropped none."""
     by_window: dict[str, list[float]]
     """What each candidate evaluated in this step has come to on each calibration window, now or earlier, summed over
-    tokens; 0 where it was never evaluated. The next step starts from it."""
+    tokens, by the window's weight; 0 where it was never evaluated. The next step starts from it."""
     evaluations: int
     """Candidates evaluated, to the end or not."""
     head_tokens: int

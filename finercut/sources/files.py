@@ -39,7 +39,7 @@ def copy(path: Path, directory: Path, code: Code, link: bool = False) -> list[st
     """Fill `directory` with the model in `path`; returns the names of the files taken.
 
     Args:
-        link: give the files a second name where the disk can, for files that nobody edits in place
+        link: hard-link the weights where the file system can; for a cache whose weights nobody edits in place.
     """
     taken = choose([file.name for file in path.iterdir() if file.is_file()], str(path), code.trusted)
     root = path.resolve()
@@ -50,7 +50,8 @@ def copy(path: Path, directory: Path, code: Code, link: bool = False) -> list[st
             raise ValueError(f"{path / name} is a link to a file outside {path}: put the file itself there")
     check_config(path / "config.json", str(path), code)
     for name in taken:
-        _transfer((path / name).resolve(), directory / name, link)
+        # Never config.json, which later steps write to: a link would carry that into the cache.
+        _transfer((path / name).resolve(), directory / name, link and name.endswith(".safetensors"))
     return taken
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -20,6 +21,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger("finercut")
 
@@ -96,3 +100,19 @@ def cached(repository: str, commit: str) -> Path | None:
         return Path(snapshot_download(repository, revision=commit, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+
+
+def cached_rows(dataset: str, config: str | None, split: str, commit: str) -> Dataset | None:
+    """A split of a dataset as `datasets` prepared it from that commit on this machine; None where it has not."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+    from datasets.packaged_modules.cache.cache import Cache
+
+    *owner, name = dataset.split("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "___".join([*owner, camelcase_to_snakecase(name)])
+    prepared = sorted(folder.glob(f"{glob.escape(config) if config else '*'}/*/{commit}"))
+    if len(prepared) != 1:
+        return None
+    config_name, version, _ = prepared[0].parts[-3:]
+    builder = Cache(repo_id=dataset, dataset_name=name, config_name=config_name, version=version, hash=commit)
+    return builder.as_dataset(split=split)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from finercut.model.tensors import weights_sha256
 from finercut.sources.files import choose
-from finercut.sources.settings import FilesText, HubModel, HubText, LocalModel, PackageModel, PackageText
+from finercut.sources.settings import FilesText, HubModel, HubText, LocalModel, ModelText, PackageModel, PackageText
 
-Source = PackageModel | HubModel | LocalModel | PackageText | HubText | FilesText
+Source = PackageModel | HubModel | LocalModel | PackageText | HubText | FilesText | ModelText
 
 
 def current(source: Source) -> str | None:
@@ -28,6 +28,12 @@ def current(source: Source) -> str | None:
     except (OSError, ValueError):
         return None
     return None
+
+
+def changed(source: Source, recorded: str) -> bool:
+    """Whether the files behind `source` are others than those of the recorded revision; False where nobody can say."""
+    now = current(source)
+    return now is not None and now != recorded
 
 
 def of_model(directory: Path, taken: Iterable[str]) -> str:

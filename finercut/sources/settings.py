@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from finercut.system.settings import Dtype, Section
 
@@ -80,16 +84,32 @@ class Fetch(Section):
     source: Annotated[PackageModel | HubModel | LocalModel, Field(discriminator="kind")]
 
 
-class PackageText(Section):
-    """The prose in the JSON data files of an installed package."""
+class _Text(Section):
+    share: PositiveFloat = 1.0
+    """Weight beside the other sources: each gives its part of the windows."""
+
+
+class PackageText(_Text):
+    """Text in the data files of an installed package: the prose in .json and .yaml, paragraphs of .txt, whole .md and
+    .rst."""
 
     kind: Literal["package"]
     name: PackageName
     version: PackageVersion
     """Exact version that must be installed."""
+    files: list[str] = Field(["*.json"], min_length=1)
+    """Which files are read: patterns of their paths, as a shell would match them; `*` matches a / too."""
+    column: str | None = None
+    """For .json and .yaml that are no prose, such as dialogue: which field holds the text. What is under that name in
+    one entry of the file is one document, a line each; so is each entry of a list of that name."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.name}=={self.version}"
 
 
-class HubText(Section):
+class HubText(_Text):
     """A text column of a Hugging Face dataset."""
 
     kind: Literal["hub"]
@@ -100,23 +120,128 @@ class HubText(Section):
     """Commit, branch or tag of the dataset."""
     column: str = "text"
 
+    @property
+    def label(self) -> str:
+        return "/".join(part for part in (self.dataset, self.config, self.split) if part)
 
-class FilesText(Section):
+
+class FilesText(_Text):
     """Local .txt, .jsonl or .parquet files."""
 
     kind: Literal["files"]
     paths: Annotated[list[File], Field(min_length=1)]
+    """Blank lines separate the documents of a .txt file; lines, where it has no blank line."""
     column: str = "text"
     """Which field of .jsonl and .parquet rows holds the text."""
 
+    @property
+    def label(self) -> str:
+        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+
+
+class ModelText(_Text):
+    """Text that the whole model writes itself, and so of the kind it was trained on."""
+
+    kind: Literal["model"]
+    prompts: list[str] = Field([])
+    """What it answers, in its chat template, in turn; none: it writes on from `start`."""
+    start: str | None = None
+    """The token a document starts from; null: <|endoftext|> where the tokenizer has it, or BOS, or EOS."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
+    """Of a document; null: as many as a window has."""
+    max_repetition: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Documents are dropped in which a larger share of the runs of 4 tokens occurred before."""
+    drop_perplexity: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the other documents that is dropped: those the model itself finds least likely."""
+    batch_size: PositiveInt = 16
+    """Documents written at once."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """auto: vLLM on a GPU where it is installed."""
+    device: str = "auto"
+
+    @property
+    def label(self) -> str:
+        return "the model's own answers" if self.prompts else "the model's own text"
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> ModelText:
+        if self.prompts and self.start is not None:
+            raise ValueError("give prompts or start, not both: the chat template says how an answer starts")
+        return self
+
+
+TextSource = Annotated[PackageText | HubText | FilesText | ModelText, Field(discriminator="kind")]
+
 
 class Calibrate(Section):
-    source: Annotated[PackageText | HubText | FilesText, Field(discriminator="kind")]
+    sources: Annotated[list[TextSource], Field(min_length=1)] | None = None
+    """Texts, of several kinds if possible: what is removed depends on them more than on anything else."""
+    source: TextSource | None = None
+    """In place of `sources`, where there is one."""
+    unseen: TextSource | None = None
+    """A text that only held-out windows come from."""
     n_samples: PositiveInt
-    """Calibration windows."""
+    """Calibration windows, of all sources together."""
     n_tokens: Annotated[int, Field(ge=2)]
     """Tokens in a window."""
     n_held_out_samples: PositiveInt
-    """Windows the search never sees, of the same length."""
+    """Windows the search never sees, of the same length, of all sources together."""
+    n_healing_samples: Annotated[int, Field(ge=0)] = 0
+    """Windows that healing is fitted to, of the same length, of all sources together but the unseen one; disjoint from
+    the others."""
     shuffle_seed: int | None
-    """Shuffles the source's documents; null keeps their order, as the authors do."""
+    """Shuffles the documents of each source; null keeps their order, as the authors do."""
+
+    @model_validator(mode="after")
+    def _every_source_has_a_window(self) -> Calibrate:
+        if (self.source is None) == (self.sources is None):
+            raise ValueError("give either source or sources")
+        for portion in self.portions:
+            for field in ("n_samples", "n_held_out_samples", "n_healing_samples"):
+                asked = getattr(self, field) and (field == "n_held_out_samples" or portion.source is not self.unseen)
+                if asked and not getattr(portion, field):
+                    raise ValueError(
+                        f"{field} = {getattr(self, field)} leaves no window for {portion.source.label} with its share "
+                        f"of {portion.source.share:g}: raise one of them"
+                    )
+        return self
+
+    @property
+    def portions(self) -> list[Portion]:
+        """Every source, the unseen one last, with its part of the windows."""
+        seen = self.sources if self.sources is not None else [self.source]
+        every = [*seen, *([self.unseen] if self.unseen is not None else [])]
+        shares = [source.share for source in every]
+        n_samples = apportion(self.n_samples, shares[: len(seen)])
+        n_held_out_samples = apportion(self.n_held_out_samples, shares)
+        n_healing_samples = apportion(self.n_healing_samples, shares[: len(seen)])
+        counts = zip_longest(every, n_samples, n_held_out_samples, n_healing_samples, fillvalue=0)
+        return [Portion(*counted) for counted in counts]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """How many windows a source gives."""
+
+    source: PackageText | HubText | FilesText | ModelText
+    n_samples: int
+    n_held_out_samples: int
+    n_healing_samples: int
+
+    @property
+    def n_windows(self) -> int:
+        return self.n_samples + self.n_held_out_samples + self.n_healing_samples
+
+
+def apportion(n: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers that sum to `n`, by largest remainder: each share's exact part rounded down, and what is left goes
+    to the largest fractions."""
+    exact = [n * (share / sum(shares)) for share in shares]
+    counts = [math.floor(part) for part in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: n - sum(counts)]:
+        counts[i] += 1
+    return counts

@@ -5,20 +5,26 @@ from __future__ import annotations
 import html
 import importlib.metadata
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from finercut.sources import revisions
 from finercut.sources.settings import FilesText, HubText, PackageText
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger("finercut")
 
-# Rows of a table are joined as the authors join wikitext's; paragraphs and whole texts stay apart.
-_BETWEEN_ROWS, _BETWEEN_TEXTS = " ", "\n\n"
+# Rows of a table are joined as the authors join wikitext's; paragraphs and whole texts stay apart, lines stay lines.
+_BETWEEN_ROWS, _BETWEEN_TEXTS, _BETWEEN_LINES = " ", "\n\n", "\n"
+_TREES = {".json", ".yaml", ".yml"}
+_PACKAGE_SUFFIXES = {*_TREES, ".md", ".rst", ".txt"}
 # Shorter strings in a package's data are labels, lists and figures rather than prose.
 _PROSE_CHARACTERS = 200
 
@@ -44,32 +50,73 @@ def read_texts(source: PackageText | HubText | FilesText) -> Texts:
         RuntimeError: the hub gives no access or no answer.
     """
     if isinstance(source, PackageText):
-        return _package_texts(source.name, source.version)
+        return _package_texts(source)
     if isinstance(source, HubText):
         return _hub_texts(source)
-    return _file_texts(source.paths, source.column)
+    return _file_texts(source)
 
 
-def _package_texts(name: str, version: str) -> Texts:
-    """One document for each JSON file with prose in it."""
-    pinned = f"{name}=={version}"
-    install = f"run `python -m pip install {pinned}`"
+def _package_texts(source: PackageText) -> Texts:
+    install = f"run `python -m pip install {source.label}`"
     try:
-        package = importlib.metadata.distribution(name)
+        package = importlib.metadata.distribution(source.name)
     except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f"{name} is not installed: {install}") from error
-    if package.version != version:
-        raise ValueError(f"{name} {package.version} is installed, not {version}: {install}")
-    files = sorted((f for f in package.files or [] if f.suffix == ".json" and ".dist-info" not in f.parts[0]), key=str)
-    contents = (json.loads(f.locate().read_text(encoding="utf-8")) for f in files)
-    documents = [text for content in contents if (text := _BETWEEN_TEXTS.join(_prose(content)))]
+        raise ValueError(f"{source.name} is not installed: {install}") from error
+    if package.version != source.version:
+        raise ValueError(f"{source.name} {package.version} is installed, not {source.version}: {install}")
+    data = [f for f in package.files or [] if f.suffix in _PACKAGE_SUFFIXES and ".dist-info" not in f.parts[0]]
+    files = sorted((f for f in data if any(fnmatch(str(f), pattern) for pattern in source.files)), key=str)
+    documents = [text for f in files for text in _package_file(Path(str(f.locate())), source.column) if text.strip()]
     if not documents:
-        raise ValueError(f"{pinned} has no prose in its {len(files)} JSON files: take another package, or files")
-    return Texts(documents, _BETWEEN_TEXTS, pinned, version)
+        what = "text" if source.column is None else f"column {source.column!r}"
+        raise ValueError(
+            f"{source.label} has no {what} in {len(files)} files that match {', '.join(source.files)}: "
+            "take another package, or files"
+        )
+    return Texts(documents, _BETWEEN_TEXTS, source.label, source.version)
+
+
+def _package_file(file: Path, column: str | None) -> list[str]:
+    """The documents of one data file."""
+    content = _read_utf8(file)
+    if file.suffix == ".txt":
+        return _plain(content, str(file))[0]
+    if file.suffix not in _TREES:
+        return [content.strip()]
+    value = _tree(content, file)
+    if column is None:
+        return [_BETWEEN_TEXTS.join(_prose(value))]
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if isinstance(value, dict) and isinstance(value.get(column), list):
+        entries = [{column: entry} for entry in value[column]]
+    return [_BETWEEN_LINES.join(_under(column, entry)) for entry in entries]
+
+
+def _tree(content: str, file: Path) -> Any:
+    """What JSON or YAML holds: strings in lists and mappings."""
+    try:
+        if file.suffix == ".json":
+            return json.loads(content)
+        return YAML(typ="safe").load(content)
+    except (json.JSONDecodeError, YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not {'JSON' if file.suffix == '.json' else 'YAML'}: {reason}") from error
+
+
+def _under(name: str, content: Any, found: bool = False) -> Iterator[str]:
+    """The strings that a tree holds under `name`, at any depth, in their order."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _under(name, value, key == name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _under(name, value, found)
+    elif found and isinstance(content, str):
+        yield content.strip()
 
 
 def _prose(content: Any) -> Iterator[str]:
-    """The long strings of a JSON value that are made of sentences, without their HTML."""
+    """The long strings of a tree that are made of sentences, without their HTML."""
     if isinstance(content, dict | list):
         for value in content.values() if isinstance(content, dict) else content:
             yield from _prose(value)
@@ -86,34 +133,45 @@ def _hub_texts(source: HubText) -> Texts:
 
     from finercut.sources import hub
 
-    commit, _ = hub.resolve(source.dataset, source.revision, "dataset")
-    with hub.hub_errors(source.dataset, source.revision, "dataset"):
-        rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=commit)
-    name = "/".join(part for part in (source.dataset, source.config, source.split) if part)
-    _check_column(rows.column_names, source.column, name)
-    return Texts(_all_text(rows[source.column], source.column, name), _BETWEEN_ROWS, name, commit)
+    try:
+        commit, _ = hub.resolve(source.dataset, source.revision, "dataset")
+    except hub.NoAnswer as error:
+        # A commit cannot have changed since it was cached; a branch or tag can.
+        commit, rows = source.revision, None
+        if hub.is_commit(commit):
+            rows = hub.cached_rows(source.dataset, source.config, source.split, commit)
+        if rows is None:
+            raise
+        logger.warning("%s; taking the commit from the cache of datasets", error)
+    else:
+        with hub.hub_errors(source.dataset, source.revision, "dataset"):
+            rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=commit)
+    _check_column(rows.column_names, source.column, source.label)
+    return Texts(_all_text(rows[source.column], source.column, source.label), _BETWEEN_ROWS, source.label, commit)
 
 
-def _file_texts(files: Sequence[Path], column: str) -> Texts:
-    readers: dict[str, Callable[[Path, str], list[str]]] = {
-        ".txt": lambda file, _: _paragraphs(file),
-        ".jsonl": _json_rows,
-        ".parquet": _parquet_rows,
-    }
-    for file in files:
-        if file.suffix not in readers:
-            raise ValueError(f"{file} is none of {', '.join(readers)}")
+def _file_texts(source: FilesText) -> Texts:
+    files, column = source.paths, source.column
+    readers: dict[str, Callable[[Path, str], list[str]]] = {".jsonl": _json_rows, ".parquet": _parquet_rows}
+    suffixes = [file.suffix.lower() for file in files]
+    for file, suffix in zip(files, suffixes, strict=True):
+        if suffix not in (".txt", *readers):
+            raise ValueError(f"{file} is none of .txt, {', '.join(readers)}")
         if not file.is_file():
-            raise FileNotFoundError(f"calibrate.source.paths: no file {file}")
+            raise FileNotFoundError(f"the paths in calibrate: no file {file}")
     documents: list[str] = []
-    for file in files:
-        found = readers[file.suffix](file, column)
+    separators = set()
+    for file, suffix in zip(files, suffixes, strict=True):
+        if suffix == ".txt":
+            found, separator = _plain(_read_utf8(file), str(file))
+        else:
+            found, separator = readers[suffix](file, column), _BETWEEN_ROWS
         if not any(text.strip() for text in found):
-            raise ValueError(f"{file} is empty: take it out of calibrate.source.paths")
+            raise ValueError(f"{file} is empty: take it out of the paths in calibrate")
         documents += found
-    separator = _BETWEEN_TEXTS if all(file.suffix == ".txt" for file in files) else _BETWEEN_ROWS
-    name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    return Texts(documents, separator, name, revisions.of_files(files))
+        separators.add(separator)
+    separator = next(between for between in (_BETWEEN_ROWS, _BETWEEN_TEXTS, _BETWEEN_LINES) if between in separators)
+    return Texts(documents, separator, source.label, revisions.of_files(files))
 
 
 def _read_utf8(file: Path) -> str:
@@ -123,8 +181,14 @@ def _read_utf8(file: Path) -> str:
         raise ValueError(f"{file} is not UTF-8 (byte {error.start}): convert it, with iconv for example") from error
 
 
-def _paragraphs(file: Path) -> list[str]:
-    return [text.strip() for text in re.split(r"\n\s*\n", _read_utf8(file)) if text.strip()]
+def _plain(content: str, where: str) -> tuple[list[str], str]:
+    """The documents of plain text, and what joins them. Blank lines separate them; where there are none, lines do."""
+    paragraphs = [text.strip() for text in re.split(r"\n\s*\n", content) if text.strip()]
+    lines = [line.strip() for line in content.split("\n") if line.strip()]
+    if len(paragraphs) > 1 or len(lines) < 2:
+        return paragraphs, _BETWEEN_TEXTS
+    logger.info("%s has no blank lines: each of its %d lines is a document", where, len(lines))
+    return lines, _BETWEEN_LINES
 
 
 def _json_rows(file: Path, column: str) -> list[str]:
@@ -156,7 +220,7 @@ def _parquet_rows(file: Path, column: str) -> list[str]:
 def _check_column(names: Any, column: str, where: str) -> None:
     if column not in names:
         found = ", ".join(map(str, names)) or "none"
-        raise ValueError(f"{where} has no column {column!r}, only {found}: set calibrate.source.column")
+        raise ValueError(f"{where} has no column {column!r}, only {found}: set its column in calibrate")
 
 
 def _all_text(values: Sequence[Any], column: str, where: str) -> list[str]:

@@ -1,15 +1,17 @@
-"""Cuts calibration and held-out windows from documents."""
+"""Cuts calibration, held-out and healing windows from documents."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from finercut.sources.files import TOKENIZER_FILES
 from finercut.sources.texts import Texts
@@ -19,53 +21,137 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Where a text is cut off, its last tokens may be others than those of the whole text; these are never used.
+_MARGIN = 64
+# Of a first guess at how much text is needed.
+_CHARACTERS_PER_TOKEN = 8
+
+
 def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS that every window starts with, where the tokenizer puts one before a text by itself; else nothing."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A source's documents, and how many windows are cut from them."""
+
+    texts: Texts
+    n_samples: int
+    n_held_out_samples: int
+    n_healing_samples: int = 0
+
+
 def cut_windows(
-    texts: Texts,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    n_tokens: int,
-    n_samples: int,
-    n_held_out_samples: int,
-    shuffle_seed: int | None,
+    cuts: Sequence[Cut], tokenizer: PreTrainedTokenizerBase, *, n_tokens: int, shuffle_seed: int | None
 ) -> Tokens:
-    """Consecutive windows of `n_tokens`, BOS included; held-out ones from documents no calibration window touches.
+    """Consecutive windows of `n_tokens`, BOS included. No document is cut for two uses, in whichever sources it is.
+
+    The windows of the sources take turns, so that any number of the first ones has about the shares of all. A source
+    without calibration windows is unseen.
 
     Args:
-        shuffle_seed: shuffles the documents; None keeps their order.
+        shuffle_seed: shuffles the documents of each source; None keeps their order.
 
     Raises:
-        ValueError: too little text.
+        ValueError: a source has too little text.
     """
-    documents = list(texts.documents)
-    if shuffle_seed is not None:
-        random.Random(shuffle_seed).shuffle(documents)
+    length = n_tokens - len(window_start(tokenizer))
+    pools = [_Pool(cut.texts, length, tokenizer, shuffle_seed) for cut in cuts]
     start = window_start(tokenizer)
-    length = n_tokens - len(start)
+    calibration, calibration_sources = _in_turn(_take(pools, [cut.n_samples for cut in cuts], "calibration"), start)
+    held_out, held_out_sources = _in_turn(_take(pools, [cut.n_held_out_samples for cut in cuts], "held-out"), start)
+    # Last, so that the others do not depend on how much healing asks for.
+    healing, healing_sources = _in_turn(_take(pools, [cut.n_healing_samples for cut in cuts], "healing"), start)
+    sources = distinct([cut.texts.source for cut in cuts])
+    return Tokens(
+        calibration,
+        held_out,
+        healing,
+        calibration_sources,
+        held_out_sources,
+        healing_sources,
+        sources,
+        unseen=tuple(name for name, cut in zip(sources, cuts, strict=True) if not cut.n_samples),
+    )
 
-    def encode(n_documents: int) -> list[int]:
-        text = texts.separator.join(documents[:n_documents])
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    windows = []
-    for name, n in (("calibration", n_samples), ("held-out", n_held_out_samples)):
-        n_documents = _fewest(len(documents), lambda k, needed=n * length: len(encode(k)) >= needed)
-        ids = encode(n_documents)
-        if len(ids) < n * length:
-            rest = " that calibration does not use" if name == "held-out" else ""
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of sources, with a number where an earlier one has the same."""
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return tuple(f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True))
+
+
+def _take(pools: Sequence[_Pool], counts: Sequence[int], use: str) -> list[list[list[int]]]:
+    """Windows of each pool, from documents that nothing was cut from, also where it was in another pool."""
+    seen = set[str]().union(*(pool.used for pool in pools))
+    for pool in pools:
+        pool.leave_out(seen)
+    return [pool.take(n, use) for pool, n in zip(pools, counts, strict=True)]
+
+
+def _in_turn(windows: Sequence[Sequence[list[int]]], start: list[int]) -> tuple[Tensor | None, Tensor | None]:
+    """All windows, each with the index of its source; None where there are none."""
+    places = sorted(
+        ((position + 0.5) / len(of_source), source, position)
+        for source, of_source in enumerate(windows)
+        for position in range(len(of_source))
+    )
+    if not places:
+        return None, None
+    rows = [start + windows[source][position] for _, source, position in places]
+    return torch.tensor(rows), torch.tensor([source for _, source, _ in places])
+
+
+class _Pool:
+    """The documents of a source that no window was cut from yet."""
+
+    def __init__(self, texts: Texts, length: int, tokenizer: PreTrainedTokenizerBase, shuffle_seed: int | None) -> None:
+        self.documents = list(texts.documents)
+        self.used: set[str] = set()
+        self.texts, self.length, self.tokenizer = texts, length, tokenizer
+        if shuffle_seed is not None:
+            random.Random(shuffle_seed).shuffle(self.documents)
+
+    def leave_out(self, seen: Collection[str]) -> None:
+        self.documents = [document for document in self.documents if document not in seen]
+
+    def take(self, n: int, name: str) -> list[list[int]]:
+        """`n` windows of the fewest first documents, which are used up.
+
+        Raises:
+            ValueError: there is too little text.
+        """
+        if not n:
+            return []
+        needed = n * self.length
+        n_documents = _fewest(len(self.documents), lambda k: len(self._encode(k, needed)) >= needed)
+        ids = self._encode(n_documents, needed)
+        if len(ids) < needed:
+            rest = {"held-out": " that calibration does not use", "healing": " that nothing else uses"}.get(name, "")
             raise ValueError(
-                f"{texts.source} has {len(ids)} tokens in {len(documents)} documents{rest}, {n} {name} windows need "
-                f"{n * length}: give more text, or lower calibrate.n_samples, n_held_out_samples or n_tokens"
+                f"{self.texts.source} has {len(ids)} tokens in {len(self.documents)} documents{rest}, {n} {name} "
+                f"windows need {needed}: give more text (blank lines separate the documents of a .txt file), or lower "
+                "calibrate.n_samples, n_held_out_samples, n_healing_samples, n_tokens or its share"
             )
-        windows.append(torch.tensor([start + ids[i * length : (i + 1) * length] for i in range(n)]))
-        seen = set(documents[:n_documents])
-        documents = [d for d in documents[n_documents:] if d not in seen]
-    return Tokens(*windows)
+        self.used.update(self.documents[:n_documents])
+        self.documents = self.documents[n_documents:]
+        return [ids[i * self.length : (i + 1) * self.length] for i in range(n)]
+
+    def _encode(self, n_documents: int, needed: int) -> list[int]:
+        return _first_ids(self.texts.separator.join(self.documents[:n_documents]), needed, self.tokenizer)
+
+
+def _first_ids(text: str, needed: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """At least the first `needed` tokens of `text`, or all of them: of a long text only a beginning is tokenised."""
+    enough = needed + _MARGIN
+    n_characters = _CHARACTERS_PER_TOKEN * enough
+    while True:
+        ids = tokenizer(text[:n_characters], add_special_tokens=False, verbose=False).input_ids
+        if n_characters >= len(text) or len(ids) >= enough:
+            return ids
+        n_characters *= 2
 
 
 def _fewest(most: int, enough: Callable[[int], bool]) -> int:
