@@ -161,8 +161,8 @@ def _too_little(drafts: Sequence[Draft], kept: Sequence[Draft], wanted: float, s
     n_repetitive = sum(draft.repetition > settings.max_repetition for draft in drafts)
     return (
         f"of {len(drafts)} documents that the model wrote, {n_empty} are empty and {n_repetitive} repeat themselves; "
-        f"{len(kept)} with {sum(len(_whole(draft, settings)) for draft in kept)} tokens are left, {wanted:.0f} are needed: try "
-        "another start or temperature, or raise max_repetition in calibrate"
+        f"{len(kept)} with {sum(len(_whole(draft, settings)) for draft in kept)} tokens are left, {wanted:.0f} are "
+        "needed: try another start or temperature, or raise max_repetition in calibrate"
     )
 
 
