@@ -411,6 +411,8 @@ def _worst(last: Step) -> tuple[str, float]:
     """The source with the highest held-out divergence, for people, and that over the calibration's."""
     by_source = {f" of {name}": value for name, value in last.held_out_by_source.items()}
     where, held_out = max((by_source or {"": last.held_out_divergence}).items(), key=lambda found: found[1])
+    if not held_out:
+        return where, 0.0
     return where, held_out / last.divergence if last.divergence else math.inf
 
 

@@ -159,10 +159,11 @@ def keep(drafts: Sequence[Draft], settings: ModelText) -> list[Draft]:
 def _too_little(drafts: Sequence[Draft], kept: Sequence[Draft], wanted: float, settings: ModelText) -> str:
     n_empty = sum(not draft.written for draft in drafts)
     n_repetitive = sum(draft.repetition > settings.max_repetition for draft in drafts)
+    n_written = sum(len(_whole(draft, settings)) for draft in kept)
     return (
         f"of {len(drafts)} documents that the model wrote, {n_empty} are empty and {n_repetitive} repeat themselves; "
-        f"{len(kept)} with {sum(len(_whole(draft, settings)) for draft in kept)} tokens are left, {wanted:.0f} are "
-        "needed: try another start or temperature, or raise max_repetition in calibrate"
+        f"{len(kept)} with {n_written} tokens are left, {wanted:.0f} are needed: try "
+        "another start or temperature, or raise max_repetition in calibrate"
     )
 
 
