@@ -187,6 +187,30 @@ def test_divergence_on_held_out_tokens_far_above_the_calibrations_is_warned_of(p
     assert "the removals fit the calibration set" in caplog.text
 
 
+def test_every_source_counts_alike_and_the_worst_one_is_what_parts(project, tokens, caplog):
+    # What is held out is what calibrates, but for one window of a source of its own.
+    indices = {"calibration_sources": torch.tensor([0, 1, 0, 0]), "held_out_sources": torch.tensor([0, 1, 0, 0, 2])}
+    mixed = Tokens(tokens[:4], tokens[:5].clone(), **indices, sources=("a", "b", "c"), unseen=("c",))
+    write_tokens(_fresh(paths.CALIBRATION), mixed, {})
+    report = search.run(with_changes(search__removals=2))
+    found = read_trajectory(paths.TRAJECTORY)
+    assert found.provenance.window_weights == [2 / 3, 2, 2 / 3, 2 / 3]
+    of = found.removals[-1].held_out_by_source
+    assert report.final_held_out_by_source == of
+    assert report.final_divergence == pytest.approx((of["a"] + of["b"]) / 2)
+    assert report.final_held_out_divergence == pytest.approx((of["a"] + of["b"] + of["c"]) / 3)
+    assert search._worst(found.removals[-1]) == (
+        f" of {max(of, key=of.get)}",
+        max(of.values()) / report.final_divergence,
+    )
+    far = found.removals[-1].model_copy(update={"held_out_by_source": of | {"c": 2 * report.final_divergence}})
+    assert search._worst(far) == (" of c", 2.0)
+    # The same windows, said to be of one source, are another search.
+    write_tokens(_fresh(paths.CALIBRATION), Tokens(tokens[:4], tokens[:5].clone()), {})
+    assert search.run(with_changes(search__removals=2)).resumed_after == 0
+    assert read_trajectory(paths.TRAJECTORY).provenance.window_weights is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -294,7 +318,7 @@ def test_every_method_writes_a_selection_and_a_curve_that_prune_takes(project, t
     assert report.nested == selection.nested == (method != "gromov")
     assert report.removals == [c.candidate for c in selection.removals] == [r.sublayer for r in found.removals]
     line = json.loads(paths.TRAJECTORY.read_text().splitlines()[1])
-    assert line.keys() == {"step", "sublayer", "divergence", "held_out_divergence"}
+    assert line.keys() == {"step", "sublayer", "divergence", "held_out_divergence", "held_out_by_source"}
     with paths.CURVE.open() as file:
         assert [float(row["divergence"]) for row in csv.DictReader(file)] == [c.divergence for c in selection.removals]
     assert paths.CURVE_PICTURE.read_bytes().startswith(b"\x89PNG")
