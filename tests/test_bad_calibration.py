@@ -183,6 +183,11 @@ def several(*sources: dict, **changes: object) -> dict:
         ({"calibrate__source": None}, "calibrate: give either source or sources"),
         (several(TEXT_FILE, TEXT_FILE, TEXT_FILE), "n_samples = 2 leaves no window for text.txt with its share of 1"),
         (several(TEXT_FILE, OWN | {"share": 0.1}), "n_samples = 2 leaves no window for the model's own text with its"),
+        (
+            several(TEXT_FILE, TEXT_FILE | {"share": 0.1}, calibrate__n_healing_samples=1, calibrate__n_samples=30)
+            | {"calibrate__n_held_out_samples": 30},
+            "n_healing_samples = 1 leaves no window for text.txt with its share of 0.1",
+        ),
         ({"calibrate__unseen": TEXT_FILE | {"share": 0.1}}, "n_held_out_samples = 2 leaves no window for text.txt"),
         (several(TEXT_FILE, {"kind": "files", "paths": ["a.txt"]}), "no file a.txt"),
         (several(TEXT_FILE, {"kind": "book", "paths": ["a.txt"]}), "calibrate.sources.1"),

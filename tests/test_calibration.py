@@ -7,6 +7,7 @@ import shutil
 import string
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -428,6 +429,38 @@ def test_a_source_for_held_out_windows_only_gives_no_calibration_window(tokenize
     assert sorted(found.held_out_sources.tolist()) == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+def test_healing_windows_come_from_every_source_and_from_documents_that_nothing_else_uses(tokenizer, seed):
+    # Half of the documents of one are in the other, too.
+    a, b, c = named("a", *LETTERS[:14]), named("b", *LETTERS[7:22]), named("c", *LETTERS[22:])
+    cuts = [Cut(a, 2, 1, 3), Cut(b, 1, 1, 2), Cut(c, 0, 2)]
+    found = cut_windows(cuts, tokenizer, n_tokens=10, shuffle_seed=seed)
+    assert sorted(found.healing_sources.tolist()) == [0, 0, 0, 1, 1]
+    assert found.unseen == ("c",)
+    uses = [letters_of(windows, tokenizer) for windows in found.named().values()]
+    assert len(uses) == 3
+    assert all(uses)
+    assert not uses[0] & uses[1]
+    assert not (uses[0] | uses[1]) & uses[2]
+    # Healing takes what the others leave.
+    without = cut_windows(
+        [replace(cut, n_healing_samples=0) for cut in cuts], tokenizer, n_tokens=10, shuffle_seed=seed
+    )
+    assert without.healing is None
+    assert without.calibration_sha256 == found.calibration_sha256
+    assert without.held_out_sha256 == found.held_out_sha256
+
+
+def test_sources_of_one_name_are_told_apart(tokenizer):
+    cuts = [Cut(named(name, *LETTERS[i : i + 6]), 1, 1) for name, i in (("a", 0), ("b", 6), ("a", 12))]
+    assert cut_windows(cuts, tokenizer, n_tokens=5, shuffle_seed=None).sources == ("a", "b", "a (2)")
+
+
+def test_a_source_too_small_for_healing_is_named(tokenizer):
+    with pytest.raises(ValueError, match=r"^b has \d+ tokens in \d+ documents that nothing else uses, 99 heal"):
+        cut_windows([Cut(named("b", *LETTERS), 1, 1, 99)], tokenizer, n_tokens=10, shuffle_seed=None)
+
+
 def test_the_source_that_is_too_small_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"^b has \d+ tokens in 1 documents, 9 calibration windows need 90"):
         cut_windows(
@@ -575,15 +608,20 @@ def test_the_report_lists_every_source(project):
     Path("c.txt").write_text("\n\n".join(text.upper() for text in TEXT))
     a, b, c = ({"kind": "files", "paths": [f"{name}.txt"]} for name in "abc")
     settings = {"source": None, "sources": [a | {"share": 3}, b], "unseen": c, "n_samples": 4, "n_held_out_samples": 5}
+    settings["n_healing_samples"] = 8
     report = calibrate.run(params(**settings))
-    found = [(s.name, s.share, s.n_samples, s.n_held_out_samples, s.n_tokens) for s in report.sources]
-    assert found == [("a.txt", 3, 3, 3, 96), ("b.txt", 1, 1, 1, 32), ("c.txt", 1, 0, 1, 16)]
+    found = [(s.name, s.share, s.n_samples, s.n_held_out_samples, s.n_healing_samples) for s in report.sources]
+    assert found == [("a.txt", 3, 3, 3, 6), ("b.txt", 1, 1, 1, 2), ("c.txt", 1, 0, 1, 0)]
+    assert [s.n_tokens for s in report.sources] == [192, 64, 16]
     assert report.source == "a.txt + b.txt + c.txt"
     assert report.revision == " + ".join(source.revision for source in report.sources)
     assert (report.n_samples, report.n_held_out_samples) == (4, 5)
     tokens = load_tokens(paths.CALIBRATION)
     assert tokens.sources == ("a.txt", "b.txt", "c.txt")
     assert not (tokens.calibration_sources == 2).any()
+    assert tokens.unseen == ("c.txt",)
+    assert (report.healing_sha256, report.n_healing_samples) == (tokens.healing_sha256, len(tokens.healing))
+    assert tokens.sources_of("calibration") == ("a.txt", "a.txt", "b.txt", "a.txt")
     assert not calibrate.is_stale(params(**settings))
     Path("c.txt").write_text("\n\n".join(text.upper() for text in TEXT[1:]))
     assert calibrate.is_stale(params(**settings))
