@@ -52,7 +52,7 @@ def copy_of(model: Path, directory: Path, **config) -> Path:
 
 def test_a_local_model_arrives_whole_and_alone(tiny_model, tmp_path, monkeypatch):
     mine = copy_of(tiny_model, tmp_path / "mine")
-    for stray in ("pytorch_model.bin", "modeling_mine.py", "README.md", "consolidated.safetensors"):
+    for stray in ("pytorch_model.bin", "modeling_mine.py", "notes.md", "consolidated.safetensors"):
         (mine / stray).write_bytes(b"x")
     report = fetched_by_stage({"kind": "local", "path": mine}, tmp_path, monkeypatch)
     assert sorted(file.name for file in paths.MODEL.iterdir()) == sorted(file.name for file in tiny_model.iterdir())
