@@ -53,20 +53,28 @@ def write_pruned(
     names = pruned.state_dict().keys()
     # The whole model's own tensors: nothing is copied in memory.
     pruned.load_state_dict({n: t for n, t in whole.state_dict().items() if n in names}, assign=True)
-    # Saving refuses settings that loading takes, such as a padding token of -1. The whole model's own are written as
-    # they are: its file is copied below, and what transformers makes of its config has no file.
-    pruned.generation_config = GenerationConfig()
-    pruned.save_pretrained(directory)
+    _save(pruned, directory)
+    # The whole model's own; where it has a file, that is copied below.
     if whole.can_generate():
         whole.generation_config.to_json_file(directory / "generation_config.json")
     for file in source.path.iterdir():
         if file.is_file() and file.name not in _REWRITTEN and ".safetensors" not in file.name:
             shutil.copyfile(file, directory / file.name)
-    if tokenizer_files.present(source.path):
-        tokenizer_files.write(source.tokenizer, directory)
     if source.trusted:
         note_trusted(directory, code_sha256(directory))
+    if tokenizer_files.present(source.path):
+        tokenizer_files.write(source.tokenizer, directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save(model: PreTrainedModel, directory: Path) -> None:
+    """Save weights and config, without the generation settings: saving refuses some that loading takes, such as a
+    padding token of -1.
+    """
+    model.generation_config = GenerationConfig()
+    with quiet():
+        model.save_pretrained(directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)
 
 
 def write_tuned(parent: ModelDirectory, parameters: Mapping[str, Tensor], directory: Path) -> None:
@@ -80,8 +88,7 @@ def write_tuned(parent: ModelDirectory, parameters: Mapping[str, Tensor], direct
     for name, value in parameters.items():
         parameter = model.get_parameter(name)
         parameter.data = value.to(parameter.dtype)
-    with quiet():
-        model.save_pretrained(directory)
+    _save(model, directory)
     for file in parent.path.iterdir():
         if file.is_file() and ".safetensors" not in file.name:
             shutil.copyfile(file, directory / file.name)

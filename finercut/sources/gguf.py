@@ -66,8 +66,12 @@ def dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
     tokenizer_files.write(tokenizer, directory)
 
 
+_LONG = ("merges", "scores", "token_type", "precompiled_charsmap")
+"""Arrays that transformers reads, and nothing here."""
+
+
 def _of_tokenizer(name: str) -> bool:
-    return name.startswith("tokenizer.")
+    return name.startswith("tokenizer.") and not name.endswith(_LONG)
 
 
 def _as_the_file_says(tokenizer: PreTrainedTokenizerBase, metadata: Mapping[str, Any], where: str) -> None:
