@@ -47,6 +47,7 @@ def run(params: Params) -> EvaluateReport:
         dtype=pruned.dtype,
         tasks=results,
         mean_retention=statistics.mean(retentions) if retentions else None,
+        whole_doubts=whole.doubts,
         whole_perplexity=whole.perplexity,
         pruned_perplexity=pruned.perplexity,
         perplexity_ratio=pruned.perplexity / whole.perplexity,

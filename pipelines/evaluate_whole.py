@@ -19,6 +19,6 @@ def run(params: Params) -> Measured:
         RuntimeError: a task's documents cannot be had.
     """
     model = ModelDirectory(paths.MODEL).written_by("fetch")
-    measured = measure("whole", model, load_tokens(paths.CALIBRATION), params.evaluate)
+    measured = measure("whole", model, load_tokens(paths.CALIBRATION), params.evaluate, judged=True)
     measured.write(paths.report("evaluate_whole"))
     return measured

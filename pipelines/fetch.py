@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from pathlib import Path
 
+from finercut.model import tokenizer_files
 from finercut.model.checks import check_model
 from finercut.model.directory import ModelDirectory
 from finercut.model.layouts import note_layout
 from finercut.sources import revisions
+from finercut.sources.dtypes import settle_dtype
 from finercut.sources.models import fetch_model
 from finercut.sources.records import FetchReport
 from finercut.sources.settings import LocalModel
@@ -20,11 +22,23 @@ from .params import Params
 
 logger = logging.getLogger("finercut")
 
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-
 # Raise it, here and in dvc.yaml, when the stage makes something else of the same source.
-FORMAT = 1
+FORMAT = 2
+
+
+def settle(directory: Path, name: str) -> ModelDirectory:
+    """Check the model in `directory`, and write what later stages and other programs would otherwise guess.
+
+    Args:
+        name: under which transformers would load it: the repository's, or a path.
+
+    Raises:
+        ValueError: something is missing, cannot be read or does not belong to the rest.
+    """
+    settle_dtype(ModelDirectory(directory))
+    check_model(ModelDirectory(directory))
+    tokenizer_files.write(tokenizer_files.effective(ModelDirectory(directory), name), directory)
+    return note_layout(ModelDirectory(directory))
 
 
 def is_stale(params: Params) -> bool:
@@ -55,13 +69,8 @@ def run(params: Params, file_format: int | None = None) -> FetchReport:
     started = time.monotonic()
     with staged(paths.MODEL) as directory:
         origin = fetch_model(source, directory, paths.WORK / "fetch")
-        check_model(ModelDirectory(directory))
-        model = note_layout(ModelDirectory(directory))
-        config, stored = model.language, model.tensors
-        n_bytes_by_dtype = Counter[str]()
-        for tensor in stored.values():
-            n_bytes_by_dtype[tensor.dtype] += tensor.nbytes
-        dtype = n_bytes_by_dtype.most_common(1)[0][0]
+        model = settle(directory, origin.source)
+        config = model.language
         report = FetchReport(
             source=origin.source,
             revision=origin.revision,
@@ -70,7 +79,7 @@ def run(params: Params, file_format: int | None = None) -> FetchReport:
             n_blocks=config.num_hidden_layers,
             n_parameters=model.n_elements,
             weights_bytes=model.weights_bytes,
-            dtype=_DTYPES.get(dtype, dtype),
+            dtype=model.dtype,
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
         )

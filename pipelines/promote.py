@@ -63,6 +63,7 @@ def judge(params: Params, challenger: Evidence, champion: Evidence | None) -> Ju
         min_retention=limits.min_retention,
         min_speed_up=limits.min_speed_up,
         max_perplexity_ratio=limits.max_perplexity_ratio,
+        allow_doubtful_whole=limits.allow_doubtful_whole,
     )
     if champion is not None:
         checks += promotion.compare(

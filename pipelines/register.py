@@ -65,6 +65,7 @@ def judge(params: Params) -> list[Check]:
         min_retention=limits.min_retention,
         min_speed_up=limits.min_speed_up,
         max_perplexity_ratio=limits.max_perplexity_ratio,
+        allow_doubtful_whole=limits.allow_doubtful_whole,
     )
 
 

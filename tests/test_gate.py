@@ -62,6 +62,14 @@ def test_each_limit_refuses_alone_and_says_why(reports, name, reason):
     assert checks[name].reason == reason
 
 
+def test_a_whole_model_that_may_be_broken_is_refused_unless_that_is_allowed():
+    evaluate = example_reports.evaluate(whole_doubts=("its perplexity is absurd",))
+    reports = [example_reports.claim()], evaluate, example_reports.throughput()
+    (failed,) = (c for c in gate.check(*reports, **LIMITS) if not c.passed)
+    assert (failed.name, failed.reason) == ("whole_model", "the whole model may be broken: its perplexity is absurd")
+    assert all(c.passed for c in gate.check(*reports, **LIMITS, allow_doubtful_whole=True))
+
+
 def test_a_claim_that_does_not_hold_is_not_excused_by_its_figures():
     assert not judged(claim={"holds": False})["claim.prune"].passed
 

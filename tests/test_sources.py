@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +23,11 @@ from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finercut.model.tensors import safetensors_shapes, weights_sha256
-from finercut.sources import revisions
+from finercut.sources import gguf, revisions
 from finercut.sources.gguf import dequantise
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import FilesText, HubModel, LocalModel, PackageModel
 from finercut.sources.texts import read_texts
-from finercut.sources.windows import window_start
 from pipelines import fetch, paths
 from pipelines.params import Params, load
 
@@ -54,7 +55,7 @@ def copy_of(model: Path, directory: Path, **config) -> Path:
 
 def test_a_local_model_arrives_whole_and_alone(tiny_model, tmp_path, monkeypatch):
     mine = copy_of(tiny_model, tmp_path / "mine")
-    for stray in ("pytorch_model.bin", "modeling_mine.py", "README.md", "consolidated.safetensors"):
+    for stray in ("pytorch_model.bin", "modeling_mine.py", "notes.md", "consolidated.safetensors"):
         (mine / stray).write_bytes(b"x")
     report = fetched_by_stage({"kind": "local", "path": mine}, tmp_path, monkeypatch)
     assert sorted(file.name for file in paths.MODEL.iterdir()) == sorted(file.name for file in tiny_model.iterdir())
@@ -207,12 +208,16 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(file: Path, model, tokenizer, adds_bos: bool | None = None) -> None:
-    """`model` as llama.cpp's converter would write it, its first MLP's last matrix in Q4_1."""
-    import gguf
+def write_gguf(file: Path, model, tokenizer, pre: str = "smollm", **said: bool) -> None:
+    """`model` as llama.cpp's converter would write it, its first MLP's last matrix in Q4_1.
+
+    Args:
+        said: flags of the tokenizer's metadata.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     c = model.config
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = GGUFWriter(file, "llama")
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(c.num_hidden_layers)
@@ -223,7 +228,9 @@ def write_gguf(file: Path, model, tokenizer, adds_bos: bool | None = None) -> No
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
+    for name, value in said.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
@@ -231,8 +238,6 @@ def write_gguf(file: Path, model, tokenizer, adds_bos: bool | None = None) -> No
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)
-    if adds_bos is not None:
-        writer.add_add_bos_token(adds_bos)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
@@ -248,9 +253,9 @@ def write_gguf(file: Path, model, tokenizer, adds_bos: bool | None = None) -> No
             short or {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
         )
         if name_in_gguf == "blk.0.ffn_down.weight":
-            quantised = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_1)
-            writer.add_tensor(name_in_gguf, quantised, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
-            dequantised = gguf.quants.dequantize(quantised, gguf.GGMLQuantizationType.Q4_1)
+            quantised = quants.quantize(values, GGMLQuantizationType.Q4_1)
+            writer.add_tensor(name_in_gguf, quantised, raw_dtype=GGMLQuantizationType.Q4_1)
+            dequantised = quants.dequantize(quantised, GGMLQuantizationType.Q4_1)
             assert not np.array_equal(dequantised, values)
             tensor.copy_(torch.from_numpy(dequantised))
         else:
@@ -323,16 +328,54 @@ def test_digits_stand_alone_where_the_gguf_says_so(index, pip_uses, tmp_path):
     assert [piece for piece, _ in split("a\n\n12  3")] == ["a", "ĊĊ", "1", "2", "ĠĠ", "3"]
 
 
-@pytest.mark.parametrize("adds_bos", [True, False, None])
-def test_bos_comes_first_where_the_gguf_says_so(tokenizer, tmp_path, adds_bos):
-    write_gguf(tmp_path / "tiny.gguf", random_llama(), tokenizer, adds_bos)
+@pytest.mark.parametrize("said", [{"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}])
+def test_a_gguf_says_what_comes_first_and_last(tokenizer, tmp_path, said):
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), tokenizer, **said)
+    (tmp_path / "model").mkdir()
+    dequantise(tmp_path / "tiny.gguf", "float32", tmp_path / "model")
+    fetch.settle(tmp_path / "model", "tiny")
+    taken = AutoTokenizer.from_pretrained(tmp_path / "model")
+    bare = tokenizer("sea", add_special_tokens=False).input_ids
+    assert taken("sea").input_ids == [0, *bare, *([1] if "add_eos_token" in said else [])]
+    assert len(taken) == len(tokenizer)
+
+
+def test_a_gguf_whose_words_are_split_by_an_unknown_rule_is_refused(tokenizer, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), tokenizer, pre="viking")
+    with pytest.raises(ValueError, match=r"splits text by the rule 'viking', which transformers does not know"):
+        dequantise(tmp_path / "tiny.gguf", "float32", tmp_path)
+
+
+def test_a_token_stays_whole_where_the_gguf_names_such_a_rule(tokenizer, tmp_path):
+    # "mountains" is one token only if pieces that are tokens are not merged from bytes: no merge is left.
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["merges"] = [["a", "b"]]
+    rigid = type(tokenizer)(tokenizer_object=type(tokenizer.backend_tokenizer).from_str(json.dumps(backend)))
+    word = max((t for t in backend["model"]["vocab"] if t.isascii() and t.isalpha()), key=len)
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), rigid, pre="llama-bpe")
     (tmp_path / "model").mkdir()
     dequantise(tmp_path / "tiny.gguf", "float32", tmp_path / "model")
     taken = AutoTokenizer.from_pretrained(tmp_path / "model")
-    expected = tokenizer("The river", add_special_tokens=False).input_ids
-    assert taken("The river").input_ids == ([0] if adds_bos else []) + expected
-    assert taken("The river", add_special_tokens=False).input_ids == expected
-    assert window_start(taken) == ([0] if adds_bos else [])
+    assert len(word) > 2
+    assert taken(word, add_special_tokens=False).input_ids == [backend["model"]["vocab"][word]]
+
+
+@pytest.mark.parametrize("needs_bos", [True, False])
+def test_a_gguf_that_says_nothing_of_bos_has_it_where_the_model_predicts_better(tokenizer, needs_bos, caplog):
+    class Foresees:
+        """A model that knows every next token, but only if BOS comes first, or only if it does not."""
+
+        config = random_llama().config
+
+        def __call__(self, tokens, use_cache):
+            logits = torch.nn.functional.one_hot(tokens.roll(-1), 400).float() * 30
+            return SimpleNamespace(logits=logits if (tokens[0, 0] == 0) == needs_bos else -logits)
+
+    taken = copy.deepcopy(tokenizer)
+    gguf._put_first_and_last(taken, not needs_bos, False)
+    gguf._try_bos(Foresees(), taken, "tiny.gguf")
+    assert (taken("sea").input_ids[0] == 0) == needs_bos
+    assert "tiny.gguf: BOS is" in caplog.text
 
 
 def test_the_dequantised_weights_are_stored_as_asked(index, pip_uses, tmp_path):
@@ -374,7 +417,8 @@ CLIENT = """
 import json, sys
 from pathlib import Path
 from finercut.sources.settings import HubModel
-from finercut.sources import revisions
+from finercut.sources import gguf, revisions
+from finercut.sources.gguf import dequantise
 from finercut.sources.models import fetch_model
 outcomes = []
 for number, (repository, revision) in enumerate(json.loads(sys.argv[1])):

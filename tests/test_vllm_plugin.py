@@ -225,3 +225,33 @@ def test_a_removed_sublayer_adds_nothing_however_a_block_adds(block_class, first
         setattr(whole, layout[kind]["after"][0], Silent())
         remove_sublayer(block, "layers.0", kind, layout, VllmConfig())
         assert torch.allclose(sum(block(*state)), sum(whole(*state)))
+
+
+def test_what_vllm_knows_of_a_model_by_its_name_it_knows_of_the_pruned_one():
+    from vllm import ModelRegistry
+    from vllm.config.model import _check_valid_dtype
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from finercut.serving import vllm_plugin
+
+    vllm_plugin.register()
+    vllm_plugin.register()
+    for model_type in ("gemma2", "finercut_gemma2"):
+        with pytest.raises(ValueError, match="does not support float16"):
+            _check_valid_dtype(model_type, torch.float16)
+    assert MODELS_CONFIG_MAP["FinerCutGptOssForCausalLM"] is MODELS_CONFIG_MAP["GptOssForCausalLM"]
+    # Families that nobody declared are served where their base is.
+    assert {"FinerCutStableLmForCausalLM", "FinerCutStarcoder2ForCausalLM"} <= ModelRegistry.get_supported_archs()
+    assert not [name for name in MODELS_CONFIG_MAP if name.startswith("FinerCutFinerCut")]
+
+
+def test_vllm_makes_the_whole_models_tokens_of_what_it_knows_by_its_name(tiny_model, tiny_pruned):
+    from vllm.tokenizers import get_tokenizer
+
+    from finercut.model.tokenizer_files import check_sample, sample
+    from finercut.serving import vllm_plugin
+
+    vllm_plugin.register()
+    expected = sample(get_tokenizer(str(tiny_model)))
+    check_sample(expected, get_tokenizer(str(tiny_pruned)), "vLLM")
+    assert len(expected) > 20

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import metadata_load
+from huggingface_hub.utils import yaml_dump
+from yaml import YAMLError
 
 from finercut.selection.selection import Selection
 from finercut.sublayers import KINDS
@@ -11,12 +17,13 @@ from finercut.sublayers import KINDS
 if TYPE_CHECKING:
     from finercut.healing.fidelity import Fidelity
 
+_INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [finercut, pruned]
----
+{inherited}---
 
 # {source}, less {n_removed} of {n_sublayers} sublayers
 
@@ -91,10 +98,27 @@ to {perplexity_after:.2f}.
 _TITLES = {"kv_cache": "KV cache"}
 
 
-def card(selection: Selection, shares: Mapping[str, float], n_sublayers: int, whole_sha256: str, own_code: bool) -> str:
+def inherited(readme: Path) -> dict[str, Any]:
+    """What the whole model's card says that holds for the pruned one: its licence, languages and base model."""
+    try:
+        said = metadata_load(readme) if readme.is_file() else None
+    except (ValueError, YAMLError, UnicodeDecodeError):
+        said = None  # a card is for people; one that cannot be read says nothing
+    return {key: value for key, value in (said or {}).items() if key in _INHERITED}
+
+
+def card(
+    selection: Selection,
+    shares: Mapping[str, float],
+    n_sublayers: int,
+    whole_sha256: str,
+    own_code: bool,
+    metadata: Mapping[str, Any],
+) -> str:
     """README.md of the checkpoint.
 
     Args:
+        metadata: `inherited` from the whole model's card.
         shares: what is saved of each cost.
         own_code: the model runs by Python code of its own.
     """
@@ -108,7 +132,11 @@ def card(selection: Selection, shares: Mapping[str, float], n_sublayers: int, wh
             calibration_sha256=origin.calibration_sha256,
         )
     blocks = {kind: ", ".join(str(s.block) for s in sorted(removed) if s.kind == kind) or "none" for kind in KINDS}
+    source = origin.model_source if origin else ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and "base_model" not in metadata:  # a repository of the hub
+        metadata = {**metadata, "base_model": source}
     return _CARD.format(
+        inherited=yaml_dump(dict(metadata)) if metadata else "",
         source=origin.model_source if origin else "Pruned model",
         revision=origin.model_revision if origin else "unknown",
         whole_sha256=whole_sha256,

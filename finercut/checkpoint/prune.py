@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import finercut
-from finercut.checkpoint.card import card
+from finercut.checkpoint.card import card, inherited
 from finercut.checkpoint.lineage import entry
 from finercut.checkpoint.parity import check_parity
 from finercut.checkpoint.records import Claim, PruneReport
@@ -93,7 +93,8 @@ def _write(parent: ModelDirectory, selection: Selection, budget: Budget | None, 
             f"cannot remove {', '.join(unknown)}: the model has {parent.language.num_hidden_layers} blocks"
         )
     shares = costs.shares(removed)
-    text = card(taken, shares, len(costs["sublayers"].by_sublayer), parent.weights_sha256, parent.trusted)
+    metadata = inherited(parent.path / "README.md")
+    text = card(taken, shares, len(costs["sublayers"].by_sublayer), parent.weights_sha256, parent.trusted, metadata)
     write_pruned(parent, removed, directory, _origin(parent, taken, budget), text)
     child = ModelDirectory(directory)
     last = taken.removals[-1]

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from finercut.model import modeling_finercut
+from finercut.model import modeling_finercut, tokenizer_files
 from finercut.model.directory import ModelDirectory, quiet
 from finercut.model.families import LAYOUT_KEY, Layout, base_architecture, layout_of
 from finercut.model.loading import load_pruned, load_whole
@@ -41,7 +41,7 @@ def write_pruned(
         ValueError: nothing or every attention would go, or the model's family is not known.
     """
     source = ModelDirectory.of(model)
-    whole = load_whole(source)
+    whole = load_whole(source, getattr(torch, source.dtype, "auto"))  # whatever its config says
     layout = layout_of(whole.config)
     if source.trusted:
         model_class = pruned_class(whole, source.path, directory)
@@ -53,15 +53,28 @@ def write_pruned(
     names = pruned.state_dict().keys()
     # The whole model's own tensors: nothing is copied in memory.
     pruned.load_state_dict({n: t for n, t in whole.state_dict().items() if n in names}, assign=True)
-    if whole.can_generate() and not (source.path / "generation_config.json").is_file():
-        pruned.generation_config = whole.generation_config
-    pruned.save_pretrained(directory)
+    _save(pruned, directory)
+    # The whole model's own; where it has a file, that is copied below.
+    if whole.can_generate():
+        whole.generation_config.to_json_file(directory / "generation_config.json")
     for file in source.path.iterdir():
         if file.is_file() and file.name not in _REWRITTEN and ".safetensors" not in file.name:
             shutil.copyfile(file, directory / file.name)
     if source.trusted:
         note_trusted(directory, code_sha256(directory))
+    if tokenizer_files.present(source.path):
+        tokenizer_files.write(source.tokenizer, directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save(model: PreTrainedModel, directory: Path) -> None:
+    """Save weights and config, without the generation settings: saving refuses some that loading takes, such as a
+    padding token of -1.
+    """
+    model.generation_config = GenerationConfig()
+    with quiet():
+        model.save_pretrained(directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)
 
 
 def write_tuned(parent: ModelDirectory, parameters: Mapping[str, Tensor], directory: Path) -> None:
@@ -75,8 +88,7 @@ def write_tuned(parent: ModelDirectory, parameters: Mapping[str, Tensor], direct
     for name, value in parameters.items():
         parameter = model.get_parameter(name)
         parameter.data = value.to(parameter.dtype)
-    with quiet():
-        model.save_pretrained(directory)
+    _save(model, directory)
     for file in parent.path.iterdir():
         if file.is_file() and ".safetensors" not in file.name:
             shutil.copyfile(file, directory / file.name)
@@ -117,7 +129,10 @@ def pruned_config(
         skip.setdefault(str(sublayer.block), {"skip": []})["skip"].append(sublayer.kind)
     config_class = model_class.config_class
     settings = config.to_dict()
-    for name in ("model_type", "transformers_version", LAYOUT_KEY):
+    # Sampling settings among them, as older models have: transformers takes them when it loads a config, and refuses to
+    # save one with them. They are in the generation config.
+    misplaced = config._get_generation_parameters()
+    for name in ("model_type", "transformers_version", LAYOUT_KEY, *misplaced):
         settings.pop(name, None)
     settings["architectures"] = [model_class.__name__]
     file = model_class.__module__.rpartition(".")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import logging
 import math
 import sys
@@ -174,7 +175,19 @@ def _score(task: LoadedTask, results: Mapping[str, Any]) -> Score:
         n_fewshot=results["n-shot"][name],
         # None where the tasks of a group disagree.
         higher_is_better=results["higher_is_better"][name].get(metric) is not False,
+        chance=_chance(task) if metric in ("acc", "acc_norm") else None,
     )
+
+
+def _chance(task: LoadedTask) -> float | None:
+    """Accuracy of guessing; None where not every task of a group is a choice among answers."""
+    n_choices = []
+    for leaf in task.leaves:
+        if leaf.get_config("output_type") != "multiple_choice":
+            return None
+        docs = itertools.islice(leaf.eval_docs, task.settings.limit if isinstance(task.settings.limit, int) else None)
+        n_choices += [len(leaf.doc_to_choice(doc)) for doc in docs]
+    return sum(1 / n for n in n_choices) / len(n_choices) if n_choices else None
 
 
 def compare(task: LoadedTask, whole: Score, pruned: Score) -> TaskResult:
@@ -241,13 +254,18 @@ class _WithoutBars(io.TextIOBase):
 
 @torch.inference_mode()
 def fit(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, sources: Sequence[str] = ()
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor,
+    sources: Sequence[str] = (),
+    start: int | None = None,
 ) -> Fit:
     """How well `model` predicts each window's tokens from those before them, its first token left out.
 
     Args:
         windows: token ids, (samples, tokens)
         sources: of each window; empty where all are from one.
+        start: put before each window; not predicted itself.
 
     Raises:
         RuntimeError: logits that are not finite.
@@ -255,7 +273,8 @@ def fit(
     nats: list[float] = []
     n_bytes = 0
     for window in windows.to(model.device):
-        logits = model(window[None], use_cache=False).logits[0, :-1].float()
+        led = window if start is None else torch.cat([window.new_tensor([start]), window])
+        logits = model(led[None], use_cache=False).logits[0, -len(window) : -1].float()
         nats.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item())
         n_bytes += len(tokenizer.decode(window[1:], clean_up_tokenization_spaces=False).encode())
     if not math.isfinite(sum(nats)):

@@ -8,6 +8,7 @@ import lm_eval
 import torch
 import transformers
 
+from finercut.evaluation.doubts import doubts
 from finercut.evaluation.harness import fit, load_tasks, score
 from finercut.evaluation.records import Measured
 from finercut.evaluation.settings import Evaluate
@@ -19,10 +20,13 @@ from finercut.tokens import Tokens
 logger = logging.getLogger("finercut")
 
 
-def measure(name: str, directory: ModelDirectory, tokens: Tokens, settings: Evaluate) -> Measured:
+def measure(
+    name: str, directory: ModelDirectory, tokens: Tokens, settings: Evaluate, *, judged: bool = False
+) -> Measured:
     """
     Args:
         name: of the model, for the log.
+        judged: look for what speaks against the model, and warn of it.
 
     Raises:
         FileNotFoundError: no model there.
@@ -41,6 +45,9 @@ def measure(name: str, directory: ModelDirectory, tokens: Tokens, settings: Eval
     for task, reached in score(model, directory.tokenizer, tasks, **options):
         scores[task] = reached
         logger.info("evaluate: %s model, %s %.3f (%d samples)", name, task, reached.value, reached.n_samples)
+    found_wrong = doubts(model, directory.tokenizer, tokens.held_out, found, scores) if judged else []
+    for doubt in found_wrong:
+        logger.warning("evaluate: THE WHOLE MODEL MAY BE BROKEN, and no figure beside it means anything: %s", doubt)
     return Measured(
         sha256=directory.weights_sha256,
         dtype=str(dtype).removeprefix("torch."),
@@ -49,6 +56,7 @@ def measure(name: str, directory: ModelDirectory, tokens: Tokens, settings: Eval
         perplexity_by_source=found.perplexity_by_source,
         held_out_sha256=tokens.held_out_sha256,
         tasks=scores,
+        doubts=tuple(found_wrong),
         lm_eval_version=lm_eval.__version__,
         transformers_version=transformers.__version__,
         torch_version=torch.__version__,

@@ -20,6 +20,8 @@ class Score(Record):
     """Documents the task has; more than n_samples when a limit was set."""
     n_fewshot: int
     higher_is_better: bool
+    chance: float | None = None
+    """What guessing scores; None where the task is no choice among answers."""
 
 
 class Measured(Record):
@@ -35,6 +37,8 @@ class Measured(Record):
     """On the held-out tokens of each source; empty where there is one."""
     held_out_sha256: str
     tasks: dict[str, Score]
+    doubts: tuple[str, ...] = ()
+    """What speaks against a whole model, a sentence each. No reports of 0.1 have it."""
     lm_eval_version: str
     transformers_version: str
     torch_version: str
@@ -83,6 +87,8 @@ class Evaluation(Record):
     mean_retention: float | None
     perplexity_ratio: float
     dtype: str | None = None
+    whole_doubts: tuple[str, ...] = ()
+    """What speaks against the whole model that this one was compared with."""
     lm_eval_version: str | None = None
     transformers_version: str | None = None
     seed: int | None = None

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from finercut.model.configs import read_object
 from finercut.model.directory import ModelDirectory, one_line_errors
 from finercut.model.families import check_supported
-from finercut.model.tensors import INDEX, safetensors_files
+from finercut.model.tensors import INDEX, safetensors_files, shards
 
 logger = logging.getLogger("finercut")
 
@@ -46,12 +46,10 @@ def _check_index(model: ModelDirectory) -> None:
     index = model.path / INDEX
     if not index.is_file():
         return
-    named = read_object(index).get("weight_map")
-    if not isinstance(named, dict):
-        raise ValueError(f"{INDEX} has no weight_map")
-    shards = {file.name for file in safetensors_files(model.path)}
-    if strangers := sorted(str(shard) for shard in named.values() if shard not in shards):
+    present = {file.name for file in safetensors_files(model.path)}
+    if strangers := sorted(shards(index) - present):
         raise ValueError(f"{INDEX} names {strangers[0]!r}, which is not a shard of the model")
+    named = read_object(index)["weight_map"]
     if missing := sorted(named.keys() - model.tensors.keys()):
         raise ValueError(f"{len(missing)} tensors of {INDEX} are in no shard, the first is {missing[0]}")
 

@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""One of them at least has the tokens of a tokenizer."""
+TEMPLATES = "additional_chat_templates"
+"""Folder beside config.json: the chat templates that have names."""
+
 
 def read_object(file: Path) -> dict[str, Any]:
     """
@@ -24,4 +29,9 @@ def read_object(file: Path) -> dict[str, Any]:
 def note(directory: Path, key: str, value: Any) -> None:
     """Add `key` to the config.json in `directory`."""
     file = directory / "config.json"
-    file.write_text(json.dumps(read_object(file) | {key: value}, indent=2) + "\n", encoding="utf-8")
+    write_object(file, read_object(file) | {key: value})
+
+
+def write_object(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object as people read it."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

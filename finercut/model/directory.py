@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -153,6 +154,15 @@ class ModelDirectory:
     def tensors(self) -> dict[str, StoredTensor]:
         """Every stored tensor by name, from the files' headers; see `tensors.safetensors_shapes` for what it raises."""
         return tensors.safetensors_shapes(self.path)
+
+    @cached_property
+    def dtype(self) -> str:
+        """What most bytes of the weights are stored as: bfloat16, float16, float32; else as safetensors spells it."""
+        n_bytes = Counter[str]()
+        for stored in self.tensors.values():
+            n_bytes[stored.dtype] += stored.nbytes
+        found = n_bytes.most_common(1)[0][0]
+        return {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}.get(found, found)
 
     def tensor(self, name: str) -> Tensor:
         """A stored tensor.

@@ -12,6 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from finercut.model.configs import read_object
+
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -30,15 +33,34 @@ class StoredTensor:
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """Sorted by name.
+    """Those that transformers loads: the one file, or the shards that the index names. Sorted by name.
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: the index is damaged.
     """
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / INDEX
     files = sorted(directory.glob("*.safetensors"))
+    if index.is_file():
+        named = shards(index)
+        files = [file for file in files if file.name in named]
     if not files:
         raise FileNotFoundError(f"no .safetensors file in {directory}")
     return files
+
+
+def shards(index: Path) -> set[str]:
+    """The names of the files that an index names.
+
+    Raises:
+        ValueError: it is damaged, or names no files.
+    """
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict):
+        raise ValueError(f"{index.name} has no weight_map")
+    return {str(shard) for shard in named.values()}
 
 
 def safetensors_shapes(directory: Path) -> dict[str, StoredTensor]:

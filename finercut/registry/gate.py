@@ -19,14 +19,23 @@ def check(
     min_retention: float,
     min_speed_up: float,
     max_perplexity_ratio: float,
+    allow_doubtful_whole: bool = False,
 ) -> list[Check]:
-    """Every check, passed or not. Every claim must hold, and there must be one. A figure that is null or NaN fails."""
+    """Every check, passed or not. Every claim must hold, and there must be one. A figure that is null or NaN fails.
+
+    Nothing may speak against the whole model, unless that is allowed.
+    """
     return [
         *(map(_claim, claims) if claims else [_nothing_claimed()]),
         _at_least("mean_retention", evaluate.mean_retention, min_retention),
         _at_least("speed_up", throughput.speed_up, min_speed_up),
         _at_most("perplexity_ratio", evaluate.perplexity_ratio, max_perplexity_ratio),
+        *([] if allow_doubtful_whole else map(_doubted, evaluate.whole_doubts)),
     ]
+
+
+def _doubted(doubt: str) -> Check:
+    return Check(name="whole_model", value=None, passed=False, reason=f"the whole model may be broken: {doubt}")
 
 
 def _claim(claim: Claim) -> Check:

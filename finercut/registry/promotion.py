@@ -37,7 +37,7 @@ _UNKNOWN_IN_0_1 = ("transformers_version",)
 N_SIGMA = 2
 
 
-def gate_checks(challenger: Evidence, *, allow_limited: bool, **limits: float) -> list[Check]:
+def gate_checks(challenger: Evidence, *, allow_limited: bool, **limits: float | bool) -> list[Check]:
     """The gate of registration again, with today's limits, and that nothing was evaluated in part.
 
     Args:

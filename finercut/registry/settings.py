@@ -18,6 +18,8 @@ class Register(Section):
     """Pruned over whole output tokens/s in vLLM."""
     max_perplexity_ratio: PositiveFloat
     """Pruned over whole perplexity on the held-out tokens."""
+    allow_doubtful_whole: bool = False
+    """Whether to register although the whole model scores no better than guessing, or predicts plain text absurdly."""
 
 
 class Promote(Section):

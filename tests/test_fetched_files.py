@@ -1,0 +1,155 @@
+"""Models as people have them: names of shards, dtypes, settings and files beside the weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer, random_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finercut.checkpoint.card import inherited
+from finercut.checkpoint.parity import check_parity
+from finercut.checkpoint.prune import prune
+from finercut.model.directory import ModelDirectory
+from finercut.model.loading import load_pruned
+from finercut.sources.dtypes import settle_dtype
+from finercut.sources.models import fetch_model
+from finercut.sources.settings import LocalModel
+from pipelines import fetch
+
+REMOVED = ["2.attention", "3.mlp"]
+
+
+def saved(directory: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
+    random_llama().to(dtype).save_pretrained(directory, **options)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def fetched(path: Path, directory: Path) -> Path:
+    directory.mkdir()
+    origin = fetch_model(LocalModel(kind="local", path=path), directory, directory.parent / "work")
+    fetch.settle(directory, origin.source)
+    return directory
+
+
+# Shards
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        (r"-of-0", "-of-00"),  # DeepSeek: model-00001-of-000002.safetensors
+        (r"^model-", "model.safetensors-"),  # Qwen3.5
+        (r"^model-", "pytorch_model-"),
+        (r"^model-(\d+)-of-\d+", r"part\1"),
+    ],
+)
+def test_the_shards_are_those_that_the_index_names(tmp_path, pattern, name):
+    whole = saved(tmp_path / "whole", max_shard_size="300KB")
+    index = whole / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {key: re.sub(pattern, name, shard) for key, shard in content["weight_map"].items()}
+    for shard in whole.glob("*.safetensors"):
+        shard.rename(whole / re.sub(pattern, name, shard.name))
+    index.write_text(json.dumps(content))
+    for stranger in ("consolidated-00001-of-00001.safetensors", "consolidated.safetensors"):
+        (whole / stranger).write_bytes(b"no weights of this model")
+    model = ModelDirectory(fetched(whole, tmp_path / "model"))
+    assert model.n_elements == sum(p.numel() for p in random_llama().parameters())
+    assert {file.name for file in model.path.glob("*.safetensors")} == set(content["weight_map"].values())
+    # The same weights to those who take the folder as it is.
+    assert ModelDirectory(whole).weights_sha256 == model.weights_sha256
+
+
+@pytest.mark.parametrize("named", ["evil.bin", "../other/model.safetensors", "absent.safetensors"])
+def test_an_index_names_shards_only(tmp_path, named):
+    whole = saved(tmp_path / "whole", max_shard_size="300KB")
+    (whole / "evil.bin").write_bytes(b"x")
+    index = whole / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = named
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"names '{re.escape(named)}', which is not a shard"):
+        fetched(whole, tmp_path / "model")
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize(("stored", "said"), [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32")])
+def test_the_stored_dtype_is_kept_whatever_the_config_says(tmp_path, tokens, stored, said):
+    whole = saved(tmp_path / "whole", getattr(torch, stored))
+    edit(whole / "config.json", dtype=said)
+    report = prune(whole, REMOVED, None, tmp_path / "pruned")
+    assert report.pruned_bytes < report.whole_bytes
+    assert ModelDirectory(tmp_path / "pruned").dtype == stored
+    pair = ModelDirectory(whole), ModelDirectory(tmp_path / "pruned")
+    assert check_parity(*pair, tokens, 0.001, torch.device("cpu")).passed
+    settle_dtype(ModelDirectory(whole))
+    assert ModelDirectory(whole).settings["dtype"] == stored
+
+
+# Settings
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+@pytest.mark.parametrize("changes", [{"pad_token_id": -1}, {"temperature": 0.6, "top_p": 0.9, "max_length": 20}])
+def test_settings_that_saving_refuses_are_pruned_as_loading_takes_them(tmp_path, has_file, changes):
+    whole = saved(tmp_path / "whole")
+    edit(whole / "config.json", **changes)
+    if not has_file:
+        (whole / "generation_config.json").unlink()
+    fetch.settle(whole, "tiny")
+    prune(whole, REMOVED, None, tmp_path / "pruned")
+    expected = AutoModelForCausalLM.from_pretrained(whole)
+    found = load_pruned(tmp_path / "pruned")
+    assert found.generation_config.to_diff_dict() == expected.generation_config.to_diff_dict()
+    assert found.config.pad_token_id == expected.config.pad_token_id
+
+
+# Files beside the weights
+
+
+def test_what_belongs_to_the_model_travels_with_it(tmp_path):
+    whole = saved(tmp_path / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    tokenizer.chat_template = {"default": "D{{ messages[0].content }}", "tool_use": "T{{ messages[0].content }}"}
+    tokenizer.save_pretrained(whole)
+    assert (whole / "additional_chat_templates" / "tool_use.jinja").is_file()
+    (whole / "LICENSE.txt").write_text("Llama 3.2 Community License")
+    (whole / "USE_POLICY.md").write_text("be good")
+    (whole / "README.md").write_text(
+        "---\nlicense: llama3.2\nbase_model: org/base\nlanguage: [en]\ntags: [theirs]\n---\n# Theirs\n"
+    )
+    prune(fetched(whole, tmp_path / "model"), REMOVED, None, tmp_path / "pruned")
+    pruned = AutoTokenizer.from_pretrained(tmp_path / "pruned")
+    chat = [{"role": "user", "content": "x"}]
+    assert pruned.apply_chat_template(chat, chat_template="tool_use", tokenize=False) == "Tx"
+    assert pruned.apply_chat_template(chat, tokenize=False) == "Dx"
+    assert (tmp_path / "pruned" / "LICENSE.txt").read_text() == "Llama 3.2 Community License"
+    assert (tmp_path / "pruned" / "USE_POLICY.md").is_file()
+    card = tmp_path / "pruned" / "README.md"
+    assert inherited(card) == {"license": "llama3.2", "base_model": "org/base", "language": ["en"]}
+    assert "Theirs" not in card.read_text()
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"---\na: [\n---\n", b"---\n- a\n---\n", b"no front matter"])
+def test_a_card_that_cannot_be_read_says_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_bytes(text)
+    assert inherited(tmp_path / "README.md") == {}
+
+
+def test_an_adapter_in_the_folder_is_refused(tmp_path):
+    whole = saved(tmp_path / "whole")
+    (whole / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has an adapter \(adapter_config.json\).*merge it"):
+        fetched(whole, tmp_path / "model")
