@@ -1,4 +1,4 @@
-"""Distances between the whole and the pruned model's next-token distributions."""
+"""Divergences between the whole and the pruned model's next-token distributions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Reference = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Divergence:
-    """One way to compare outputs, split so that what depends on the whole model alone is computed once.
+    """A divergence, split so that the part which depends on the whole model alone is computed once.
 
-    Every one is a mean over tokens of terms that are never negative: partial sums only grow.
+    It is a mean over tokens of non-negative terms, so partial sums never decrease.
     """
 
     name: str
@@ -93,7 +93,7 @@ The arguments of `kl_div` are swapped there; kept to reproduce their order. Unbo
 """
 
 angular = Divergence("angular", "half turns", lambda z: (z,), _angular)
-"""Angle between logit vectors over pi, in [0, 1]. The authors' code cuts angles above 90 degrees off; this does not."""
+"""Angle between logit vectors over pi, in [0, 1]. The authors' code clamps angles above 90 degrees; this does not."""
 
 norm = Divergence("norm", "logits", lambda z: (z,), _norm)
 """Euclidean distance between logit vectors."""

@@ -1,11 +1,11 @@
-"""Candidates evaluated as branches of one pass through the depth.
+"""Evaluates candidates as branches of one pass through the depth.
 
-A candidate at depth d leaves the residual stream before d untouched. So the model as it stands is run once, its stream
-kept at every depth (the trunk), and a candidate is a branch that starts from the trunk where its sublayer is and skips
-it. All branches of all windows that are under way go through a sublayer before any goes through the next.
+Removing a sublayer at depth d leaves the residual stream before d unchanged. So the current model runs once, with its
+stream kept at every depth (the trunk), and a candidate is a branch that starts from the trunk at its own sublayer and
+skips it. All live branches, of all windows, advance one sublayer at a time.
 
-What comes out for a candidate on a window depends on the other candidates beside it in a micro-batch (in the last bits)
-but never on other windows: they may be computed elsewhere.
+A candidate's result on a window depends in its last bits on the candidates beside it in a micro-batch, but never on
+other windows: another process may compute those.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MicroBatch:
     tokens: int
     """Through a sublayer."""
     logits: int
-    """By the head: of some tokens of several models. Between two such batches a candidate can be given up."""
+    """By the head: of some tokens of several models. A candidate can be abandoned between two such batches."""
     divergence_logits: int
     """In float32, with as many for each intermediate result."""
 
@@ -53,14 +53,14 @@ GPU_TOKENS = 2**15
 def micro_batch(
     blocks: Blocks, n_windows: int, n_tokens: int, wanted: int | None = None, free_bytes: int | None = None
 ) -> MicroBatch:
-    """What fits: on a GPU, into the memory left beside the trunk, the branches and the references.
+    """The sizes that fit: on a GPU, into the memory left beside the trunk, the branches and the references.
 
     Args:
-        wanted: tokens, instead.
-        free_bytes: of the GPU; asked of it where None.
+        wanted: tokens through a sublayer at once, whatever fits.
+        free_bytes: of the GPU; None asks the device.
     """
     device = blocks.model.device
-    vocabulary = blocks.model.config.get_text_config().vocab_size
+    vocabulary = blocks.vocabulary
     if wanted is not None:
         return MicroBatch(wanted, wanted * vocabulary, wanted * vocabulary)
     if free_bytes is None:
@@ -75,7 +75,7 @@ def micro_batch(
 
 
 def _within(n_bytes: int, vocabulary: int, bytes_per_token: int) -> MicroBatch:
-    """What fits into so many bytes. Powers of two, so that the next run, with a little less free, mostly agrees."""
+    """The largest powers of two that fit: the next run, with a little less memory free, mostly gets the same ones."""
     logits = max(_power_of_two(n_bytes // 3 // (4 * 6)), SEGMENT_TOKENS * vocabulary)
     tokens = min(GPU_TOKENS, _power_of_two(n_bytes // 3 // bytes_per_token))
     return MicroBatch(tokens=tokens, logits=logits, divergence_logits=logits)
@@ -87,7 +87,7 @@ def _power_of_two(n: int) -> int:
 
 
 class Sweep:
-    """The windows of a search: the whole model's output on them, and the trunk of the model as it stands."""
+    """The windows of a search, with the whole model's output on them and the trunk of the current model."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Sweep:
         """
         Args:
             tokens: ids, (windows, tokens), on the model's device.
-            removed: sublayers that are gone already, when a search is resumed.
+            removed: sublayers already removed, when a search is resumed.
 
         Raises:
             ValueError: the whole model's logits are not finite.
@@ -112,7 +112,7 @@ class Sweep:
         self.micro_batch = micro_batch
         self.n_windows, self.n_tokens = tokens.shape
         self.n_segments = -(-self.n_tokens // SEGMENT_TOKENS)
-        self.vocabulary = blocks.model.config.get_text_config().vocab_size
+        self.vocabulary = blocks.vocabulary
         self.removed: frozenset[Sublayer] = frozenset()
         self._start = {s: depth for depth, unit in enumerate(blocks.units) for s in unit.sublayers}
         with torch.inference_mode():
@@ -126,24 +126,24 @@ class Sweep:
 
     @torch.inference_mode()
     def remove(self, sublayers: Iterable[Sublayer]) -> None:
-        """Make a removal for good: later candidates are judged on top of it."""
+        """Remove sublayers permanently: later candidates are evaluated on top of that."""
         new = frozenset(sublayers)
         self.removed |= new
         self._run_trunk(min(self._start[s] for s in new))
 
     @property
     def sublayers(self) -> frozenset[Sublayer]:
-        """Those that are left."""
+        """Those not removed."""
         return self._start.keys() - self.removed
 
     def passes(self, candidate: Candidate) -> int:
-        """Sublayers a branch without `candidate` goes through on one window."""
+        """Number of sublayers that the branch without `candidate` runs through on one window."""
         gone = self.removed.union(candidate.sublayers)
         return sum(s not in gone for unit in self.blocks.units[self._depth(candidate) :] for s in unit.sublayers)
 
     @torch.inference_mode()
     def divergences(self, windows: Sequence[int]) -> list[float]:
-        """Of the model as it stands, summed over the tokens of each window."""
+        """The current model's divergence on each of the windows, summed over its tokens."""
         ends = self.trunk[-1]
         rows = self.workers.map(lambda w: self._segments(w, ends[w][None], [math.inf])[0], windows)
         return list(map(math.fsum, rows))
@@ -152,7 +152,7 @@ class Sweep:
     def totals(self, part: Part) -> Totals:
         """Divergence of the model without each candidate, on each of its windows. Uses each sublayer's weights once.
 
-        A sum that goes over its limit is not finished. A non-finite output is infinitely far.
+        A sum stops once it exceeds its limit. The divergence of a non-finite output is infinite.
         """
         ends = self._ends({window: list(row) for window, row in part.items()})
         together = max(1, self.micro_batch.logits // (SEGMENT_TOKENS * self.vocabulary))
@@ -174,7 +174,7 @@ class Sweep:
             self.trunk[depth + 1] = states
 
     def _ends(self, branches: dict[int, list[Candidate]]) -> dict[int, Tensor]:
-        """Where the model without each candidate ends.
+        """Final states of the model without each candidate.
 
         Args:
             branches: candidates of each window, by depth.
@@ -204,7 +204,7 @@ class Sweep:
         return states
 
     def _advance(self, unit: Unit, batches: Iterable[tuple[Tensor, frozenset[Sublayer]]]) -> None:
-        """Run (branches, tokens, hidden) states through a unit less what is removed, in place."""
+        """Run (branches, tokens, hidden) states through a unit without its removed sublayers, in place."""
 
         def run(batch: tuple[Tensor, frozenset[Sublayer]]) -> None:
             states, removed = batch
@@ -218,7 +218,7 @@ class Sweep:
         return self._start[candidate.sublayers[0]]
 
     def _reference(self, states: Tensor) -> Reference:
-        """Of the whole model, which ends in (tokens, hidden) `states` on a window."""
+        """The whole model's reference on a window, from its final (tokens, hidden) states."""
         pieces: list[Reference] = []
         for part in states.split(self._head_tokens(1)):
             logits = self.blocks.logits(part[None])[0].float()
@@ -228,14 +228,14 @@ class Sweep:
         return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
     def _head_tokens(self, n_models: int) -> int:
-        """Tokens of each of `n_models` that the head is run on at once: whole segments."""
+        """Tokens of each of `n_models` models in one batch of the head: whole segments."""
         return max(1, self.micro_batch.logits // (self.vocabulary * n_models * SEGMENT_TOKENS)) * SEGMENT_TOKENS
 
     def _segments(self, window: int, states: Tensor, limits: Sequence[float]) -> list[Segments]:
-        """Divergence of models that end in `states`, (models, tokens, hidden), on a window, summed over its segments.
+        """Divergence of models on a window, summed over each segment, from their final (models, tokens, hidden) states.
 
-        The head is run on some tokens at a time, for the models whose sum is not over their limit yet: on more tokens
-        of each, the fewer they are.
+        The head runs on some tokens at a time, and only for models that have not exceeded their limit: the fewer
+        models, the more tokens of each.
         """
         segments: list[Segments] = [()] * len(states)
         under_way = list(range(len(states)))
@@ -265,5 +265,5 @@ class Sweep:
 
 
 def _evenly(states: Tensor, together: int) -> Sequence[Tensor]:
-    """Pieces of at most `together`, as few and as equal as can be: many at once end at about the same time."""
+    """As few pieces of at most `together` as possible, nearly equal: parallel ones end at about the same time."""
     return states.tensor_split(-(-len(states) // together)) if len(states) else ()
