@@ -28,7 +28,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from finercut.selection.blocks import Blocks
 from finercut.selection.race import Part, Totals
 from finercut.selection.sweep import MicroBatch, Sweep
-from finercut.sublayers import parse
 
 Value = TypeVar("Value")
 # Text, numbers and lists of them; a tuple arrives as a list.
@@ -183,20 +182,20 @@ class SharedSweep(Sweep):
         super().__init__(blocks, tokens[ranks.rank :: ranks.size], *args, **kwargs)
         self.ranks = ranks
 
-    def divergences(self, windows: Sequence[int]) -> list[float]:
+    def compared(self, windows: Sequence[int]) -> list[tuple[float, int]]:
         mine = [window for window in windows if self._is_mine(window)]
-        found = super().divergences([window // self.ranks.size for window in mine])
+        found = super().compared([window // self.ranks.size for window in mine])
         everyone = _merged(self.ranks.gather(list(zip(mine, found, strict=True))))
-        return [everyone[window] for window in windows]
+        return [tuple(everyone[window]) for window in windows]
 
     def totals(self, part: Part) -> Totals:
         mine = [window for window in part if self._is_mine(window)]
         found = super().totals({window // self.ranks.size: part[window] for window in mine}) if mine else {}
         if self.ranks.size == 1:
             return found
-        rows = [[[str(candidate), segments] for candidate, segments in row.items()] for row in found.values()]
+        rows = [list(row.values()) for row in found.values()]
         everyone = _merged(self.ranks.gather(list(zip(mine, rows, strict=True))))
-        return {window: {parse(name): tuple(segments) for name, segments in everyone[window]} for window in part}
+        return {window: dict(zip(row, map(tuple, everyone[window]), strict=True)) for window, row in part.items()}
 
     def _is_mine(self, window: int) -> bool:
         return window % self.ranks.size == self.ranks.rank
