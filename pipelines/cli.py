@@ -36,7 +36,7 @@ STAGES = {
     Reads     artifacts/model (its tokenizer), the texts that calibrate names
     Writes    artifacts/calibration, reports/calibrate.json
     """,
-    "search": """Select sublayers to remove, one greedy removal at a time.
+    "search": """Select sublayers to remove, by search.method.
 
     The longest stage. A search that was interrupted goes on after its last removal when started again. With
     search.removals: auto it goes as far as prune.budget needs; a larger budget later continues it.
@@ -321,6 +321,23 @@ def _where_to_look(local_store: bool) -> str:
             "MLflow      " + ("mlflow ui, then http://127.0.0.1:5000" if local_store else "at MLFLOW_TRACKING_URI"),
         ]
     )
+
+
+@main.command()
+def stability() -> None:
+    """Search on each half of the calibration windows, and show how much of what is removed they share.
+
+    Each search takes about half the time of the stage, and goes on where it was interrupted. No artifact changes.
+
+    \b
+    Reads     artifacts/model, artifacts/calibration
+    """
+    from finercut.system.staging import exclusive
+
+    from . import params, stability
+
+    with exclusive(paths.WORK):
+        click.echo(stability.run(params.load(paths.PARAMS)))
 
 
 @main.command()

@@ -138,7 +138,10 @@ def _gate(params: Params, mlflow_run: runs.Run) -> list[Check]:
 
 def _edited(stage: dag.Stage, params: Params) -> bool:
     """Whether the files behind a local source are not those that the stage took: DVC knows their path alone."""
-    return stage.name in ("fetch", "calibrate") and import_module(f"{__package__}.{stage.name}").is_stale(params)
+    if stage.name == "search" and params.search.task is None:
+        return False
+    local = stage.name in ("fetch", "calibrate", "search")
+    return local and import_module(f"{__package__}.{stage.name}").is_stale(params)
 
 
 # DVC is the cache. Prefect's own timeouts cannot interrupt a thread that waits for a process, so the deadline is ours.

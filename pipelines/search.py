@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import json
 import logging
 import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -26,9 +28,12 @@ from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_whole
 from finercut.registry import live
 from finercut.report.pictures import divergence_curves
-from finercut.selection import distributed, greedy, streaming, swaps, trajectory
+from finercut.selection import distributed, evolution, greedy, streaming, swaps, trajectory
 from finercut.selection.baselines import OBJECTIVES, ORDERS
 from finercut.selection.bench import Bench, measured, source_weights
+from finercut.selection.controls import Continuations, end_tokens
+from finercut.selection.evolution import Generation
+from finercut.selection.examples import Examples, read_examples
 from finercut.selection.goal import Goal
 from finercut.selection.records import SearchReport
 from finercut.selection.settings import NOT_NESTED, STEPWISE, Budget, Search
@@ -74,11 +79,24 @@ def run(params: Params) -> SearchReport | None:
         return _search(params.search, params.prune.budget, ranks)
 
 
-def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> SearchReport | None:
+def is_stale(params: Params) -> bool:
+    """Whether the task's examples were edited after the search: DVC knows their path alone."""
+    path = paths.report("search")
+    if params.search.task is None or not path.is_file() or not Path(params.search.task).is_file():
+        return False
+    recorded = json.loads(path.read_text(encoding="utf-8")).get("task_file_sha256")
+    return recorded != _file_sha256(params.search.task)
+
+
+def prepared(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Job:
+    """
+    Raises:
+        As `run`.
+    """
     if not ranks.first:
         logger.setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
-    fetched, tokens, goal = _inputs(settings, budget)
+    fetched, tokens, goal, examples = _inputs(settings, budget)
     device = device_of(settings.device, ranks.local_rank)
     dtype = dtype_of(settings.dtype, device)
     if device.type == "cuda":
@@ -89,7 +107,10 @@ def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Searc
         per=settings.per,
         swaps=settings.swaps,
         budget=f"{budget.amount} {budget.unit}" if budget_decides else None,
-        seed=settings.seed if settings.method == "random" else None,
+        seed=settings.seed if settings.method in ("random", "evolutionary") else None,
+        evolution=settings.evolution.model_dump_json() if settings.method == "evolutionary" else None,
+        task_sha256=None if examples is None else examples.sha256,
+        continuations=_continuations(settings),
         model_source=fetched.source,
         model_revision=fetched.revision,
         model_sha256=fetched.sha256,
@@ -107,28 +128,35 @@ def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Searc
         mode=settings.mode,
         error_probability=settings.error_probability if settings.mode == "racing" else None,
         first_windows=_first_windows(settings, fetched.n_parameters * dtype.itemsize, len(tokens.calibration)),
-        window_weights=_unequal(source_weights(tokens.sources_of("calibration"))),
+        window_weights=window_weights(tokens),
         code_sha256=_code_sha256(),
     )
     if len(set(ranks.gather(provenance.key))) > 1:
         raise ValueError("the processes differ in model, tokens, settings, code or versions; give all the same")
     if dtype == torch.bfloat16 != dtype_of("auto", device):
         logger.warning("search: this CPU does not multiply in bfloat16; search.dtype: float32 is several times faster")
-    started = time.monotonic()
     load = functools.cache(lambda: _load(settings, dtype, device, fetched.n_parameters, ranks))
-    job = _Job(settings, goal, tokens, provenance, ranks, load, started)
-    found = _selected(job)
+    return Job(settings, goal, tokens, examples, provenance, ranks, load, time.monotonic())
+
+
+def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> SearchReport | None:
+    job = prepared(settings, budget, ranks)
+    found = selected(job)
     if not ranks.first:
         return None
     live.finish()
-    finished = Trajectory(provenance, found.steps)
+    finished = Trajectory(job.provenance, found.steps)
     # Remove the stale report first, so that a crash cannot leave it beside the new trajectory.
     paths.report("search").unlink(missing_ok=True)
     trajectory.write(paths.TRAJECTORY, finished)
-    finished.selection().write(paths.SELECTION)
+    selection = finished.selection()
+    if found.stopped is not None:
+        logger.warning("search: ended after %d removals: the next one's %s", len(found.steps), found.stopped)
+        selection = selection.model_copy(update={"left": []})
+    selection.write(paths.SELECTION)
     _write_curve(finished)
     divergence_curves(finished, paths.CURVE_PICTURE)
-    report = _report(finished, settings, goal.n_candidates, found, time.monotonic() - started)
+    report = _report(finished, settings, job.goal.n_candidates, found, time.monotonic() - job.started)
     if report.curves_part:
         logger.warning(
             "search: divergence on held-out tokens%s is %.2f times the calibration's: the removals fit the calibration "
@@ -140,12 +168,14 @@ def _search(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Searc
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What every method is given."""
 
     settings: Search
     goal: Goal
     tokens: Tokens
+    examples: Examples | None
+    """Of divergence task: they decide in place of the calibration tokens."""
     provenance: Provenance
     ranks: distributed.Ranks
     load: Callable[[], PreTrainedModel]
@@ -156,19 +186,44 @@ class _Job:
     def bench(self, removed: Sequence[Candidate] = ()) -> Bench:
         return Bench(
             self.load(),
-            self.tokens.calibration,
-            self.tokens.held_out,
+            *self.windows,
             self.settings.divergence,
-            **self.sources,
-            micro_batch_tokens=self.micro_batch_tokens,
-            ranks=self.ranks,
             removed=[s for candidate in removed for s in candidate.sublayers],
+            ranks=self.ranks,
+            **self.measured_with,
         )
 
     @property
-    def sources(self) -> dict[str, tuple[str, ...]]:
-        """Of all windows, so that divergences are means over sources."""
-        return {f"{name}_sources": self.tokens.sources_of(name) for name in ("calibration", "held_out")}
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """What decides, and what is held out."""
+        return (self.tokens.calibration, self.tokens.held_out) if self.examples is None else self.examples.windows
+
+    @functools.cached_property
+    def measured_with(self) -> dict[str, Any]:
+        return {
+            # Divergences are means over sources.
+            **{f"{name}_sources": self._sources(name) for name in ("calibration", "held_out")},
+            "targets": None if self.examples is None else self.examples.targets,
+            "continuations": self._continuations(),
+            "micro_batch_tokens": self.micro_batch_tokens,
+        }
+
+    def _sources(self, name: str) -> tuple[str, ...]:
+        return self.tokens.sources_of(name) if self.examples is None else ()
+
+    def _continuations(self) -> Continuations | None:
+        """
+        Raises:
+            ValueError: `search.stop` has a limit on ends, and the model knows no token for them.
+        """
+        settings = self.settings
+        if settings.stop.missing_ends is not None and not end_tokens(self.load()):
+            raise ValueError(
+                "search.stop.missing_ends: the model has no end-of-sequence token, so no text ends; set it to null"
+            )
+        if not settings.continuations:
+            return None
+        return Continuations(self.tokens.held_out, settings.continuations, settings.continuation_tokens)
 
     @property
     def micro_batch_tokens(self) -> int | None:
@@ -180,41 +235,65 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Selected:
+class Selected:
     steps: tuple[Step, ...]
     removals: tuple[Removal, ...] = ()
     """Of the greedy search that led to them, if one did."""
     resumed_after: int = 0
     n_swaps: int = 0
+    n_generations: int = 0
+    stopped: str | None = None
+    """The limit of `search.stop` that the removal after these passes."""
 
 
-def _selected(job: _Job) -> _Selected:
+def selected(job: Job) -> Selected:
     """What `search.method` selects; every process of the search returns the same."""
     settings, goal = job.settings, job.goal
+    if settings.method == "evolutionary":
+        return _evolved(job)
     if settings.method not in STEPWISE:
         with job.bench() as bench:
             order = ORDERS[settings.method](bench, goal)
-        return _Selected(_measured(job, order if settings.method in NOT_NESTED else goal.take(order)))
+        return _measured(job, order if settings.method in NOT_NESTED else goal.take(order))
     if settings.method in OBJECTIVES:
         logger.info("search: by %s; divergences follow once all is chosen", OBJECTIVES[settings.method])
-    removals, resumed_after = _greedy(job)
-    order = [parse(removal.sublayer) for removal in removals]
+    found = _greedy(job)
+    order = [parse(removal.sublayer) for removal in found.removals]
     if settings.swaps:
         order, n_swaps = _swapped(job, goal.within(order))
-        return _Selected(_measured(job, order), removals, resumed_after, n_swaps)
-    steps = _measured(job, order) if settings.method in OBJECTIVES else removals
-    return _Selected(steps, removals, resumed_after)
+        measured = _measured(job, order)
+        return replace(measured, removals=found.removals, resumed_after=found.resumed_after, n_swaps=n_swaps)
+    if settings.method in OBJECTIVES:
+        return replace(_measured(job, order), removals=found.removals, resumed_after=found.resumed_after)
+    return found
 
 
-def _greedy(job: _Job) -> tuple[tuple[Removal, ...], int]:
-    """The removals of greedy search, and how many of them an earlier search had found."""
+def _stopped(job: Job, steps: Sequence[Step]) -> tuple[int, str] | None:
+    """How many of these steps pass no limit of `search.stop`, and which limit the next one passes; None if all keep it.
+
+    Raises:
+        ValueError: the first one passes a limit.
+    """
+    passed = ((n, job.goal.passed(step.controls)) for n, step in enumerate(steps))
+    n, why = next(((n, why) for n, why in passed if why), (len(steps), None))
+    if why is not None and n == 0:
+        raise ValueError(f"search.stop leaves nothing to remove: after the first removal, {steps[0].sublayer}, {why}")
+    return None if why is None else (n, why)
+
+
+def _greedy(job: Job) -> Selected:
+    """The removals of greedy search, up to the goal or to a limit of `search.stop`."""
     settings, goal, ranks = job.settings, job.goal, job.ranks
+    fill = settings.fill or settings.method == "evolutionary"
     provenance = job.provenance.model_copy(
         update={
             "method": "greedy",
             "divergence": OBJECTIVES.get(settings.method, settings.divergence),
             "swaps": 0,
-            "budget": job.provenance.budget if settings.fill else None,
+            "budget": job.provenance.budget if fill else None,
+            "seed": None,
+            "evolution": None,
+            "continuations": job.provenance.continuations if settings.method == "greedy" else None,
         }
     )
     in_progress = paths.WORK / "search" / provenance.key / paths.TRAJECTORY.name
@@ -222,54 +301,90 @@ def _greedy(job: _Job) -> tuple[tuple[Removal, ...], int]:
     found = trajectory.parse_trajectory(text, str(in_progress))
     removals = list(found.removals)
     names = [removal.sublayer for removal in removals]
-    end = goal.end(names)
-    resumed_after = len(names) if end is None else end
+
+    def ended() -> Selected | None:
+        """What was found, if the search is at its end."""
+        end, stopped = goal.end(names), _stopped(job, removals) if settings.method == "greedy" else None
+        if stopped is not None and (end is None or stopped[0] < end):
+            n, why = stopped
+            return Selected(tuple(removals[:n]), tuple(removals[:n]), min(resumed_after, n), stopped=why)
+        return None if end is None else Selected(tuple(removals[:end]), tuple(removals[:end]), min(resumed_after, end))
+
+    resumed_after = len(removals)
+    at_end = ended()
     if resumed_after:
-        logger.info("search: %d removals found by an earlier search", resumed_after)
-    if end is not None:
-        return tuple(removals[:end]), resumed_after
+        logger.info(
+            "search: %d removals found by an earlier search", resumed_after if at_end is None else at_end.resumed_after
+        )
+    if at_end is not None:
+        return at_end
     with job.bar("search", "removal", initial=resumed_after, total=goal.estimate(names)) as bar:
         for removal in greedy.search(
             job.load(),
-            job.tokens.calibration,
-            job.tokens.held_out,
+            *job.windows,
             goal.n_most,
             divergence=provenance.divergence,
             kinds=settings.candidates,
             protect=settings.protect,
             exclude=settings.exclude,
             per=goal.per,
-            allows=goal.allows if settings.fill else None,
+            allows=goal.allows if fill else None,
             mode=settings.mode,
             error_probability=settings.error_probability,
             first_windows=provenance.first_windows,
-            **job.sources,
-            micro_batch_tokens=job.micro_batch_tokens,
             earlier=found.removals,
             ranks=ranks,
             progress=bar.refresh,
+            **job.measured_with | ({} if settings.method == "greedy" else {"continuations": None}),
         ):
             removals.append(removal)
             names.append(removal.sublayer)
-            end = goal.end(names)
             if ranks.first:
                 trajectory.append(in_progress, removal)
+            at_end = ended()
+            if ranks.first:
                 bar.set_postfix(
                     divergence=f"{removal.divergence:.4f}", saved=f"{work_saved(removal):.0%}", refresh=False
                 )
-                bar.total = goal.estimate(names) if end is None else end
+                bar.total = goal.estimate(names) if at_end is None else len(at_end.steps)
                 bar.update()
                 _tell(removal, bar.total, time.monotonic() - job.started, resumed_after)
-            if end is not None:
-                break
-    return tuple(removals[:end]), resumed_after
+            if at_end is not None:
+                return at_end
+    return Selected(tuple(removals), tuple(removals), resumed_after)
 
 
-def _swapped(job: _Job, order: list[Candidate]) -> tuple[list[Candidate], int]:
+def _evolved(job: Job) -> Selected:
+    """What the evolutionary method makes of its start."""
+    goal, found = job.goal, Selected(())
+    if job.settings.evolution.start == "greedy":
+        found = _greedy(job)
+    start = goal.within([parse(removal.sublayer) for removal in found.removals]) or evolution.at_random(goal)
+    in_progress = paths.WORK / "search" / job.provenance.key / "generations.jsonl"
+    (lines, *_) = job.ranks.gather(
+        [line.to_json() for line in trajectory.read_lines(in_progress, Generation)] if job.ranks.first else None
+    )
+    generations = [Generation.model_validate_json(line) for line in lines]
+    total = job.settings.evolution.generations
+    with (
+        job.bench(evolution.after(start, generations)) as bench,
+        job.bar("evolution", "generation", initial=len(generations), total=total) as bar,
+    ):
+        for generation in evolution.evolve(bench, goal, start, tuple(generations), bar.refresh):
+            generations.append(generation)
+            if job.ranks.first:
+                trajectory.append(in_progress, generation)
+                bar.update()
+                _tell_generation(generation, len(generations), total)
+    measured = _measured(job, evolution.after(start, generations))
+    return replace(measured, removals=found.removals, resumed_after=found.resumed_after, n_generations=len(generations))
+
+
+def _swapped(job: Job, order: list[Candidate]) -> tuple[list[Candidate], int]:
     """The removals once swaps improved them, and how many were replaced."""
     in_progress = paths.WORK / "search" / job.provenance.key / "swaps.jsonl"
     (lines, *_) = job.ranks.gather(
-        [trial.to_json() for trial in swaps.read_trials(in_progress)] if job.ranks.first else None
+        [trial.to_json() for trial in trajectory.read_lines(in_progress, swaps.Trial)] if job.ranks.first else None
     )
     trials = [swaps.Trial.model_validate_json(line) for line in lines]
     total = job.settings.swaps * len(order)
@@ -281,30 +396,44 @@ def _swapped(job: _Job, order: list[Candidate]) -> tuple[list[Candidate], int]:
         for trial in found:
             trials.append(trial)
             if job.ranks.first:
-                swaps.append(in_progress, trial)
+                trajectory.append(in_progress, trial)
                 bar.update()
                 _tell_trial(trial, len(trials), total)
     return swaps.after(order, trials), sum(trial.taken is not None for trial in trials)
 
 
-def _measured(job: _Job, order: Sequence[Candidate]) -> tuple[Step, ...]:
+def _measured(job: Job, order: Sequence[Candidate]) -> Selected:
+    """An order with what is measured after each of its removals, up to a limit of `search.stop`."""
     steps: list[Step] = []
     with job.bench() as bench:
         for step in measured(bench, order):
+            if stopped := _stopped(job, [*steps, step]):
+                return Selected(tuple(steps), stopped=stopped[1])
             steps.append(step)
             if job.ranks.first:
                 _tell_step(step, len(order))
-    return tuple(steps)
+    return Selected(tuple(steps))
 
 
-def _inputs(settings: Search, budget: Budget) -> tuple[FetchReport, Tokens, Goal]:
+def _inputs(settings: Search, budget: Budget) -> tuple[FetchReport, Tokens, Goal, Examples | None]:
     fetched = FetchReport.read(paths.report("fetch"))
     tokens = load_tokens(paths.CALIBRATION)
     tokens.check_vocabulary(fetched.vocab_size)
-    costs = costs_of(ModelDirectory(paths.MODEL).written_by("fetch"))
-    goal = Goal(settings, budget, costs, fetched.n_blocks)
+    whole = ModelDirectory(paths.MODEL).written_by("fetch")
+    goal = Goal(settings, budget, costs_of(whole), fetched.n_blocks)
     goal.check()
-    return fetched, tokens, goal
+    examples = None
+    if settings.task is not None:
+        examples = read_examples(Path(settings.task), whole.tokenizer, fetched.max_position_embeddings)
+    return fetched, tokens, goal, examples
+
+
+def _file_sha256(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _continuations(settings: Search) -> str | None:
+    return f"{settings.continuations} of {settings.continuation_tokens} tokens" if settings.continuations else None
 
 
 def _load(
@@ -331,7 +460,9 @@ def _first_windows(settings: Search, weights_bytes: int, n_windows: int) -> int:
     return n_windows if streamed and settings.mode == "lazy" else 1
 
 
-def _unequal(weights: list[float]) -> list[float] | None:
+def window_weights(tokens: Tokens) -> list[float] | None:
+    """Of the calibration windows; None where all count alike."""
+    weights = source_weights(tokens.sources_of("calibration"))
     return weights if any(weight != 1 for weight in weights) else None
 
 
@@ -372,9 +503,16 @@ def _tell(removal: Removal, n_removals: int, seconds: float, resumed_after: int)
             "search.evaluations": removal.evaluations,
             "search.work_saved": work_saved(removal),
             "search.eta_s": eta_s,
-        },
+        }
+        | _controls(removal),
         step=removal.step,
     )
+
+
+def _controls(step: Step) -> dict[str, float]:
+    """What was measured of them, by the names of its metrics."""
+    shown = {} if step.controls is None else step.controls.model_dump(exclude_none=True)
+    return {f"search.{name}": value for name, value in shown.items()}
 
 
 def _tell_step(step: Step, n_removals: int) -> None:
@@ -400,6 +538,19 @@ def _tell_trial(trial: swaps.Trial, n_done: int, n_most: int) -> None:
     )
 
 
+def _tell_generation(generation: Generation, n_done: int, n_all: int) -> None:
+    logger.info(
+        "search: generation %d of %d, %s, divergence %.4f, held-out %.4f",
+        n_done,
+        n_all,
+        f"{', '.join(generation.put_back)} put back for {', '.join(generation.taken)}"
+        if generation.put_back
+        else f"none of {generation.n_offspring} is better",
+        generation.divergence,
+        generation.held_out_divergence,
+    )
+
+
 def _write_curve(finished: Trajectory) -> None:
     with staged_file(paths.CURVE) as partial, partial.open("w", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -416,15 +567,17 @@ def _worst(last: Step) -> tuple[str, float]:
     return where, held_out / last.divergence if last.divergence else math.inf
 
 
-def _report(
-    finished: Trajectory, settings: Search, n_candidates: int, found: _Selected, seconds: float
-) -> SearchReport:
+def _report(finished: Trajectory, settings: Search, n_candidates: int, found: Selected, seconds: float) -> SearchReport:
     last = finished.removals[-1]
     margins = [r.margin for r in found.removals if r.margin is not None]
     return SearchReport(
         method=finished.provenance.name,
         nested=finished.provenance.nested,
         n_swaps=found.n_swaps,
+        n_generations=found.n_generations,
+        task_file_sha256=None if settings.task is None else _file_sha256(settings.task),
+        stopped=found.stopped,
+        controls=last.controls,
         mode=settings.mode,
         least_margin=min(margins, default=None),
         largest_fall=max((r.largest_fall for r in found.removals), default=0.0),

@@ -18,7 +18,7 @@ from conftest import random_llama
 from servers import open_to_others
 from test_search_and_prune import settings
 
-from finercut.selection.distributed import Ranks
+from finercut.selection.distributed import Ranks, start
 from finercut.selection.greedy import search
 from finercut.selection.records import SearchReport
 from finercut.sources.records import FetchReport
@@ -169,3 +169,28 @@ def test_every_process_takes_the_params_that_the_stage_was_given(fresh):
     with_processes(1)  # what params.yaml says
     chosen = settings(**{"search.removals": 3, "search.n_processes": 2})
     assert stage.run(chosen).n_removals == 3
+
+
+def test_processes_whose_launcher_was_killed_before_they_joined_do_not_search(fresh):
+    with_processes(2)
+    launcher = subprocess.Popen(COMMAND, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(workers := [c for c in psutil.Process(launcher.pid).children() if "LOCAL_RANK" in c.environ()]) < 2:
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    _, outlived = psutil.wait_procs(workers, timeout=300)
+    assert not outlived
+    assert not list(paths.WORK.rglob(paths.TRAJECTORY.name))
+    assert not paths.TRAJECTORY.exists()
+
+
+def test_the_environment_is_as_before_when_the_processes_have_ended(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    told = "import os, sys; sys.exit(os.environ['GLOO_SOCKET_IFNAME'] != 'lo' or 3 * int(os.environ['RANK']))"
+    with pytest.raises(RuntimeError, match=r"process 1 of 2 failed \(3\)"):
+        start(2, ["-c", told])
+    assert dict(os.environ) == before

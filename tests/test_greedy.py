@@ -2,8 +2,8 @@
 
 import inspect
 import math
-import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from conftest import random_llama
 from family_models import CASES, UNDECLARED, random_model
 from family_models import settings as family_settings
 from threadpoolctl import threadpool_info
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from finercut.model.families import PRE_NORM, layout_of
@@ -136,6 +137,27 @@ def test_micro_batches_of_a_gpu_are_the_same_when_a_little_less_of_it_is_free(mo
     assert fits(2**40).tokens == 2**15
 
 
+class WidestProduct(TorchDispatchMode):
+    """The most numbers of a token that a matrix product is given or gives. Windows are shorter than that."""
+
+    width = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        if "mm" in operation.__name__ or "linear" in operation.__name__:
+            tensors = [t for t in (*arguments, result) if isinstance(t, torch.Tensor)]
+            self.width = max(self.width, *(t.shape[-1] for t in tensors if t.dim() > 1))
+        return result
+
+
+def test_micro_batches_are_sized_by_the_heads_logits_whatever_the_config_says(tokens):
+    model = random_llama()
+    model.lm_head = torch.nn.Linear(128, 416, bias=False)
+    blocks = Blocks(model, PRE_NORM, tokens[:1])
+    assert (model.config.vocab_size, blocks.vocabulary) == (400, 416)
+    assert micro_batch(blocks, 2, 24, wanted=32) == MicroBatch(32, 32 * 416, 32 * 416)
+
+
 @pytest.mark.parametrize("case", [*CASES, *UNDECLARED])
 def test_micro_batches_need_no_names_of_a_familys_config(case):
     model_type, changes = (CASES | UNDECLARED)[case]
@@ -143,8 +165,12 @@ def test_micro_batches_need_no_names_of_a_familys_config(case):
     layout = find_layout(model) if case in UNDECLARED else layout_of(model.config)
     blocks = Blocks(model, layout, torch.ones(1, 8).long())
     assert blocks.width == model.config.hidden_size == 64
-    matrices = [p for name, p in model.named_parameters() if re.search(r"\.[0-3]\.", name) and p.dim() > 1]
-    assert blocks.widest == max(max(p.shape[-2:]) for p in matrices)
+    states = blocks.embed(torch.ones(1, 8).long())
+    with torch.no_grad(), WidestProduct() as seen:
+        for unit in blocks.units:
+            states = blocks.run(unit, states, [])
+    assert blocks.widest == seen.width
+    assert blocks.vocabulary == 400
     assert micro_batch(blocks, 2, 8, free_bytes=2**30).tokens > 0
 
 
@@ -156,23 +182,66 @@ def test_fixtures_use_names_that_their_configs_have(case):
     assert set(family_settings(model_type, **changes)) - known == set()
 
 
-@pytest.mark.parametrize("n_taken", [1, 3])
-def test_a_search_leaves_the_threads_as_they_were(model, tokens, n_taken):
-    def blas():
-        return sorted((pool["filepath"], pool["num_threads"]) for pool in threadpool_info())
+def in_new_thread(function):
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function).result()
 
+
+def threads():
+    """What torch and every BLAS take in this thread and in a new one, and how many threads there are."""
+
+    def numbers():
+        return torch.get_num_threads(), sorted((pool["filepath"], pool["num_threads"]) for pool in threadpool_info())
+
+    return numbers(), in_new_thread(numbers), threading.active_count()
+
+
+@pytest.fixture
+def two_and_three_threads():
+    """Torch computes with two threads in this thread, with three in new ones."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        torch.ones(4, 4) @ torch.ones(4, 4)
-        before = torch.get_num_threads(), blas(), threading.active_count()
-        found = search(model, tokens, tokens, 3)
-        for _ in range(n_taken):  # to its end, or given up on the way
+    in_new_thread(lambda: torch.set_num_threads(3))
+    torch.ones(4, 4) @ torch.ones(4, 4)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.mark.parametrize("end", ["end", "close", "forget", "fail"])
+def test_a_search_leaves_the_threads_as_they_were(model, tokens, end, two_and_three_threads):
+    def fail():
+        raise OSError
+
+    before = threads()
+    assert (before[0][0], before[1][0]) == (2, 3)
+    found = search(model, tokens, tokens, 2, progress=fail if end == "fail" else lambda: None)
+    if end == "fail":
+        with pytest.raises(OSError):
             next(found)
+    else:
+        next(found)
+        assert threads()[:2] == before[:2], "in the middle of a search"
+        assert threading.active_count() > before[2]
+    if end == "end":
+        list(found)
+    elif end == "close":
         found.close()
-        assert (torch.get_num_threads(), blas(), threading.active_count()) == before
-    finally:
-        torch.set_num_threads(n_threads)
+    del found
+    assert threads() == before
+
+
+def test_pieces_of_work_are_computed_by_one_thread_each(two_and_three_threads):
+    with Workers(torch.device("cpu")) as workers:
+        meeting = threading.Barrier(2, timeout=60)
+
+        def piece(_):
+            meeting.wait()  # so that both threads have one
+            torch.ones(300, 300) @ torch.ones(300, 300)
+            return threading.get_ident(), torch.get_num_threads()
+
+        found = workers.map(piece, range(4))
+    assert len({thread for thread, _ in found}) == 2
+    assert {n_threads for _, n_threads in found} == {1}
 
 
 SOURCES = ("a", "b", "a", "a", "c", "a")  # 4, 1 and 1 of 6 windows

@@ -4,6 +4,7 @@ import math
 import random
 from fractions import Fraction
 
+import mpmath
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -292,6 +293,16 @@ def test_the_tail_of_students_t_is_that_of_the_tables():
         (0, 5, 0.5),
     ):
         assert t_tail(t, degrees) == pytest.approx(tail, rel=1e-3)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 15, 63, 1023])
+@pytest.mark.parametrize("t", [0.0, 0.01, 1.0, 2.5, 7.0, 40.0])
+def test_the_tail_of_students_t_is_that_of_the_definition(t, degrees):
+    # P(T > t) = I(n / (n + t^2); n / 2, 1 / 2) / 2, to 40 digits
+    with mpmath.workdps(40):
+        n, t_exact = mpmath.mpf(degrees), mpmath.mpf(t)
+        tail = mpmath.betainc(n / 2, 0.5, 0, n / (n + t_exact**2), regularized=True) / 2
+    assert t_tail(t, degrees) == pytest.approx(float(tail), rel=1e-12)
 
 
 def test_the_test_errs_no_more_often_than_it_says():

@@ -23,7 +23,7 @@ from finercut.selection.trajectory import read_trajectory
 from finercut.sources.records import FetchReport
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
-from pipelines import params, paths, prune, search
+from pipelines import params, paths, prune, search, stability
 
 ROOT = Path(__file__).parent.parent
 
@@ -299,14 +299,16 @@ def test_a_trajectory_of_another_model_is_refused_and_the_old_checkpoint_kept(pr
 
 
 BLOCKWISE = ("last_blocks", "shortgpt", "gromov", "sleb")
-METHODS = ("random", "one_shot", "llm_drop", "block_pruner", *BLOCKWISE)
+METHODS = ("random", "one_shot", "llm_drop", "block_pruner", "evolutionary", *BLOCKWISE)
+NOT_NESTED = ("gromov", "evolutionary")
 BUDGET = {"unit": "parameters", "amount": 0.5}
+EVOLUTION = {"generations": 6, "offspring": 6}
 
 
 def by_method(method, **changes):
     kinds = "blocks" if method in BLOCKWISE else "both"
     chosen = {"search__candidates": kinds, "search__removals": "auto", "prune__budget": BUDGET}
-    return with_changes(**chosen | {"search__method": method} | changes)
+    return with_changes(**chosen | {"search__method": method, "search__evolution": EVOLUTION} | changes)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -315,10 +317,10 @@ def test_every_method_writes_a_selection_and_a_curve_that_prune_takes(project, t
     report = search.run(chosen)
     selection, found = Selection.read(paths.SELECTION), read_trajectory(paths.TRAJECTORY)
     assert report.method == selection.method == found.provenance.method == method
-    assert report.nested == selection.nested == (method != "gromov")
+    assert report.nested == selection.nested == (method not in NOT_NESTED)
     assert report.removals == [c.candidate for c in selection.removals] == [r.sublayer for r in found.removals]
     line = json.loads(paths.TRAJECTORY.read_text().splitlines()[1])
-    assert line.keys() == {"step", "sublayer", "divergence", "held_out_divergence", "held_out_by_source"}
+    assert line.keys() == {"step", "sublayer", "divergence", "held_out_divergence", "held_out_by_source", "controls"}
     with paths.CURVE.open() as file:
         assert [float(row["divergence"]) for row in csv.DictReader(file)] == [c.divergence for c in selection.removals]
     assert paths.CURVE_PICTURE.read_bytes().startswith(b"\x89PNG")
@@ -398,6 +400,121 @@ def test_swaps_cut_anywhere_continue_to_the_same_bytes(project):
         assert in_progress.read_bytes() == b"".join(lines)
 
 
+def test_a_limit_of_stop_ends_a_search_and_prune_takes_what_there_is(project, caplog):
+    whole = search.run(by_method("greedy"))
+    steps = read_trajectory(paths.TRAJECTORY).removals
+    agreements = [step.controls.agreement for step in steps]
+    assert whole.controls == steps[-1].controls
+    assert whole.stopped is None
+    assert agreements[0] > agreements[-1]
+    n = next(n for n, agreement in enumerate(agreements) if agreement < agreements[0])
+    chosen = by_method("greedy", search__stop={"agreement": agreements[0]})
+    stopped = search.run(chosen)
+    assert stopped.removals == whole.removals[:n]
+    assert stopped.resumed_after == n, "nothing is searched again"
+    assert stopped.stopped == (f"agreement {agreements[n]:.3g} is below search.stop.agreement = {agreements[0]:g}")
+    assert f"search: ended after {n} removals: the next one's agreement" in caplog.text
+    assert prune.run(chosen).removed == stopped.removals, "within the budget, though it allows more"
+    assert search.run(by_method("greedy")).removals == whole.removals, "without the limit, it goes on"
+    shutil.rmtree(paths.WORK)
+    assert search.run(chosen).removals == stopped.removals
+
+
+def test_a_limit_ends_other_methods_too_and_one_that_leaves_nothing_is_an_error(project):
+    ranked = search.run(by_method("one_shot"))
+    steps = read_trajectory(paths.TRAJECTORY).removals
+    limit = steps[0].controls.agreement
+    n = next(n for n, step in enumerate(steps) if step.controls.agreement < limit)
+    stopped = search.run(by_method("one_shot", search__stop={"agreement": limit}))
+    assert stopped.removals == ranked.removals[:n]
+    assert stopped.stopped
+    for method in ("one_shot", "greedy"):
+        with pytest.raises(ValueError, match="search.stop leaves nothing to remove: after the first removal, .*below"):
+            search.run(by_method(method, search__stop={"agreement": 0.999}))
+
+
+def test_a_limit_on_ends_is_refused_where_a_text_has_none(project):
+    for name in ("config.json", "generation_config.json"):
+        file = paths.MODEL / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": None}))
+    with pytest.raises(ValueError, match="search.stop.missing_ends: the model has no end-of-sequence token"):
+        search.run(with_changes(search__stop={"missing_ends": 0.5}))
+
+
+@pytest.mark.parametrize("start", ["greedy", "random"])
+def test_an_evolutionary_search_cut_anywhere_continues_to_the_same_bytes(project, start):
+    budget = BUDGET | {"amount": 0.4}
+    chosen = by_method("evolutionary", prune__budget=budget, search__evolution=EVOLUTION | {"start": start})
+    report = search.run(chosen)
+    assert report.n_generations == 6
+    undisturbed = paths.TRAJECTORY.read_bytes(), paths.SELECTION.read_bytes()
+    (in_progress,) = paths.WORK.rglob("generations.jsonl")
+    lines = in_progress.read_bytes().splitlines(keepends=True)
+    assert any(json.loads(line)["put_back"] for line in lines) or start == "greedy"
+    for n_whole, n_torn in ((0, 0), (3, 20)):
+        in_progress.write_bytes(b"".join(lines[:n_whole]) + lines[n_whole][:n_torn])
+        search.run(chosen)
+        assert (paths.TRAJECTORY.read_bytes(), paths.SELECTION.read_bytes()) == undisturbed
+        assert in_progress.read_bytes() == b"".join(lines)
+    if start == "greedy":
+        greedily = search.run(by_method("greedy", search__fill=True, prune__budget=budget))
+        assert report.final_divergence <= greedily.final_divergence * (1 + 1e-6)
+
+
+def test_a_task_decides_and_an_edit_of_its_examples_is_noticed(project):
+    lines = [{"prompt": f"The river number {i} is", "answer": word} for i, word in enumerate(("long", "wide") * 4)]
+    file = Path("task.jsonl")
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain = search.run(settings())
+    chosen = with_changes(search__divergence="task", search__task="task.jsonl")
+    report = search.run(chosen)
+    assert report.divergence == "task"
+    assert report.removals != plain.removals
+    assert not search.is_stale(chosen)
+    file.write_text(file.read_text().replace("wide", "deep"))
+    assert search.is_stale(chosen)
+    assert search.run(chosen).resumed_after == 0
+    assert not search.is_stale(chosen)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="search.task: no file task.jsonl"):
+        search.run(chosen)
+
+
+def test_stability_is_the_overlap_of_searches_on_two_halves(project, tokens):
+    removed = []
+    for half in (tokens[:4:2], tokens[1:4:2]):
+        shutil.rmtree(paths.CALIBRATION)
+        write_tokens(_fresh(paths.CALIBRATION), Tokens(half.contiguous(), tokens[4:]), {})
+        removed.append(set(search.run(settings()).removals))
+    write_tokens(_fresh(paths.CALIBRATION), Tokens(tokens[:4], tokens[4:]), {})
+    before = {file: file.read_bytes() for file in (paths.TRAJECTORY, paths.SELECTION, paths.report("search"))}
+    shutil.rmtree(paths.WORK)
+    said = stability.run(settings())
+    shared = len(removed[0] & removed[1]) / len(removed[0] | removed[1])
+    assert f"overlap of the removed sublayers {shared:.2f}" in said
+    for name in removed[0] ^ removed[1]:
+        which = "first" if name in removed[0] else "second"
+        assert any(name in line for line in said.splitlines() if f"only the {which} removes" in line)
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_the_overlap_by_hand():
+    first, second = ({s for n in names for s in parse(n).sublayers} for names in (["0.block"], ["0.mlp", "1.mlp"]))
+    assert stability.overlap(first, second) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search__method": "random"}, "random looks at no windows"),
+        ({"search__divergence": "task", "search__task": "t"}, "search.task decides"),
+    ],
+)
+def test_stability_of_what_does_not_depend_on_the_windows_is_refused(project, changes, message):
+    with pytest.raises(ValueError, match=message):
+        stability.run(with_changes(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -412,6 +529,22 @@ def test_swaps_cut_anywhere_continue_to_the_same_bytes(project):
         ({"search__swaps": 1, "search__removals": 5}, "set removals to auto"),
         ({"search__method": "gromov", "search__candidates": "blocks", "search__removals": 5}, "set removals to auto"),
         ({"search__swaps": 1, "search__exclude": 0.4}, "exclude goes neither with swaps"),
+        ({"search__method": "evolutionary", "search__removals": 5}, "set removals to auto"),
+        ({"search__method": "evolutionary", "search__exclude": 0.4}, "exclude belongs to methods that go step by step"),
+        (
+            {"search__divergence": "perplexity", "search__mode": "lazy"},
+            "perplexity falls with some removals, so mode",
+        ),
+        (
+            {"search__divergence": "task", "search__task": "t", "search__mode": "racing"},
+            "task falls with some removals",
+        ),
+        ({"search__divergence": "task"}, "go together: give both or neither"),
+        ({"search__task": "task.jsonl"}, "go together: give both or neither"),
+        ({"search__divergence": "task", "search__task": "t", "search__method": "one_shot"}, "task belongs to methods"),
+        ({"search__stop": {"repetition": 0.5}, "search__continuations": 0}, "need continuations"),
+        ({"search__stop": {"agreement": 0.5}, "search__swaps": 1}, "stop cannot cut what swaps"),
+        ({"search__stop": {"agreement": 0.5}, "search__method": "evolutionary"}, "stop cannot cut what swaps"),
         (
             {"search__method": "gromov", "search__candidates": "blocks", "prune__budget": BUDGET | {"amount": 0.1}},
             "is less than any single candidate",

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
+from conftest import random_llama
 
 from finercut.registry import runs
+from finercut.selection import distributed
+from finercut.selection.greedy import search
 from finercut.sources import wheel as wheel_files
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import LocalModel
@@ -24,23 +28,107 @@ CODE = sorted(file for package in ("finercut", "pipelines") for file in (ROOT / 
 CANARY = "canary-5f2b9e"
 
 
+UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "multiprocessing"}
+UNSAFE_CALLS = {"torch.load", "eval", "exec", "yaml.unsafe_load", "yaml.full_load", "os.system"}
+# torch.distributed pickles the objects that these exchange; the others are pandas' and numpy's.
+UNSAFE_NAMES = re.compile(r"((gather|broadcast|scatter|send|recv)_object(_list)?|(read|to)_pickle)$")
+
+
+def unsafe(source: str) -> list[str]:
+    """What in the source could unpickle or evaluate what others wrote."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        modules, names = [], []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules, names = [node.module or ""], [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Name):
+            names = [node.id]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in UNSAFE_CALLS:
+                found.append(called)
+            if called.rpartition(".")[2] in ("import_module", "__import__"):
+                modules = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        elif isinstance(node, ast.keyword) and node.arg in ("shell", "allow_pickle"):
+            found += [node.arg] if ast.unparse(node.value) != "False" else []
+        found += [module for module in modules if module.partition(".")[0] in UNSAFE_MODULES]
+        found += [name for name in names if UNSAFE_NAMES.search(name)]
+    return found
+
+
 @pytest.mark.parametrize("file", CODE, ids=lambda file: file.name)
 def test_nothing_is_unpickled_or_evaluated(file):
-    tree = ast.parse(file.read_text())
-    modules = {
-        name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
-    }
-    assert not modules & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    # torch.distributed pickles the objects that these exchange.
-    assert not {name for name in called if re.search(r"(gather|broadcast|scatter|send|recv)_object(_list)?$", name)}
-    assert not called & {"torch.load", "eval", "exec", "yaml.unsafe_load", "yaml.full_load", "os.system"}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.keyword) and node.arg == "shell":
-            assert ast.unparse(node.value) == "False"
+    assert unsafe(file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from multiprocessing import Queue",
+        "import_module('joblib')",
+        "torch.load(path)",
+        "dist.all_gather_object(values, value)",
+        "from torch.distributed import broadcast_object_list as share",
+        "send = dist.send_object_list",
+        "numpy.load(path, allow_pickle=True)",
+        "pandas.read_pickle(path)",
+        "subprocess.run(line, shell=True)",
+        "eval(text)",
+    ],
+)
+def test_each_way_to_unpickle_or_evaluate_is_noticed(line):
+    assert len(unsafe(line)) == 1
+
+
+# One of two processes that share a search. Replaced before torch is imported, pickle's names are errors from then on.
+RANK = """
+import pickle, sys
+
+searching = False
+
+def refused(original):
+    def call(*arguments, **options):
+        assert not searching, "pickled"
+        return original(*arguments, **options)
+    return call
+
+for name in ("dump", "dumps", "load", "loads"):
+    setattr(pickle, name, refused(getattr(pickle, name)))
+for name in ("Pickler", "Unpickler"):
+    kind = getattr(pickle, name)
+    setattr(pickle, name, type(name, (kind,), {"__init__": refused(kind.__init__)}))
+
+import math, struct
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from conftest import random_llama
+from finercut.selection.distributed import ranks
+from finercut.selection.greedy import search
+
+searching = True
+FLOATS = [1 / 3, 0.1, -0.0, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan]
+with ranks() as mine:
+    shared = mine.gather({"rank": mine.rank, "floats": FLOATS, "names": ["12.mlp", "\\u00e9" * mine.rank]})
+    for rank, theirs in enumerate(shared):
+        assert (theirs["rank"], theirs["names"]) == (rank, ["12.mlp", "\\u00e9" * rank])
+        assert struct.pack("<8d", *theirs["floats"]) == struct.pack("<8d", *FLOATS)
+    tokens = torch.randint(3, 400, (6, 24), generator=torch.Generator().manual_seed(1))
+    found = list(search(random_llama(), tokens[:4], tokens[4:], 3, mode="lazy", ranks=mine))
+Path(sys.argv[2], str(mine.rank)).write_text("".join(removal.to_json() for removal in found))
+"""
+
+
+def test_processes_that_share_a_search_exchange_exact_numbers_and_pickle_nothing(tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    distributed.start(2, ["-c", RANK, str(Path(__file__).parent), str(tmp_path)])
+    alone = "".join(removal.to_json() for removal in search(random_llama(), tokens[:4], tokens[4:], 3, mode="lazy"))
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [alone, alone]
 
 
 def test_a_link_out_of_a_model_directory_is_not_followed(tiny_model, tmp_path):

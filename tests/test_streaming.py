@@ -138,3 +138,17 @@ def test_a_limit_below_the_least_is_refused():
     with pytest.raises(ValueError, match="do not hold the embeddings, the head and 2 sublayers of this model: .* GiB"):
         stream(model, CPU, least(model) - 1)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_streaming_leaves_the_threads_of_others_as_they_were(tokens):
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = random_llama()
+        stream(model, CPU, least(model))
+        with torch.inference_mode():
+            model(tokens)
+        with ThreadPoolExecutor(1) as new:
+            assert (torch.get_num_threads(), new.submit(torch.get_num_threads).result()) == (2, 2)
+    finally:
+        torch.set_num_threads(n_threads)

@@ -14,6 +14,7 @@ from finercut.selection.divergence import js
 from finercut.selection.goal import Goal
 from finercut.selection.settings import Budget, Search
 from finercut.selection.swaps import Trial
+from finercut.selection.trajectory import append, read_lines
 from finercut.sublayers import candidates, parse
 from pipelines.params import load
 
@@ -114,15 +115,15 @@ def test_nothing_to_take_is_no_swap(model, tokens):
 
 def test_trials_are_read_back_and_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "work" / "swaps.jsonl"
-    assert swaps.read_trials(path) == []
+    assert read_lines(path, Trial) == []
     trials = [Trial(put_back=f"{i}.mlp", taken=None, divergence=0.1, held_out_divergence=0.2) for i in range(3)]
     for trial in trials:
-        swaps.append(path, trial)
-    assert swaps.read_trials(path) == trials
+        append(path, trial)
+    assert read_lines(path, Trial) == trials
     whole = path.read_bytes()
     for torn in (whole[:-1], whole[:-30], whole + b'{"put_b'):
         path.write_bytes(torn)
-        kept = swaps.read_trials(path)
+        kept = read_lines(path, Trial)
         assert kept == trials[: len(kept)]
         assert len(kept) == torn.count(b"\n")
         assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[: len(kept)])

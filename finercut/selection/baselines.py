@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from finercut.selection.bench import PERPLEXITY, Bench
+from finercut.selection.bench import Bench
 from finercut.selection.goal import Goal
 from finercut.sublayers import Candidate, Sublayer, candidates, open_candidates, protected
 
 Order = Callable[[Bench, Goal], list[Candidate]]
 
-OBJECTIVES: Mapping[str, str] = {"sleb": PERPLEXITY, "block_pruner": PERPLEXITY}
+OBJECTIVES: Mapping[str, str] = {"sleb": "perplexity", "block_pruner": "perplexity"}
 """Stepwise methods that judge by something else than `search.divergence`.
 
 SLEB: arXiv 2402.09025. BlockPruner: arXiv 2406.10594.

@@ -13,16 +13,15 @@ from transformers import PreTrainedModel
 
 from finercut.model.families import layout_of
 from finercut.selection.blocks import Blocks
+from finercut.selection.controls import Continuations
 from finercut.selection.distributed import ALONE, Ranks, SharedSweep
-from finercut.selection.divergence import DIVERGENCES, Divergence, Reference
+from finercut.selection.divergence import OBJECTIVES, perplexity, task
 from finercut.selection.race import Part, Totals
+from finercut.selection.records import Controls
 from finercut.selection.sweep import micro_batch
 from finercut.selection.trajectory import Step
 from finercut.selection.workers import Workers
 from finercut.sublayers import Candidate, Sublayer
-
-PERPLEXITY = "perplexity"
-"""Name of the objective that judges by the text itself, and not by the whole model's output."""
 
 
 class Bench(SharedSweep):
@@ -40,6 +39,8 @@ class Bench(SharedSweep):
         *,
         calibration_sources: Sequence[str] = (),
         held_out_sources: Sequence[str] = (),
+        targets: tuple[Tensor, Tensor] | None = None,
+        continuations: Continuations | None = None,
         micro_batch_tokens: int | None = None,
         ranks: Ranks = ALONE,
         removed: Iterable[Sublayer] = (),
@@ -48,8 +49,10 @@ class Bench(SharedSweep):
         Args:
             calibration_sources, held_out_sources: which source each window is from: divergences are means over sources.
                 Empty where all are from one.
-            objective: the name of a divergence, or `perplexity`: the negative log-likelihood of each next token in
-                place of a divergence, nats; 0 for the last token of a window.
+            objective: a name in OBJECTIVES. perplexity is the negative log-likelihood of each next token, 0 for the
+                last token of a window; task, of the `targets`.
+            targets: of task, for each set: the id that each token is to predict, -1 where it does not count.
+            continuations: what `controls` writes; None for nothing.
             removed: sublayers that are gone from the start.
 
         Raises:
@@ -75,23 +78,27 @@ class Bench(SharedSweep):
         with torch.inference_mode():
             blocks = Blocks(model, layout_of(model.config), tokens[:1])
         sizes = ranks.least(micro_batch(blocks, *tokens.shape, micro_batch_tokens))
-        divergence = _next_token if objective == PERPLEXITY else DIVERGENCES[objective]
+        divergence = OBJECTIVES[objective]
         with ExitStack() as stack:
             workers = stack.enter_context(Workers(model.device))
             super().__init__(ranks, blocks, tokens, divergence, workers, sizes, removed)
             self._threads = stack.pop_all()
-        if objective == PERPLEXITY:
-            self.references = [(_next_tokens(window),) for window in tokens[ranks.rank :: ranks.size]]
+        self.n_tokens_deciding, self.n_tokens_unseen = calibration.numel(), held_out.numel()
+        if divergence in (perplexity, task):
+            ids = torch.cat(targets).to(model.device) if divergence is task else _next_tokens(tokens)
+            self.references = [(window,) for window in ids[ranks.rank :: ranks.size]]
+        if divergence is task:
+            self.n_tokens_deciding, self.n_tokens_unseen = (int((part >= 0).sum()) for part in targets)
+            # No token is -1: where nothing is to be predicted, nothing agrees.
+            counts = (ids[ranks.rank :: ranks.size] >= 0).unbind()
+            self._most_likely = [torch.where(c, m, -1) for c, m in zip(counts, self._most_likely, strict=True)]
+        self._continuations = continuations
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._threads.close()
-
-    @property
-    def n_tokens_deciding(self) -> int:
-        return self.calibration.numel()
 
     def divergences(self, windows: Sequence[int]) -> list[float]:
         """Of the model as it stands, summed over the tokens of each window, by its weight."""
@@ -112,14 +119,26 @@ class Bench(SharedSweep):
 
     def held_out_divergences(self) -> tuple[float, dict[str, float]]:
         """The same, and for each source; for none where there is one."""
-        values = super().divergences(self.unseen)
+        return self._means([divergence for divergence, _ in self.compared(self.unseen)])
+
+    def held_out_controls(self) -> tuple[float, dict[str, float], Controls]:
+        """The held-out divergences of the model as it stands, and its controls."""
+        found = self.compared(self.unseen)
+        agreement = sum(n_agreeing for _, n_agreeing in found) / self.n_tokens_unseen
+        written = {}
+        if self._continuations is not None:
+            written = self._continuations.of(self.blocks.model, self.removed, self.workers, self.ranks)
+        return *self._means([divergence for divergence, _ in found]), Controls(agreement=agreement, **written)
+
+    def _means(self, values: Sequence[float]) -> tuple[float, dict[str, float]]:
+        """Per token, of what held-out windows come to: over all sources, and for each."""
         weighted = [self.weights[window] * value for window, value in zip(self.unseen, values, strict=True)]
         by_source: dict[str, list[float]] = {}
         if len(set(self.held_out_sources)) > 1:
             for source, value in zip(self.held_out_sources, values, strict=True):
                 by_source.setdefault(source, []).append(value / self.n_tokens)
         means = {source: math.fsum(of_source) / len(of_source) for source, of_source in by_source.items()}
-        return sum(weighted) / self.held_out.numel(), means
+        return sum(weighted) / self.n_tokens_unseen, means
 
     def divergence_now(self) -> float:
         """Of the model as it stands, on the calibration tokens, per token."""
@@ -133,12 +152,19 @@ class Bench(SharedSweep):
             with torch.inference_mode():
                 self._run_trunk(min(self._start[s] for s in back))
 
-    def state(self) -> tuple[frozenset[Sublayer], list[Tensor]]:
+    def state(self) -> tuple[frozenset[Sublayer], list[Tensor], list[Tensor]]:
         """What `return_to` takes. Depths that do not change afterwards take no memory twice."""
-        return self.removed, list(self.trunk)
+        return self.removed, list(self.trunk), list(self._along)
 
-    def return_to(self, state: tuple[frozenset[Sublayer], list[Tensor]]) -> None:
-        self.removed, self.trunk = state[0], list(state[1])
+    def return_to(self, state: tuple[frozenset[Sublayer], list[Tensor], list[Tensor]]) -> None:
+        self.removed, self.trunk, self._along = state[0], list(state[1]), list(state[2])
+
+    @torch.inference_mode()
+    def change(self, sublayers: Iterable[Sublayer]) -> None:
+        """Remove those that are there, and put those back that are not."""
+        changed = frozenset(sublayers)
+        self.removed ^= changed
+        self._run_trunk(min(self._start[s] for s in changed))
 
     @torch.inference_mode()
     def mean(self, value: Callable[[int], float]) -> float:
@@ -171,13 +197,14 @@ def measured(bench: Bench, order: Iterable[Candidate]) -> Iterator[Step]:
     """Remove candidates in their order, for good, and measure the model after each removal."""
     for step, candidate in enumerate(order, start=1):
         bench.remove(candidate.sublayers)
-        held_out, by_source = bench.held_out_divergences()
+        held_out_divergence, by_source, controls = bench.held_out_controls()
         yield Step(
             step=step,
             sublayer=str(candidate),
             divergence=bench.divergence_now(),
-            held_out_divergence=held_out,
+            held_out_divergence=held_out_divergence,
             held_out_by_source=by_source,
+            controls=controls,
         )
 
 
@@ -191,17 +218,6 @@ def source_weights(sources: Sequence[str]) -> list[float]:
     return [len(sources) / (len(counts) * counts[source]) for source in sources]
 
 
-def _negative_log_likelihood(targets: Reference, pruned: Tensor) -> Tensor:
-    (ids,) = targets
-    log_q = pruned.log_softmax(-1)
-    found = log_q.gather(-1, ids.clamp_min(0).expand(pruned.shape[:-1])[..., None])[..., 0]
-    return torch.where(ids < 0, 0.0, -found).clamp_min_(0)
-
-
-def _next_tokens(window: Tensor) -> Tensor:
-    """The id that each token is to predict; -1 for the last."""
-    return torch.cat([window[1:], window.new_tensor([-1])])
-
-
-# The references are the tokens of the text. A sweep makes them of the whole model's logits: Bench replaces them.
-_next_token = Divergence(PERPLEXITY, "nats per token", lambda z: (z.new_zeros(len(z)),), _negative_log_likelihood)
+def _next_tokens(windows: Tensor) -> Tensor:
+    """The id that each token is to predict; -1 for the last of a window."""
+    return torch.cat([windows[:, 1:], torch.full_like(windows[:, :1], -1)], dim=1)

@@ -24,7 +24,7 @@ from finercut.sublayers import KINDS, Sublayer
 
 @dataclass(frozen=True)
 class Unit:
-    """What is run as one: a sublayer, or a whole block where it is not one sublayer after the other."""
+    """What runs as one: a sublayer, or a whole block whose sublayers are not sequential."""
 
     block: int
     kinds: tuple[str, ...]
@@ -35,7 +35,7 @@ class Unit:
 
 
 class Blocks:
-    """The blocks of a model, any of whose sublayers can be left out of a forward."""
+    """A model's blocks, run one unit at a time without any chosen sublayers."""
 
     def __init__(self, model: PreTrainedModel, layout: Layout, tokens: Tensor) -> None:
         """
@@ -48,13 +48,16 @@ class Blocks:
         self._views: dict[tuple[int, frozenset[str]], nn.Module] = {}
         self.width = 0
         """Of the residual stream."""
+        self.vocabulary = 0
+        """Logits a token, as the head gives them."""
         self._arguments = self._capture(tokens)
         kinds = [(kind,) for kind in KINDS] if layout.sequential else [KINDS]
         self.units = [Unit(i, k) for i in range(len(self.blocks)) for k in kinds]
 
     @property
     def widest(self) -> int:
-        """The most numbers a token has between two of the blocks' matrices; names in configs differ by family."""
+        """The most numbers that a token has between two of the blocks' matrices. Configs have no name for it that all
+        families share."""
         matrices = (p for block in self.blocks for p in block.parameters() if p.dim() > 1)
         return max((max(p.shape[-2:]) for p in matrices), default=self.width)
 
@@ -79,7 +82,7 @@ class Blocks:
         return _states(self.view(unit.block, gone)(states, *args, **kwargs))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(batch, tokens) ids -> (batch, tokens, hidden): what the first block is given."""
+        """(batch, tokens) ids -> (batch, tokens, hidden): the first block's input."""
         catch = _StandIn(self._in_tuple)
         self._run(self._around(catch), tokens)
         return catch.states
@@ -106,7 +109,7 @@ class Blocks:
         return model
 
     def _capture(self, tokens: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
-        """What the model passes each block besides the states: masks, position embeddings."""
+        """The arguments that the model passes each block besides the states: masks, position embeddings."""
         captured: list[tuple[tuple, dict[str, Any]]] = []
 
         def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -116,7 +119,7 @@ class Blocks:
 
         hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.blocks]
         try:
-            self._run(self.model, tokens)
+            self.vocabulary = self._run(self.model, tokens).logits.shape[-1]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -124,7 +127,7 @@ class Blocks:
 
 
 def _states(output: Any) -> Tensor:
-    """What a block hands on: with some families the first of several."""
+    """A block's output states: in some families the first of several outputs."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -140,7 +143,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 class _StandIn(nn.Module):
-    """Stands for all blocks: keeps what they are given, and hands on `states` if there are any."""
+    """Stands in for all blocks: records its input, and returns `states` if it has any."""
 
     def __init__(self, in_tuple: bool, states: Tensor | None = None) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any, TypeVar
@@ -28,14 +28,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from finercut.selection.blocks import Blocks
 from finercut.selection.race import Part, Totals
 from finercut.selection.sweep import MicroBatch, Sweep
-from finercut.sublayers import parse
 
 Value = TypeVar("Value")
 # Text, numbers and lists of them; a tuple arrives as a list.
 Json = Any
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# Where the processes that `start` started find each other; those of torchrun do so at MASTER_ADDR.
+# Where the processes that `start` started meet (those of torchrun do so at MASTER_ADDR), and who started them.
 _MEETING = "FINERCUT_MEETING"
+_LAUNCHER = "FINERCUT_LAUNCHER"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Ranks:
             ) from error
 
     def least(self, sizes: MicroBatch) -> MicroBatch:
-        """What fits everywhere: results depend on it in the last bits, so all take the same."""
+        """Sizes that fit every process. All use the same ones, since results depend on them in the last bits."""
         return MicroBatch(*map(min, zip(*self.gather(list(astuple(sizes))), strict=True)))
 
 
@@ -81,7 +81,7 @@ def _all_gather(mine: bytes, size: int) -> list[bytes]:
     padded = torch.frombuffer(bytearray(mine.ljust(longest)), dtype=torch.uint8)
     received = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
     dist.all_gather(received, padded)
-    return [bytes(r[: int(n)].tolist()) for r, n in zip(received, lengths, strict=True)]
+    return [r[: int(n)].numpy().tobytes() for r, n in zip(received, lengths, strict=True)]
 
 
 ALONE = Ranks()
@@ -89,13 +89,19 @@ ALONE = Ranks()
 
 @contextmanager
 def ranks() -> Iterator[Ranks]:
-    """Join the processes that torchrun started; alone where it did not."""
+    """Join the processes of this search; alone where no launcher started any.
+
+    Raises:
+        RuntimeError: the launcher has ended.
+    """
     if not started():
         yield ALONE
         return
     # The launcher starts each in a session of its own. One that outlived a killed launcher would go on beside the next
-    # search.
+    # search. The system ends it from here on; the launcher may have ended before.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get(_LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        raise RuntimeError("what started this search has ended; what was found is kept: run it again to continue")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=os.environ.get(_MEETING), rank=rank, world_size=size)
     try:
@@ -105,42 +111,62 @@ def ranks() -> Iterator[Ranks]:
 
 
 def started() -> bool:
-    """Whether torchrun started this process."""
+    """Whether `start` or torchrun started this process."""
     return dist.is_torchelastic_launched()
 
 
 def start(n_processes: int, arguments: Sequence[str]) -> None:
     """Run `python arguments` in processes of this machine that share their work, and wait for them.
 
+    This is torchrun's launcher without its command: `torchrun --standalone` listens on every interface, and reports a
+    failure in 40 lines for people to read.
+
     Raises:
         RuntimeError: one of them failed; the others have been ended.
     """
-    # They share this machine's cores, and talk over nothing but its loopback.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n_processes)))
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    # torch's TCP store would listen on every interface: launcher and processes meet in files.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        # They share this machine's cores, and talk over nothing but its loopback.
+        environment = {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // n_processes))),
+            "GLOO_SOCKET_IFNAME": "lo",
+            # torch's TCP store would listen on every interface: launcher and processes meet in files.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            _MEETING: f"file://{folder}/processes",
+            _LAUNCHER: str(os.getpid()),
+        }
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=n_processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"{folder}/launcher",
+            rdzv_configs={"store_type": "file"},
+            local_addr="localhost",
+            max_restarts=0,
+        )
+        try:
+            with _environment(environment):
+                elastic_launch(config, sys.executable)(*arguments)
+        except ChildFailedError as error:
+            rank, failure = min(error.failures.items(), key=lambda failed: _consequence(failed[1].exitcode))
+            how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed ({failure.exitcode})"
+            raise RuntimeError(
+                f"process {rank} of {n_processes} {how}; what was found is kept: run it again to continue"
+            ) from error
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Run the block with these environment variables; torch's launcher passes its own on, and sets one itself."""
+    before = dict(os.environ)
+    os.environ.update(values)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ[_MEETING] = f"file://{folder}/processes"
-            config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=n_processes,
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint=f"{folder}/launcher",
-                rdzv_configs={"store_type": "file"},
-                local_addr="localhost",
-                max_restarts=0,
-            )
-            elastic_launch(config, sys.executable)(*arguments)
-    except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda failed: _consequence(failed[1].exitcode))
-        how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed ({failure.exitcode})"
-        raise RuntimeError(
-            f"process {rank} of {n_processes} {how}; what was found is kept: run it again to continue"
-        ) from error
+        yield
+    finally:
+        for added in os.environ.keys() - before.keys():
+            del os.environ[added]
+        os.environ.update(before)
 
 
 def _consequence(exitcode: int) -> tuple[bool, int]:
@@ -156,20 +182,20 @@ class SharedSweep(Sweep):
         super().__init__(blocks, tokens[ranks.rank :: ranks.size], *args, **kwargs)
         self.ranks = ranks
 
-    def divergences(self, windows: Sequence[int]) -> list[float]:
+    def compared(self, windows: Sequence[int]) -> list[tuple[float, int]]:
         mine = [window for window in windows if self._is_mine(window)]
-        found = super().divergences([window // self.ranks.size for window in mine])
+        found = super().compared([window // self.ranks.size for window in mine])
         everyone = _merged(self.ranks.gather(list(zip(mine, found, strict=True))))
-        return [everyone[window] for window in windows]
+        return [tuple(everyone[window]) for window in windows]
 
     def totals(self, part: Part) -> Totals:
         mine = [window for window in part if self._is_mine(window)]
         found = super().totals({window // self.ranks.size: part[window] for window in mine}) if mine else {}
         if self.ranks.size == 1:
             return found
-        rows = [[[str(candidate), segments] for candidate, segments in row.items()] for row in found.values()]
+        rows = [list(row.values()) for row in found.values()]
         everyone = _merged(self.ranks.gather(list(zip(mine, rows, strict=True))))
-        return {window: {parse(name): tuple(segments) for name, segments in everyone[window]} for window in part}
+        return {window: dict(zip(row, map(tuple, everyone[window]), strict=True)) for window, row in part.items()}
 
     def _is_mine(self, window: int) -> bool:
         return window % self.ranks.size == self.ranks.rank

@@ -1,4 +1,4 @@
-"""Distances between the whole and the pruned model's next-token distributions."""
+"""Divergences between the whole and the pruned model's next-token distributions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Reference = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Divergence:
-    """One way to compare outputs, split so that what depends on the whole model alone is computed once.
+    """A divergence, split so that the part which depends on the whole model alone is computed once.
 
-    Every one is a mean over tokens of terms that are never negative: partial sums only grow.
+    It is a mean over tokens of non-negative terms, so partial sums never decrease.
     """
 
     name: str
@@ -25,6 +25,8 @@ class Divergence:
     """(tokens, vocab) float32 logits of the whole model -> what to keep of them; first dimension is tokens."""
     per_token: Callable[[Reference, Tensor], Tensor]
     """Reference and (tokens, vocab) float32 logits of the pruned model -> (tokens,)."""
+    along_depth: bool = False
+    """It compares hidden states at every depth, and no logits: the sweep computes it."""
 
     def __call__(self, whole: Tensor, pruned: Tensor) -> Tensor:
         """
@@ -78,6 +80,13 @@ def _norm(whole: Reference, pruned: Tensor) -> Tensor:
     return torch.linalg.vector_norm(z - pruned, dim=-1)
 
 
+def _negative_log_likelihood(targets: Reference, pruned: Tensor) -> Tensor:
+    (ids,) = targets
+    log_q = pruned.log_softmax(-1)
+    found = log_q.gather(-1, ids.clamp_min(0).expand(pruned.shape[:-1])[..., None])[..., 0]
+    return torch.where(ids < 0, 0.0, -found).clamp_min_(0)
+
+
 js = Divergence("js", "nats per token", _probabilities, _js)
 """Jensen-Shannon divergence, in [0, ln 2]. Source: Lin 1991."""
 
@@ -93,9 +102,32 @@ The arguments of `kl_div` are swapped there; kept to reproduce their order. Unbo
 """
 
 angular = Divergence("angular", "half turns", lambda z: (z,), _angular)
-"""Angle between logit vectors over pi, in [0, 1]. The authors' code cuts angles above 90 degrees off; this does not."""
+"""Angle between logit vectors over pi, in [0, 1]. The authors' code clamps angles above 90 degrees; this does not."""
 
 norm = Divergence("norm", "logits", lambda z: (z,), _norm)
 """Euclidean distance between logit vectors."""
 
+
+def _nothing(logits: Tensor) -> Reference:
+    return (logits.new_zeros(len(logits)),)
+
+
+def _of_hidden_states(whole: Reference, pruned: Tensor) -> Tensor:
+    raise NotImplementedError("a distance along the depth does not follow from logits: Sweep computes it")
+
+
+trajectory = Divergence("trajectory", "relative squared distance", _nothing, _of_hidden_states, along_depth=True)
+"""Distance of the hidden states along the depth: |pruned - whole|^2 / |whole|^2 after each sublayer (or block, where
+blocks run as one), mean over these. Logits do not count. Source: after OPTIN, arXiv 2403.17921.
+"""
+
+perplexity = Divergence("perplexity", "nats per token", _nothing, _negative_log_likelihood)
+"""Negative log-likelihood of the text itself. The reference is the id that each token is to predict, -1 for none, which
+counts 0; `Bench` puts it in place of what comes from the whole model's logits."""
+
+task = Divergence("task", "nats per answer token", _nothing, _negative_log_likelihood)
+"""The same, of the answers of labelled examples alone."""
+
 DIVERGENCES = {d.name: d for d in (js, kl, js_official, angular, norm)}
+OBJECTIVES = DIVERGENCES | {d.name: d for d in (trajectory, perplexity, task)}
+"""Whatever a search can minimise."""

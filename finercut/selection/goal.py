@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finercut.model.costs import Cost, Costs
+from finercut.selection.records import Controls
 from finercut.selection.selection import allowance, could_go_on, fits, left_over, whole_number
 from finercut.selection.settings import Budget, Search
 from finercut.sublayers import Candidate, candidates, most_removals, open_candidates, parse, protected
@@ -91,6 +92,19 @@ class Goal:
                 return n + 1
         return None if self._could_go_on(cost, allowed, spent, removals) else len(removals)
 
+    def passed(self, controls: Controls | None) -> str | None:
+        """Which limit of `search.stop` a model passes, in words; None if it keeps to all."""
+        stop = self.settings.stop
+        if controls is None:
+            return None
+        if stop.agreement is not None and controls.agreement < stop.agreement:
+            return f"agreement {controls.agreement:.3g} is below search.stop.agreement = {stop.agreement:g}"
+        for name in ("repetition", "missing_ends"):
+            limit, found, whole = getattr(stop, name), getattr(controls, name), getattr(controls, f"whole_{name}")
+            if None not in (limit, found, whole) and found > limit:
+                return f"{name} {found:.3g} is above search.stop.{name} = {limit:g} (the whole model's is {whole:.3g})"
+        return None
+
     def allows(self, gone: Iterable[Candidate], candidate: Candidate) -> bool:
         """Whether removing `candidate` too stays within the budget."""
         cost, allowed = allowance(self.budget, self.costs)
@@ -107,7 +121,7 @@ class Goal:
         """
         taken: list[Candidate] = []
         for candidate in order:
-            if candidate in self._left(map(str, taken)) and (not self.settings.fill or self.allows(taken, candidate)):
+            if candidate in self.left(taken) and (not self.settings.fill or self.allows(taken, candidate)):
                 taken.append(candidate)
                 if self.end(list(map(str, taken))) is not None:
                     return taken
@@ -126,9 +140,17 @@ class Goal:
         least = cost.of(out.sublayers)
         return [
             c
-            for c in self._left(map(str, kept_out))
+            for c in self.left(kept_out)
             if c != out and fits(least, cost.of(c.sublayers)) and self.allows(kept_out, c)
         ]
+
+    def saved(self, removals: Iterable[Candidate]) -> float:
+        """Of the budget's unit."""
+        return self.costs[self.budget.unit].of(s for c in removals for s in c.sublayers)
+
+    def left(self, removals: Iterable[Candidate]) -> list[Candidate]:
+        """What may still go after these removals, within the budget or not."""
+        return self._left(map(str, removals))
 
     def _left(self, removals: Iterable[str]) -> list[Candidate]:
         return left_over(self.n_blocks, self.settings.candidates, self.settings.protect, removals)

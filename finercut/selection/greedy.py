@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from finercut.model.costs import Cost
 from finercut.model.families import layout_of
 from finercut.selection.bench import Bench
+from finercut.selection.controls import Continuations
 from finercut.selection.distributed import ALONE, Ranks
 from finercut.selection.per_cost import PerCost, carried_over
 from finercut.selection.race import MODES, Known, Race
@@ -41,6 +42,8 @@ def search(
     exclude: float | None = None,
     per: Cost | None = None,
     allows: Callable[[Sequence[Candidate], Candidate], bool] | None = None,
+    targets: tuple[Tensor, Tensor] | None = None,
+    continuations: Continuations | None = None,
     earlier: Iterable[Removal] = (),
     mode: str = "exact",
     error_probability: float = 0.05,
@@ -61,14 +64,16 @@ def search(
         calibration: token ids, (samples, tokens): what decides.
         held_out: token ids, (samples, tokens): only measured, after each removal.
         n_removals: how many candidates to remove in all, `earlier` included.
-        divergence: js, kl, angular, norm or js_official; or perplexity, see `Bench`, which falls with some removals,
-            so that lazy and racing are wrong.
+        divergence: js, kl, angular, norm, js_official or trajectory; or perplexity or task, see `Bench`, which fall
+            with some removals, so that lazy and racing are wrong.
         kinds: attention, mlp, both, blocks or any.
         protect: names of sublayers and blocks that stay.
         exclude: the authors' rule for the front blocks, see `FrontExclusion`; None for none.
         per: remove the candidate that raises the divergence least per unit of this cost, see `PerCost`. None may cost
             nothing.
         allows: whether a candidate may go after those that are gone; all may by default.
+        targets: of the divergence task, see `Bench`.
+        continuations: what is written after each removal for its controls; None for nothing.
         earlier: removals of the same search made before; it continues after them.
         mode: what candidates are given up for before they are evaluated to the end, see `Race`: exact, lazy, racing;
             or brute, for nothing.
@@ -104,9 +109,9 @@ def search(
     earlier = list(earlier)
     gone = [parse(removal.sublayer) for removal in earlier]
     lost = [s for candidate in gone for s in candidate.sublayers]
-    sizes = {"micro_batch_tokens": micro_batch_tokens, "ranks": ranks}
+    given = {"targets": targets, "continuations": continuations, "micro_batch_tokens": micro_batch_tokens}
     sources = {"calibration_sources": calibration_sources, "held_out_sources": held_out_sources}
-    with Bench(model, calibration, held_out, divergence, removed=lost, **sizes, **sources) as bench:
+    with Bench(model, calibration, held_out, divergence, removed=lost, ranks=ranks, **given, **sources) as bench:
         known: Known = {}
         now = [0.0] * len(calibration)  # the divergence on each window
         for removal in earlier:
@@ -132,14 +137,15 @@ def search(
             bench.remove(best.sublayers)
             gone.append(best)
             known, now = _known_after(best, dict(known) | race.now_known(), now, per)
-            held_out_divergence, held_out_by_source = bench.held_out_divergences()
+            held_out_divergence, held_out_by_source, controls = bench.held_out_controls()
             yield _removal(
                 step,
                 best,
                 race,
-                calibration.numel(),
+                bench.n_tokens_deciding,
                 held_out_divergence=held_out_divergence,
                 held_out_by_source=held_out_by_source,
+                controls=controls,
                 head_tokens=race.segments * SEGMENT_TOKENS,
                 sublayer_passes=n_passes,
                 brute_force_sublayer_passes=len(calibration) * sum(n_sublayers - len(c.sublayers) for c in choice),

@@ -12,52 +12,52 @@ from dataclasses import dataclass, field
 from finercut.sublayers import Candidate
 
 Segments = tuple[float, ...]
-"""Divergence of one candidate on one window, summed over each of its segments of so many tokens. There are fewer than
-the window has where the candidate went over its limit."""
+"""Divergence of one candidate on one window, summed over each of its segments of so many tokens. Fewer than the
+window has where the candidate exceeded its limit."""
 Part = Mapping[int, Mapping[Candidate, float]]
-"""One pass through the depth: windows; on each, candidates by depth; for each, the limit: once its divergence there
-comes to more, it cannot be the least."""
+"""One pass through the depth: for each window, its candidates by depth; for each of these, its limit. A candidate whose
+divergence on the window exceeds the limit cannot be the least."""
 Totals = Mapping[int, Mapping[Candidate, Segments]]
-"""What a part, or the share of it that one process has computed, came to."""
+"""Divergences of a part, or of the share of it that one process computed."""
 
 
 Known = Mapping[Candidate, Sequence[float]]
-"""What candidates came to on each window when they were last evaluated there; 0 where they never were."""
+"""Each candidate's divergence on each window when it was last evaluated there; 0 where it never was."""
 
 MODES = ("exact", "lazy", "racing", "brute")
 
-# Of racing: the windows of a part, as a share of those before it. The test drops most early, so it is asked often.
+# Racing: windows of a part, as a share of those before it. The test drops most candidates early, so it runs often.
 RACING_GROWTH = 0.5
-# Racing, whoever is in front goes on with the others until so much of the set is seen: before, it changes too often.
+# Racing: share of the windows after which the front candidate may run ahead; before, the front changes too often.
 FRONT_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the candidates of one step came to, in divergence summed over the windows. Each is in one of the four."""
+    """Divergences of one step's candidates, summed over the windows. Each candidate is in one of the four."""
 
     values: dict[Candidate, float]
     """Those evaluated on every window."""
     abandoned: dict[Candidate, float]
-    """Those given up because of what they had come to. It is the least they can be."""
+    """Those abandoned for their partial sum, which is a lower bound."""
     stale: dict[Candidate, float]
-    """Those given up, or never begun, because of what they had come to in earlier steps: the bound that decided."""
+    """Those abandoned, or never begun, for their values of earlier steps, with the bound that decided."""
     dropped: dict[Candidate, float]
-    """Those given up by the test, with the estimate of their value."""
+    """Those that the test dropped, with an estimate of their value."""
     largest_fall: float
-    """The most by which a value of an earlier step turned out to be above the one of this step."""
+    """The most by which an earlier step's value exceeds this step's."""
 
 
 @dataclass
 class Race:
-    """One step's candidates on their way through the windows. What makes a candidate be given up, by mode:
+    """One step's candidates and their divergences on the windows so far. A candidate is abandoned, by mode:
 
-    - brute: nothing.
-    - exact: its partial sum already exceeds another candidate's total. Divergences are sums of terms that are never
-      negative, so the least value, and every value equal to it, is found.
-    - lazy: also, what it came to in earlier steps on the windows it has not seen in this one. Divergence mostly grows
-      as more is removed, so that is nearly a lower bound.
-    - racing: also, a paired t-test says that it is `behind` the best that is complete, or the one in front.
+    - brute: never.
+    - exact: when its partial sum already exceeds another candidate's total. Divergences are sums of non-negative terms,
+      so the least value, and every value equal to it, is found.
+    - lazy: also when the sum exceeds it with earlier steps' values for the windows not yet seen in this one. Divergence
+      mostly grows as more is removed, so earlier values are nearly lower bounds.
+    - racing: also when a paired t-test finds it `behind` the best complete candidate, or the front one.
     """
 
     candidates: Sequence[Candidate]
@@ -68,22 +68,22 @@ class Race:
     known: Known = field(default_factory=dict)
     """From earlier steps."""
     error_probability: float = 0.0
-    """Racing: the chance, at most, that the test drops the candidate which is the least, in this step."""
+    """Racing: upper bound on the probability that the test drops this step's least candidate."""
     first_windows: int = 1
     """Of the first part."""
 
     def __post_init__(self) -> None:
         self.done: dict[Candidate, dict[int, Segments]] = {c: {} for c in sorted(self.candidates)}
         self.dropped: dict[Candidate, Candidate] = {}
-        """By the test, and the candidate each was found to be worse than."""
+        """By the test, each with the candidate that it was found to be worse than."""
         self.best = math.inf
         self.leader: Candidate | None = None
 
     def parts(self) -> Iterator[Part]:
-        """What to evaluate next. Each part is to be recorded before the next one is asked for.
+        """What to evaluate next. Record each part before asking for the next.
 
-        First the one that is likely to be the least, to the end. Then all that are under way, on ever more windows at
-        a time, see `part_sizes`: most are given up early, the rest go through together.
+        First the candidate that is likely to be the least, on all windows. Then all live ones, on ever more windows at
+        a time (`part_sizes`): most are abandoned early, the rest advance together.
         """
         if self.mode == "brute":
             yield self._part(list(self.done), self.n_windows)
@@ -96,7 +96,7 @@ class Race:
                 yield self._part(alive, n_windows)
             if front := self._front():
                 yield self._part([front], self.n_windows)
-        while alive := self._alive():  # taken back when the one that they were behind turned out to be infinitely far
+        while alive := self._alive():  # dropped ones return if the one that they were behind is infinitely far
             yield self._part(alive, self.n_windows)
 
     def record(self, totals: Totals) -> None:
@@ -124,7 +124,7 @@ class Race:
         )
 
     def now_known(self) -> dict[Candidate, list[float]]:
-        """`known` for the next step. Of a window that was not evaluated to its end, the larger: both are bounds."""
+        """`known` for the next step. The larger of the two where a window was not finished: both are lower bounds."""
         now: dict[Candidate, list[float]] = {}
         for candidate, done in self.done.items():
             now[candidate] = list(self._known(candidate))
@@ -136,50 +136,50 @@ class Race:
 
     @property
     def evaluations(self) -> int:
-        """Candidates begun."""
+        """Number of candidates begun."""
         return sum(1 for done in self.done.values() if done)
 
     @property
     def segments(self) -> int:
-        """Evaluated, over all candidates and windows."""
+        """Number of segments evaluated, over all candidates and windows."""
         return sum(len(segments) for done in self.done.values() for segments in done.values())
 
     def _known(self, candidate: Candidate) -> Sequence[float]:
         return self.known.get(candidate, (0.0,) * self.n_windows)
 
     def _earlier(self, candidate: Candidate) -> Sequence[float]:
-        """What counts as a lower bound on each window."""
+        """The lower bound on each window that the mode assumes."""
         return self._known(candidate) if self.mode in ("lazy", "racing") else (0.0,) * self.n_windows
 
     def _likely_least(self) -> Candidate | None:
-        """The one that was least when last evaluated: its value will be a low bound for the others."""
+        """The candidate that was least when last evaluated: its total will rule out many others."""
         means = {
             c: math.fsum(self._known(c)) / n for c in self.done if (n := sum(total > 0 for total in self._known(c)))
         }
         return min(means, key=lambda c: (means[c], c), default=None)
 
     def _part(self, candidates: Sequence[Candidate], n_windows: int) -> Part:
-        """The next windows of each candidate: lazy, those it has never seen first, they tell most; then those that
-        told most of the leader."""
-        told = self._told()
+        """The next windows of each candidate: first those it was never evaluated on, if lazy, then those with the
+        leader's largest excess: both separate candidates soonest."""
+        excess = self._excess()
         part: dict[int, dict[Candidate, float]] = {}
         for candidate in candidates:
             earlier, limit = self._earlier(candidate), self._limit(candidate)
             left = [w for w in range(self.n_windows) if w not in self.done[candidate]]
-            for window in sorted(left, key=lambda w: (earlier[w] > 0, -told[w]))[:n_windows]:
+            for window in sorted(left, key=lambda w: (earlier[w] > 0, -excess[w]))[:n_windows]:
                 part.setdefault(window, {})[candidate] = limit
         return part
 
-    def _told(self) -> Sequence[float]:
-        """How much the leader came to on each window beyond what counted as its lower bound there. Racing, windows are
-        not chosen by what was found on them: its test takes them for a random sample."""
+    def _excess(self) -> Sequence[float]:
+        """The leader's divergence on each window in excess of its lower bound. All zero in racing, whose test assumes a
+        random sample, so the results must not choose the windows."""
         if self.leader is None or self.mode == "racing":
             return (0.0,) * self.n_windows
         earlier = self._earlier(self.leader)
         return [self._sum(self.leader, [window]) - earlier[window] for window in range(self.n_windows)]
 
     def _alive(self) -> list[Candidate]:
-        """Those that may still be the least and are not complete, by depth."""
+        """Incomplete candidates that may still be the least, by depth."""
         return [
             c
             for c, done in self.done.items()
@@ -190,11 +190,11 @@ class Race:
         ]
 
     def _foremost(self) -> Candidate | None:
-        """Of those under way."""
+        """The candidate in front among those begun and alive."""
         return min((c for c in self._alive() if self.done[c]), key=self._lead, default=None)
 
     def _front(self) -> Candidate | None:
-        """The foremost, if it is ahead of the leader: likely to stay so, and then a low bound for the others."""
+        """The foremost candidate, if it is ahead of the leader: its total is likely to rule out many others."""
         front = self._foremost()
         if front is None or (self.leader is not None and self._lead(front) >= 0):
             return None
@@ -203,25 +203,25 @@ class Race:
         return front
 
     def _lead(self, candidate: Candidate) -> float:
-        """How much more than the leader a candidate has come to, on the windows it has seen."""
+        """A candidate's sum minus the leader's, on the windows that the candidate has seen."""
         leaders = 0.0 if self.leader is None else self._sum(self.leader, self.done[candidate])
         return self._sum(candidate) - leaders
 
     def _limit(self, candidate: Candidate) -> float:
-        """Exact: what a candidate may come to on its next windows until it is given up. Lazy, a window that was begun
-        is finished: the head costs less than the sublayers before it, and later steps know more."""
+        """Exact: the most that a candidate may add on its next windows before it is abandoned. Lazy finishes a window
+        that it began: the head costs less than the sublayers before it, and later steps get a better bound."""
         if self.mode != "exact" or self.best == math.inf:
             return math.inf
-        # A little more than that: rounding must not stop a candidate that would come to exactly as much.
+        # A little more than that: rounding must not stop a candidate with exactly the same total.
         return self.best * (1 + 1e-12) - self._bound(candidate)
 
     def _sum(self, candidate: Candidate, windows: Iterable[int] | None = None) -> float:
-        """Over the windows seen, or some of them; exactly rounded, so the same in whatever order they were done."""
+        """Sum over the windows seen, or over some of them; exactly rounded, so independent of their order."""
         done = self.done[candidate]
         return math.fsum(x for w in (done if windows is None else windows) for x in done[w])
 
     def _bound(self, candidate: Candidate) -> float:
-        """What a candidate has come to, with what it came to earlier on the windows it has not seen."""
+        """A candidate's sum so far, with its earlier values for the windows not yet seen."""
         done = self.done[candidate]
         unseen = (total for window, total in enumerate(self._earlier(candidate)) if window not in done)
         return math.fsum((*(x for segments in done.values() for x in segments), *unseen))
@@ -238,7 +238,7 @@ class Race:
         return math.fsum(known) - self._sum(candidate, [w for w, total in enumerate(known) if total])
 
     def _differences(self, candidate: Candidate, other: Candidate) -> list[float]:
-        """Between the two, on each segment that both have seen."""
+        """Differences between the two, on each segment that both have seen."""
         return [
             ours - theirs
             for window in self.done[candidate].keys() & self.done[other].keys()
@@ -246,7 +246,7 @@ class Race:
         ]
 
     def _behind(self, candidate: Candidate, other: Candidate) -> bool:
-        # The chance is shared out over all tests that could hit one candidate: with any other, whenever one is made.
+        # The probability is divided among all tests that could drop one candidate: against any other, after any part.
         n_parts = sum(1 for _ in part_sizes(self.n_windows, 1, RACING_GROWTH))
         n_tests = len(self.done) * (2 * n_parts + 1)
         n_all = self.n_windows * self.n_segments
@@ -258,7 +258,7 @@ class Race:
 
 
 def part_sizes(n_windows: int, first: int, growth: float) -> Iterator[int]:
-    """Windows a part, until `n_windows` are done: `first` at least, or `growth` times as many as were done before.
+    """Windows of each part, until `n_windows` are done: at least `first`, or `growth` times those done before.
 
     From 1, with a growth of 1: 1, 1, 2, 4, 8, ...; of 0.5: 1, 1, 1, 2, 3, 4, 6, 9, ...
     """
@@ -272,10 +272,11 @@ def part_sizes(n_windows: int, first: int, growth: float) -> Iterator[int]:
 def behind(differences: Sequence[float], n_all: int, error_probability: float) -> bool:
     """One-sided paired t-test that the sum of `n_all` differences is above zero, from some of them.
 
-    Those seen are taken for a random sample, without replacement, of all; their mean for normally distributed.
+    Assumes that those seen are a random sample of all, without replacement, and that their mean is normally
+    distributed.
 
     Args:
-        error_probability: the chance of saying so where the sum is zero or less.
+        error_probability: of a true result although the sum is zero or less.
     """
     n = len(differences)
     if n < 2 or n == n_all:
@@ -289,7 +290,7 @@ def behind(differences: Sequence[float], n_all: int, error_probability: float) -
 
 
 def t_tail(t: float, degrees: int) -> float:
-    """P(T > t) of Student's t."""
+    """P(T > t) of Student's t with so many degrees of freedom."""
     from scipy.special import stdtr  # racing alone needs it
 
     return float(stdtr(degrees, -t))

@@ -7,6 +7,20 @@ from pydantic import Field
 from finercut.system.records import Record
 
 
+class Controls(Record):
+    """Of a model on held-out tokens. Continuations are greedy; None where none were written."""
+
+    agreement: float
+    """Share of the held-out tokens after which its most likely next token is the whole model's."""
+    repetition: float | None = None
+    """Share of the continuations' 4-grams that were in the same continuation before; mean over the continuations."""
+    missing_ends: float | None = None
+    """Share of the continuations without an end-of-sequence token. None also where the model has no such token."""
+    whole_repetition: float | None = None
+    """The whole model's, for comparison."""
+    whole_missing_ends: float | None = None
+
+
 class SearchReport(Record):
     method: str = "greedy"
     """With what else decides: greedy_per_parameters_swaps."""
@@ -36,6 +50,14 @@ class SearchReport(Record):
     curves_part: bool
     """Held-out divergence, on the worst source, is more than 1.5 times the calibration's: the search fits its
     calibration set."""
+    controls: Controls | None = None
+    """After the last removal."""
+    stopped: str | None = None
+    """Which limit of `search.stop` the next removal passes; None where none ended the search."""
+    task_file_sha256: str | None = None
+    """Of the examples' file, where they decide."""
+    n_generations: int = 0
+    """Of the evolutionary search."""
     evaluations: int
     """Candidates evaluated, to the end or until given up, over all greedy steps. 0, as are the two below, for methods
     without steps."""

@@ -9,12 +9,13 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from finercut.system.settings import AnyDtype, Section, Share
 
-Divergence = Literal["js", "kl", "angular", "norm", "js_official"]
+Divergence = Literal["js", "kl", "angular", "norm", "js_official", "trajectory", "perplexity", "task"]
 CostName = Literal["sublayers", "parameters", "kv_cache"]
 
 ALL_KINDS = ("attention", "mlp", "both", "blocks")
 CANDIDATES_OF: Mapping[str, Sequence[str]] = {
     "greedy": (*ALL_KINDS, "any"),
+    "evolutionary": (*ALL_KINDS, "any"),
     "random": ALL_KINDS,
     "one_shot": ALL_KINDS,
     "last_blocks": ("blocks",),
@@ -27,20 +28,59 @@ CANDIDATES_OF: Mapping[str, Sequence[str]] = {
 """What each method can choose among, as `search.candidates`."""
 STEPWISE = ("greedy", "sleb", "block_pruner")
 """Methods that judge every candidate anew after each removal: what `exclude` is about."""
-NOT_NESTED = ("gromov",)
+NOT_NESTED = ("gromov", "evolutionary")
 """Methods whose selections for two budgets need have nothing in common."""
+
+
+NOT_MONOTONE = ("perplexity", "task")
+"""Objectives that may well fall with a removal: earlier values are no bounds. Partial sums are: no term is negative."""
+
+
+class Evolution(Section):
+    """Of method evolutionary."""
+
+    start: Literal["greedy", "random"] = "greedy"
+    """The first selection: what greedy search finds for the budget, or candidates in random order."""
+    generations: PositiveInt = 40
+    offspring: PositiveInt = 16
+    """Selections tried in each generation."""
+    most_exchanged: PositiveInt = 3
+    """Removals that are put back for one of the offspring, at most; others go in their place."""
+
+
+class Stop(Section):
+    """Limits on the controls: the search ends before the first removal that passes one. null: none."""
+
+    agreement: Share | None = None
+    """Least share of the held-out tokens after which the most likely token is the whole model's."""
+    repetition: Share | None = None
+    """Largest share of repeated 4-grams in greedy continuations."""
+    missing_ends: Share | None = None
+    """Largest share of greedy continuations without an end. With few tokens, the whole model ends hardly any."""
 
 
 class Search(Section):
     method: Literal[
-        "greedy", "random", "last_blocks", "shortgpt", "gromov", "llm_drop", "sleb", "block_pruner", "one_shot"
+        "greedy",
+        "evolutionary",
+        "random",
+        "last_blocks",
+        "shortgpt",
+        "gromov",
+        "llm_drop",
+        "sleb",
+        "block_pruner",
+        "one_shot",
     ] = "greedy"
-    """greedy is FinerCut's; the others are baselines, see docs/search.md. random: in random order, by `seed`.
+    """greedy is FinerCut's; evolutionary exchanges removals of a selection at random, in EvoPress's manner; the others
+    are baselines, see docs/search.md. random: in random order, by `seed`.
     last_blocks: from the output on. shortgpt: the blocks that turn the residual stream least. gromov: the consecutive
     blocks that turn it least together. llm_drop: the sublayers that turn it least. one_shot: by the divergence of each
     removal alone. sleb and block_pruner: blocks, or sublayers, greedily by perplexity."""
     divergence: Divergence
-    """Between the whole and the pruned model's outputs; nats per token for js, kl and js_official."""
+    """What a search keeps low. Between the whole and the pruned model's outputs: js, kl and js_official (nats per
+    token), angular, norm. Between their hidden states along the depth: trajectory. Without the whole model: perplexity
+    (negative log-likelihood of the text), task (of the answers in `task`)."""
     candidates: Literal["attention", "mlp", "both", "blocks", "any"]
     """What one removal takes out. any: a single sublayer or a whole block."""
     protect: list[str]
@@ -64,7 +104,17 @@ class Search(Section):
     """greedy: rounds, at most, of trying to put each removed candidate back and to remove another in its place, which
     saves as much."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of random."""
+    """Of random and evolutionary."""
+    evolution: Evolution = Evolution()
+    task: str | None = None
+    """Divergence task: a .jsonl file of labelled examples, {"prompt": ..., "answer": ...} or {"prompt": ..., "choices":
+    [...], "answer": index}; the last quarter is held out."""
+    continuations: Annotated[int, Field(ge=0, le=1000)] = 4
+    """Held-out windows whose beginnings are continued greedily after each removal, to see repetition and missing ends;
+    0 for none. Where weights are streamed, each token costs a pass of all of them."""
+    continuation_tokens: PositiveInt = 32
+    """Of each."""
+    stop: Stop = Stop()
     removals: PositiveInt | Share | Literal["auto"] = "auto"
     """How far the search goes: auto, as far as prune.budget needs; or candidates removed, as a number or as a share.
     Budgets up to here need no new search."""
@@ -86,19 +136,36 @@ class Search(Section):
             raise ValueError(
                 f"method {self.method} cannot choose among candidates {self.candidates}: {' or '.join(can)}"
             )
-        if self.method != "greedy" and self.mode != "exact":
+        if self.method not in ("greedy", "evolutionary") and self.mode != "exact":
             # Perplexity falls with some removals: what it came to in earlier steps is no bound.
             raise ValueError(f"mode {self.mode} belongs to method greedy, not {self.method}: set it to exact")
         if self.method not in STEPWISE and self.exclude is not None:
             raise ValueError(f"exclude belongs to methods that go step by step, not {self.method}: set it to null")
-        if self.method != "greedy" and (self.per or self.swaps):
+        if self.divergence in NOT_MONOTONE and self.mode != "exact":
+            raise ValueError(
+                f"divergence {self.divergence} falls with some removals, so mode {self.mode} is wrong: set it to exact"
+            )
+        if (self.divergence == "task") != (self.task is not None):
+            raise ValueError("divergence task and a file of examples, search.task, go together: give both or neither")
+        if self.divergence == "task" and self.method not in ("greedy", "evolutionary"):
+            raise ValueError(f"divergence task belongs to methods greedy and evolutionary, not {self.method}")
+        if self.method != "greedy" and (self.swaps or (self.per and self.method != "evolutionary")):
             raise ValueError(f"per and swaps belong to method greedy, not {self.method}: set them to null and 0")
+        if not self.continuations and (self.stop.repetition or self.stop.missing_ends):
+            raise ValueError("stop.repetition and stop.missing_ends need continuations: set continuations to 4, say")
+        if self.stop != Stop() and (self.swaps or self.method in NOT_NESTED):
+            raise ValueError(
+                "stop cannot cut what swaps and methods gromov and evolutionary find, which is for one budget: set its "
+                "limits to null"
+            )
         if self.per and self.mode == "racing":
             raise ValueError("mode racing cannot weigh divergences against costs: with per, set it to exact or lazy")
         if self.exclude is not None and (self.swaps or self.candidates == "any"):
             raise ValueError("exclude goes neither with swaps nor with candidates any: set it to null, and use protect")
         if self.removals != "auto" and (self.fill or self.swaps or self.method in NOT_NESTED):
-            raise ValueError("fill, swaps and method gromov need to know what to reach: set removals to auto")
+            raise ValueError(
+                "fill, swaps and methods gromov and evolutionary need to know what to reach: set removals to auto"
+            )
         return self
 
 

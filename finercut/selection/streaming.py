@@ -1,7 +1,7 @@
-"""Models larger than the device: the weights of a sublayer come to it when the sublayer runs.
+"""Runs models larger than the device, by moving a sublayer's weights there when it runs.
 
-Two slots on the device hold a sublayer's weights each. While one sublayer computes, the weights of the next are on
-their way into the other slot, so that with enough work a sublayer the transfers cost no time.
+Two slots on the device hold a sublayer's weights each. While one sublayer computes, the next one's weights
+are copied into the other slot, so that with enough work per sublayer the transfers cost no time.
 
 accelerate offloads as well (`cpu_offload`, `disk_offload`, `device_map` with "disk"), but its hooks fetch each tensor
 when its module is called and compute waits for it; nothing is fetched ahead. Its loader of safetensors is not needed
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finercut.model.families import layout_of
+from finercut.selection.workers import single_threaded
 from finercut.sublayers import KINDS
 
 N_SLOTS = 2
@@ -30,16 +31,16 @@ ALIGNMENT = 512
 
 
 def stream(model: PreTrainedModel, device: torch.device, weights_bytes: int) -> Stream | None:
-    """Let `model`, which is in CPU memory, run on `device` with at most `weights_bytes` of its weights there.
+    """Make `model`, which is in CPU memory, run on `device` with at most `weights_bytes` of its weights there.
 
-    Embeddings, norms, head and buffers are moved there for good; so are as many attentions and MLPs as there is room
-    for beside the slots, spread evenly over the depth. The others stay where they are and are brought when they run.
+    Embeddings, norms, head and buffers move there permanently, as do as many attentions and MLPs as fit beside the
+    slots, spread evenly over the depth. The others stay in CPU memory and are copied when they run.
 
     Returns:
-        What brings them; None if all weights fit.
+        The stream that copies them; None if all weights fit.
 
     Raises:
-        ValueError: `weights_bytes` does not hold the least that is needed.
+        ValueError: `weights_bytes` is less than the minimum.
     """
     layout = layout_of(model.config)
     names = [name for kind in KINDS for name in layout.branch(kind).members]
@@ -66,7 +67,7 @@ def stream(model: PreTrainedModel, device: torch.device, weights_bytes: int) -> 
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[bool]:
-    """Which of the `sizes` to choose so that they come to no more than `room` and lie evenly among the others."""
+    """Which of the `sizes` to choose, evenly among the others, so that their sum is at most `room`."""
     chosen, passed, taken = [], 0, 0
     for size in sizes:
         passed += size
@@ -83,21 +84,17 @@ def _slot_bytes(module: nn.Module) -> int:
     return sum(-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in module.parameters())
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @dataclass(eq=False)
 class _Slot:
-    """Room on the device for the weights of one module."""
+    """Device memory for the weights of one module."""
 
     memory: Tensor
     staging: Tensor | None
-    """Pinned CPU memory of the same size: only from there a GPU fetches while it computes. None on a CPU."""
+    """Pinned CPU memory of the same size, the only kind that a GPU copies from while it computes. None on a CPU."""
     module: int | None = None
-    """Whose weights are here or on their way."""
+    """Whose weights are here or being copied."""
     n_running: int = 0
-    """Forwards of that module under way."""
+    """Number of that module's forwards running now."""
     filled: Future | None = None
     arrived: Any = None
     """CUDA event after the transfer."""
@@ -108,10 +105,10 @@ class _Slot:
 
 
 class Stream:
-    """Brings the weights of modules to the device when they are called, and the next one's meanwhile.
+    """Copies modules' weights to the device when they are called, and meanwhile those of the next module.
 
-    They are called in about the same order again and again: the next one is the one that came next the last time.
-    Any order is right, and so are calls from several threads; another order than the last time's is only slower.
+    The next module is predicted to be the one that followed the last time. Any order of calls gives right results, from
+    several threads too; a wrong prediction is only slower.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
@@ -119,7 +116,7 @@ class Stream:
         self.bytes_brought = 0
         """To the device so far."""
         self.bytes_late = 0
-        """Of these, what was not on its way when it was needed."""
+        """Of these, bytes whose copy had not begun when they were needed."""
         self._parameters = [list(module.parameters()) for module in modules]
         self._home = [[p.data for p in parameters] for parameters in self._parameters]
         self._next = {i: (i + 1) % len(modules) for i in range(len(modules))}
@@ -136,7 +133,7 @@ class Stream:
             ]
         self._transfers = torch.cuda.Stream(device) if on_gpu else None
         # One thread a core already works on a CPU; see `Workers`.
-        self._thread = ThreadPoolExecutor(1, initializer=None if on_gpu else _one_thread)
+        self._thread = ThreadPoolExecutor(1) if on_gpu else single_threaded(1)
         self._changed = threading.Condition()
         for i, module in enumerate(modules):
             module.register_forward_pre_hook(lambda *_, i=i: self._begin(i))
@@ -148,7 +145,7 @@ class Stream:
         return _nbytes(slot.memory for slot in self._slots)
 
     def _begin(self, module: int) -> None:
-        """Before a forward of the module: its weights are there when this returns, the next one's on their way."""
+        """Before a forward of the module: get its weights to the device, and start copying the next one's."""
         with self._changed:
             while (slot := self._slot_of(module)) is None:
                 idle = self._idle()
@@ -187,7 +184,7 @@ class Stream:
         return next((slot for slot in self._slots if slot.n_running == 0), None)
 
     def _fill(self, slot: _Slot, module: int) -> int:
-        """Start to bring a module's weights into an idle slot; returns their bytes."""
+        """Start copying a module's weights into an idle slot; returns their bytes."""
         if slot.bound:
             for parameter, home in zip(self._parameters[slot.module], self._home[slot.module], strict=True):
                 parameter.data = home

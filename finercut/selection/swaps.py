@@ -5,18 +5,13 @@ Greedy search never takes a removal back, though a later one may have made it a 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from finercut.selection.bench import Bench
 from finercut.selection.race import Race
 from finercut.selection.trajectory import Line
 from finercut.sublayers import Candidate, parse
-from finercut.system.staging import writing
 
 Replacements = Callable[[Sequence[Candidate], Candidate], Sequence[Candidate]]
 
@@ -88,35 +83,6 @@ def after(order: Sequence[Candidate], trials: Iterable[Trial]) -> list[Candidate
         if trial.taken is not None:
             order[order.index(parse(trial.put_back))] = parse(trial.taken)
     return order
-
-
-def read_trials(path: Path) -> list[Trial]:
-    """What earlier, perhaps killed, swaps left at `path`. A line that a kill tore is dropped from the file."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    trials: list[Trial] = []
-    for line in lines:
-        try:
-            trials.append(Trial.model_validate_json(line))
-        except ValidationError:
-            break
-        if not line.endswith("\n"):
-            trials.pop()
-            break
-    if len(trials) < len(lines):
-        with writing(path):
-            path.write_text("".join(trial.to_json() for trial in trials), encoding="utf-8")
-    return trials
-
-
-def append(path: Path, trial: Trial) -> None:
-    """Add one line; when this returns, it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(trial.to_json())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _least(bench: Bench, choice: Sequence[Candidate], limit: float, progress: Callable[[], Any]) -> Candidate | None:

@@ -1,11 +1,11 @@
-"""Candidates evaluated as branches of one pass through the depth.
+"""Evaluates candidates as branches of one pass through the depth.
 
-A candidate at depth d leaves the residual stream before d untouched. So the model as it stands is run once, its stream
-kept at every depth (the trunk), and a candidate is a branch that starts from the trunk where its sublayer is and skips
-it. All branches of all windows that are under way go through a sublayer before any goes through the next.
+Removing a sublayer at depth d leaves the residual stream before d unchanged. So the current model runs once, with its
+stream kept at every depth (the trunk), and a candidate is a branch that starts from the trunk at its own sublayer and
+skips it. All live branches, of all windows, advance one sublayer at a time.
 
-What comes out for a candidate on a window depends on the other candidates beside it in a micro-batch (in the last bits)
-but never on other windows: they may be computed elsewhere.
+A candidate's result on a window depends in its last bits on the candidates beside it in a micro-batch, but never on
+other windows: another process may compute those.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MicroBatch:
     tokens: int
     """Through a sublayer."""
     logits: int
-    """By the head: of some tokens of several models. Between two such batches a candidate can be given up."""
+    """By the head: of some tokens of several models. A candidate can be abandoned between two such batches."""
     divergence_logits: int
     """In float32, with as many for each intermediate result."""
 
@@ -53,14 +53,14 @@ GPU_TOKENS = 2**15
 def micro_batch(
     blocks: Blocks, n_windows: int, n_tokens: int, wanted: int | None = None, free_bytes: int | None = None
 ) -> MicroBatch:
-    """What fits: on a GPU, into the memory left beside the trunk, the branches and the references.
+    """The sizes that fit: on a GPU, into the memory left beside the trunk, the branches and the references.
 
     Args:
-        wanted: tokens, instead.
-        free_bytes: of the GPU; asked of it where None.
+        wanted: tokens through a sublayer at once, whatever fits.
+        free_bytes: of the GPU; None asks the device.
     """
     device = blocks.model.device
-    vocabulary = blocks.model.config.get_text_config().vocab_size
+    vocabulary = blocks.vocabulary
     if wanted is not None:
         return MicroBatch(wanted, wanted * vocabulary, wanted * vocabulary)
     if free_bytes is None:
@@ -75,7 +75,7 @@ def micro_batch(
 
 
 def _within(n_bytes: int, vocabulary: int, bytes_per_token: int) -> MicroBatch:
-    """What fits into so many bytes. Powers of two, so that the next run, with a little less free, mostly agrees."""
+    """The largest powers of two that fit: the next run, with a little less memory free, mostly gets the same ones."""
     logits = max(_power_of_two(n_bytes // 3 // (4 * 6)), SEGMENT_TOKENS * vocabulary)
     tokens = min(GPU_TOKENS, _power_of_two(n_bytes // 3 // bytes_per_token))
     return MicroBatch(tokens=tokens, logits=logits, divergence_logits=logits)
@@ -87,7 +87,7 @@ def _power_of_two(n: int) -> int:
 
 
 class Sweep:
-    """The windows of a search: the whole model's output on them, and the trunk of the model as it stands."""
+    """The windows of a search, with the whole model's output on them and the trunk of the current model."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Sweep:
         """
         Args:
             tokens: ids, (windows, tokens), on the model's device.
-            removed: sublayers that are gone already, when a search is resumed.
+            removed: sublayers already removed, when a search is resumed.
 
         Raises:
             ValueError: the whole model's logits are not finite.
@@ -112,47 +112,58 @@ class Sweep:
         self.micro_batch = micro_batch
         self.n_windows, self.n_tokens = tokens.shape
         self.n_segments = -(-self.n_tokens // SEGMENT_TOKENS)
-        self.vocabulary = blocks.model.config.get_text_config().vocab_size
+        self.vocabulary = blocks.vocabulary
         self.removed: frozenset[Sublayer] = frozenset()
         self._start = {s: depth for depth, unit in enumerate(blocks.units) for s in unit.sublayers}
         with torch.inference_mode():
             embedded = torch.cat(workers.map(lambda window: blocks.embed(window[None]), tokens))
             self.trunk = [embedded] * (len(blocks.units) + 1)
             """The stream before every unit, and after the last: (windows, tokens, hidden) each."""
+            self._whole: list[Tensor] | None = None
+            self._along: list[Tensor] = []
+            """Of a divergence along the depth: the current model's at every depth of the trunk, (windows, tokens)."""
             self._run_trunk(0)
-            self.references: list[Reference] = workers.map(self._reference, self.trunk[-1])
+            of_whole = workers.map(self._of_whole, self.trunk[-1])
+            self.references: list[Reference] = [reference for reference, _ in of_whole]
+            self._most_likely = [ids for _, ids in of_whole]
+            if divergence.along_depth:
+                self._whole = list(self.trunk)
+                self._along = [tokens.new_zeros(tokens.shape, dtype=torch.float64)] * len(self.trunk)
         if removed:
             self.remove(removed)
 
     @torch.inference_mode()
     def remove(self, sublayers: Iterable[Sublayer]) -> None:
-        """Make a removal for good: later candidates are judged on top of it."""
+        """Remove sublayers permanently: later candidates are evaluated on top of that."""
         new = frozenset(sublayers)
         self.removed |= new
         self._run_trunk(min(self._start[s] for s in new))
 
     @property
     def sublayers(self) -> frozenset[Sublayer]:
-        """Those that are left."""
+        """Those not removed."""
         return self._start.keys() - self.removed
 
     def passes(self, candidate: Candidate) -> int:
-        """Sublayers a branch without `candidate` goes through on one window."""
-        gone = self.removed.union(candidate.sublayers)
+        """Number of sublayers that the branch without `candidate` runs through on one window."""
+        gone = self.removed.symmetric_difference(candidate.sublayers)
         return sum(s not in gone for unit in self.blocks.units[self._depth(candidate) :] for s in unit.sublayers)
 
-    @torch.inference_mode()
     def divergences(self, windows: Sequence[int]) -> list[float]:
-        """Of the model as it stands, summed over the tokens of each window."""
-        ends = self.trunk[-1]
-        rows = self.workers.map(lambda w: self._segments(w, ends[w][None], [math.inf])[0], windows)
-        return list(map(math.fsum, rows))
+        """The current model's divergence on each of the windows, summed over its tokens."""
+        return [divergence for divergence, _ in self.compared(windows)]
+
+    @torch.inference_mode()
+    def compared(self, windows: Sequence[int]) -> list[tuple[float, int]]:
+        """The current model on each of the windows: its divergence, summed over the tokens; and after how many of them
+        its most likely next token is the whole model's."""
+        return self.workers.map(self._compared, windows)
 
     @torch.inference_mode()
     def totals(self, part: Part) -> Totals:
         """Divergence of the model without each candidate, on each of its windows. Uses each sublayer's weights once.
 
-        A sum that goes over its limit is not finished. A non-finite output is infinitely far.
+        A sum stops once it exceeds its limit. The divergence of a non-finite output is infinite.
         """
         ends = self._ends({window: list(row) for window, row in part.items()})
         together = max(1, self.micro_batch.logits // (SEGMENT_TOKENS * self.vocabulary))
@@ -172,18 +183,23 @@ class Sweep:
             states = self.trunk[depth].clone()
             self._advance(self.blocks.units[depth], ((window, self.removed) for window in states.split(1)))
             self.trunk[depth + 1] = states
+            if self._whole is not None:
+                self._along[depth + 1] = self._along[depth] + self._distance(states, self._whole[depth + 1])
 
     def _ends(self, branches: dict[int, list[Candidate]]) -> dict[int, Tensor]:
-        """Where the model without each candidate ends.
+        """Final states of the model without each candidate; or, along the depth, its divergence at each token.
 
         Args:
-            branches: candidates of each window, by depth.
+            branches: candidates of each window, by depth. What is in one that is removed already comes back.
 
         Returns:
-            for each window, (candidates, tokens, hidden)
+            for each window, (candidates, tokens, hidden); or (candidates, tokens)
         """
         shape = self.trunk[0].shape[1:]
         states = {window: self.trunk[0].new_empty(len(row), *shape) for window, row in branches.items()}
+        along: dict[int, Tensor] = {}
+        if self._whole is not None:
+            along = {window: self._along[0].new_empty(len(row), self.n_tokens) for window, row in branches.items()}
         starts = {window: [self._depth(c) for c in row] for window, row in branches.items()}
         together = max(1, self.micro_batch.tokens // self.n_tokens)
         for depth in range(min(row[0] for row in starts.values()), len(self.blocks.units)):
@@ -192,19 +208,43 @@ class Sweep:
             for window, row in branches.items():
                 first_new, n_live = bisect_left(starts[window], depth), bisect_right(starts[window], depth)
                 states[window][first_new:n_live] = self.trunk[depth][window]
-                # A whole block is a candidate of two units: at the second one, it is a branch that skips again.
-                n_plain = first_new
-                while n_plain > 0 and not set(unit.sublayers).isdisjoint(row[n_plain - 1].sublayers):
-                    n_plain -= 1
-                batches += [(batch, self.removed) for batch in _evenly(states[window][:n_plain], together)]
-                batches += [
-                    (states[window][i : i + 1], self.removed.union(row[i].sublayers)) for i in range(n_plain, n_live)
-                ]
+                # Together, those that agree with the trunk at this unit; a block is a candidate of two units.
+                first_plain = 0
+                for i in range(n_live):
+                    if not set(unit.sublayers).isdisjoint(row[i].sublayers):
+                        batches += self._plain(states[window][first_plain:i], together)
+                        changed = self.removed.symmetric_difference(row[i].sublayers)
+                        batches.append((states[window][i : i + 1], changed))
+                        first_plain = i + 1
+                batches += self._plain(states[window][first_plain:n_live], together)
             self._advance(unit, batches)
-        return states
+            if self._whole is not None:
+                self._go_along(depth, starts, states, along)
+        return states if self._whole is None else along
+
+    def _plain(self, states: Tensor, together: int) -> list[tuple[Tensor, frozenset[Sublayer]]]:
+        return [(batch, self.removed) for batch in _evenly(states, together)]
+
+    def _go_along(
+        self, depth: int, starts: dict[int, list[int]], states: dict[int, Tensor], along: dict[int, Tensor]
+    ) -> None:
+        """Add to each branch's divergence along the depth what the unit at `depth` brings."""
+
+        def add(window: int) -> None:
+            first_new, n_live = bisect_left(starts[window], depth), bisect_right(starts[window], depth)
+            along[window][first_new:n_live] = self._along[depth][window]
+            along[window][:n_live] += self._distance(states[window][:n_live], self._whole[depth + 1][window])
+
+        self.workers.map(add, states)
+
+    def _distance(self, states: Tensor, whole: Tensor) -> Tensor:
+        """(..., tokens, hidden) -> (..., tokens): of the mean over units, one unit's part."""
+        whole = whole.double()
+        squared = (states.double() - whole).square().sum(-1)
+        return squared / whole.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny) / len(self.blocks.units)
 
     def _advance(self, unit: Unit, batches: Iterable[tuple[Tensor, frozenset[Sublayer]]]) -> None:
-        """Run (branches, tokens, hidden) states through a unit less what is removed, in place."""
+        """Run (branches, tokens, hidden) states through a unit without its removed sublayers, in place."""
 
         def run(batch: tuple[Tensor, frozenset[Sublayer]]) -> None:
             states, removed = batch
@@ -217,53 +257,82 @@ class Sweep:
     def _depth(self, candidate: Candidate) -> int:
         return self._start[candidate.sublayers[0]]
 
-    def _reference(self, states: Tensor) -> Reference:
-        """Of the whole model, which ends in (tokens, hidden) `states` on a window."""
+    def _of_whole(self, states: Tensor) -> tuple[Reference, Tensor]:
+        """The whole model's reference on a window and its most likely next tokens, from its final (tokens, hidden)
+        states."""
         pieces: list[Reference] = []
+        most_likely: list[Tensor] = []
         for part in states.split(self._head_tokens(1)):
             logits = self.blocks.logits(part[None])[0].float()
             if not logits.isfinite().all():
                 raise ValueError("the whole model's logits are not finite on the calibration tokens; try float32")
             pieces.append(self.divergence.reference(logits))
-        return tuple(map(torch.cat, zip(*pieces, strict=True)))
+            most_likely.append(logits.argmax(-1))
+        return tuple(map(torch.cat, zip(*pieces, strict=True))), torch.cat(most_likely)
+
+    def _compared(self, window: int) -> tuple[float, int]:
+        states = self.trunk[-1][window][None]
+        segments: list[float] = []
+        n_agreeing = 0
+        for start in range(0, self.n_tokens, self._head_tokens(1)):
+            part = slice(start, start + self._head_tokens(1))
+            logits = self.blocks.logits(states[:, part])
+            n_agreeing += int((logits[0].argmax(-1) == self._most_likely[window][part]).sum())
+            if self._whole is None:
+                (sums,) = self._segment_sums(window, part, logits)
+                segments += sums
+        if self._whole is not None:
+            (segments,) = _sums(self._along[-1][window][None])
+        return math.fsum(map(_or_infinite, segments)), n_agreeing
 
     def _head_tokens(self, n_models: int) -> int:
-        """Tokens of each of `n_models` that the head is run on at once: whole segments."""
+        """Tokens of each of `n_models` models in one batch of the head: whole segments."""
         return max(1, self.micro_batch.logits // (self.vocabulary * n_models * SEGMENT_TOKENS)) * SEGMENT_TOKENS
 
     def _segments(self, window: int, states: Tensor, limits: Sequence[float]) -> list[Segments]:
-        """Divergence of models that end in `states`, (models, tokens, hidden), on a window, summed over its segments.
+        """Divergence of models on a window, summed over each segment, from their final (models, tokens, hidden) states.
 
-        The head is run on some tokens at a time, for the models whose sum is not over their limit yet: on more tokens
-        of each, the fewer they are.
+        The head runs on some tokens at a time, and only for models that have not exceeded their limit: the fewer
+        models, the more tokens of each. Along the depth, `states` are the values at each token, (models, tokens).
         """
+        if self._whole is not None:
+            return [tuple(map(_or_infinite, sums)) for sums in _sums(states)]
         segments: list[Segments] = [()] * len(states)
         under_way = list(range(len(states)))
         start = 0
         while under_way and start < self.n_tokens:
             part = slice(start, start + self._head_tokens(len(under_way)))
-            sums = self._segment_sums(window, part, states[under_way, part])
+            sums = self._segment_sums(window, part, self.blocks.logits(states[under_way, part]))
             for model, new in zip(under_way, sums, strict=True):
-                segments[model] += tuple(x if x == x else math.inf for x in new)
+                segments[model] += tuple(map(_or_infinite, new))
             under_way = [model for model in under_way if not math.fsum(segments[model]) > limits[model]]
             start = part.stop
         return segments
 
-    def _segment_sums(self, window: int, tokens: slice, states: Tensor) -> list[list[float]]:
+    def _segment_sums(self, window: int, tokens: slice, logits: Tensor) -> list[list[float]]:
         reference = tuple(kept[tokens] for kept in self.references[window])
-        n_tokens = max(1, self.micro_batch.divergence_logits // (self.vocabulary * len(states)))
+        n_tokens = max(1, self.micro_batch.divergence_logits // (self.vocabulary * len(logits)))
         values = [
             self.divergence.per_token(whole, pruned.float())
             for *whole, pruned in zip(
                 *(kept.split(n_tokens) for kept in reference),
-                self.blocks.logits(states).split(n_tokens, dim=1),
+                logits.split(n_tokens, dim=1),
                 strict=True,
             )
         ]
-        segments = torch.cat(values, dim=-1).double().split(SEGMENT_TOKENS, dim=-1)
-        return torch.stack([segment.sum(-1) for segment in segments], dim=-1).tolist()
+        return _sums(torch.cat(values, dim=-1))
+
+
+def _sums(values: Tensor) -> list[list[float]]:
+    """(models, tokens) -> for each model, over each segment."""
+    segments = values.double().split(SEGMENT_TOKENS, dim=-1)
+    return torch.stack([segment.sum(-1) for segment in segments], dim=-1).tolist()
+
+
+def _or_infinite(x: float) -> float:
+    return x if x == x else math.inf
 
 
 def _evenly(states: Tensor, together: int) -> Sequence[Tensor]:
-    """Pieces of at most `together`, as few and as equal as can be: many at once end at about the same time."""
+    """As few pieces of at most `together` as possible, nearly equal: parallel ones end at about the same time."""
     return states.tensor_split(-(-len(states) // together)) if len(states) else ()

@@ -10,10 +10,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from finercut.selection.records import Controls
 from finercut.selection.selection import Chosen, Origin, Selection, left_over
 from finercut.selection.settings import NOT_NESTED
 from finercut.sublayers import Candidate, Sublayer, candidates, parse, protected
@@ -30,6 +31,9 @@ class Line(Record):
         return self.model_dump_json() + "\n"
 
 
+AnyLine = TypeVar("AnyLine", bound=Line)
+
+
 class Provenance(Origin, Line):
     """Everything that decides which removals a method finds. A trajectory continues only under the same one."""
 
@@ -41,7 +45,13 @@ class Provenance(Origin, Line):
     budget: str | None = None
     """Where it decides what is removed, and not only how much."""
     seed: int | None = None
-    """Of random."""
+    """Of random and evolutionary."""
+    evolution: str | None = None
+    """Where it starts, generations, offspring and removals exchanged, of evolutionary."""
+    task_sha256: str | None = None
+    """Of the examples of divergence task."""
+    continuations: str | None = None
+    """What is written for the controls: how many texts, of how many tokens."""
     candidates: Literal["attention", "mlp", "both", "blocks", "any"]
     protect: list[str]
     exclude: float | None
@@ -94,6 +104,8 @@ class Step(Line):
     """The same on the held-out tokens."""
     held_out_by_source: dict[str, float] = Field({})
     """And on those of each source; empty where there is one."""
+    controls: Controls | None = None
+    """None where an earlier version measured none."""
 
 
 class Removal(Step):
@@ -235,10 +247,30 @@ def _overlaps(step: Step, earlier: Iterable[Step]) -> bool:
     return not gone.isdisjoint(parse(step.sublayer).sublayers)
 
 
-def append(path: Path, removal: Line) -> None:
+def read_lines(path: Path, kind: type[AnyLine]) -> list[AnyLine]:
+    """What an earlier, perhaps killed, search left at `path`. A line that a kill tore is dropped from the file."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    found: list[AnyLine] = []
+    for line in text:
+        try:
+            found.append(kind.model_validate_json(line))
+        except ValidationError:
+            break
+        if not line.endswith("\n"):
+            found.pop()
+            break
+    if len(found) < len(text):
+        _replace(path, "".join(line.to_json() for line in found))
+    return found
+
+
+def append(path: Path, line: Line) -> None:
     """Add one line; when this returns, it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(removal.to_json())
+        file.write(line.to_json())
         file.flush()
         os.fsync(file.fileno())
 
