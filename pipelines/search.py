@@ -25,6 +25,7 @@ import finercut
 from finercut.model.costs import costs_of
 from finercut.model.devices import device_of, dtype_of, room_for
 from finercut.model.directory import ModelDirectory
+from finercut.model.families import fixed_sublayers
 from finercut.model.loading import load_whole
 from finercut.registry import live
 from finercut.report.pictures import divergence_curves
@@ -96,7 +97,7 @@ def prepared(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Job:
     if not ranks.first:
         logger.setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
-    fetched, tokens, goal, examples = _inputs(settings, budget)
+    settings, fetched, tokens, goal, examples = _inputs(settings, budget)
     device = device_of(settings.device, ranks.local_rank)
     dtype = dtype_of(settings.dtype, device)
     if device.type == "cuda":
@@ -415,17 +416,22 @@ def _measured(job: Job, order: Sequence[Candidate]) -> Selected:
     return Selected(tuple(steps))
 
 
-def _inputs(settings: Search, budget: Budget) -> tuple[FetchReport, Tokens, Goal, Examples | None]:
+def _inputs(settings: Search, budget: Budget) -> tuple[Search, FetchReport, Tokens, Goal, Examples | None]:
+    """The settings with what the model itself protects, and what the other stages left."""
     fetched = FetchReport.read(paths.report("fetch"))
     tokens = load_tokens(paths.CALIBRATION)
     tokens.check_vocabulary(fetched.vocab_size)
     whole = ModelDirectory(paths.MODEL).written_by("fetch")
+    fixed = fixed_sublayers(whole.config)
+    for sublayer, why in fixed.items():
+        logger.info("search: %s stays: %s", sublayer, why)
+    settings = settings.model_copy(update={"protect": sorted({*settings.protect, *map(str, fixed)})})
     goal = Goal(settings, budget, costs_of(whole), fetched.n_blocks)
     goal.check()
     examples = None
     if settings.task is not None:
         examples = read_examples(Path(settings.task), whole.tokenizer, fetched.max_position_embeddings)
-    return fetched, tokens, goal, examples
+    return settings, fetched, tokens, goal, examples
 
 
 def _file_sha256(file: str) -> str:

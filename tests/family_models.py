@@ -123,6 +123,95 @@ UNDECLARED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {**_LAYER_TYPES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
 }
 
+_MIXERS = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+    "head_dim": 16,
+}
+_SSM = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 4,
+    "mamba_d_conv": 3,
+}
+_GRANITE = {**_MIXERS, **_SSM, "shared_intermediate_size": 32, "residual_multiplier": 0.4}
+
+# Blocks mix tokens in several ways: attention, linear attention, state space model, short convolution.
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": (
+        "qwen3_next",
+        {**_MIXERS, **_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
+    ),
+    "qwen3_5": ("qwen3_5_text", {**_MIXERS, **_DELTA}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"] * 2, **_EXPERTS, "num_dense_layers": 1}),
+    "granite 4": ("granitemoehybrid", {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite 4 dense": ("granitemoehybrid", {**_GRANITE, "num_local_experts": 0}),
+    "bamba": ("bamba", {"attn_layer_indices": [1, 3], **_SSM}),
+    "jamba": (
+        "jamba",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "falcon_h1": ("falcon_h1", {"mamba_d_ssm": 128, "attention_in_multiplier": 0.5, **_SSM}),
+    "olmo_hybrid": ("olmo_hybrid", {**_MIXERS, **_DELTA, "linear_num_key_heads": 4}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            # Each block is one sublayer.
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", *_MIXERS["layer_types"][:2]],
+            "num_hidden_layers": 6,
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            **_MIXERS,
+            "num_key_value_heads": 4,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "dense"],
+            "kv_lora_rank": 16,
+            "q_lora_rank": None,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_token": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+}
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 400,
     "hidden_size": 64,

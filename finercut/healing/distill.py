@@ -34,7 +34,7 @@ from finercut.model.devices import dtype_of
 from finercut.model.directory import quiet
 from finercut.model.families import Layout, layout_of
 from finercut.model.loading import load_pruned, load_whole
-from finercut.model.modeling_finercut import bypass
+from finercut.model.modeling_finercut import branch_of, bypass
 
 logger = logging.getLogger("finercut")
 
@@ -98,7 +98,7 @@ def _lora(task: Task, settings: Distill, device: torch.device, dtype: torch.dtyp
     whole = load_whole(task.whole, dtype, device)
     layout, removed = layout_of(whole.config), task.pruned.removed
     blocks = whole.get_submodule(layout.blocks)
-    gone = {f"{layout.blocks}.{s.block}.{member}" for s in removed for member in layout.branch(s.kind).members}
+    gone = {f"{layout.blocks}.{s.block}.{member}" for s in removed for member in layout.branch(s.kind, s.block).members}
     targets = [
         name
         for name, module in whole.named_modules()
@@ -116,8 +116,8 @@ def _lora(task: Task, settings: Distill, device: torch.device, dtype: torch.dtyp
     student = get_peft_model(whole, config)
     swaps = []
     for sublayer in removed:
-        block = blocks[sublayer.block]
-        for name, own in bypass(block, sublayer.kind, layout.to_dict()).items():
+        block, branch = blocks[sublayer.block], branch_of(layout.to_dict(), sublayer.kind, sublayer.block)
+        for name, own in bypass(block, sublayer.kind, branch).items():
             swaps.append((block, name, own, getattr(block, name)))
 
     @contextmanager

@@ -194,8 +194,10 @@ class _Fit:
     def _written(self, unit: Unit, states: Tensor) -> _Written | None:
         """What the unit's output is linear in; None if there is nothing of that kind."""
         (kind,) = unit.kinds
-        branch = self.layout.branch(kind)
+        branch = self.layout.branch(kind, unit.block)
         block = self.blocks.blocks[unit.block]
+        if branch.beside:
+            return None
         core = getattr(block, branch.core)
         last = getattr(block, branch.after[-1]) if branch.after else None
         calls: list[tuple[nn.Module, Tensor, Tensor]] = []

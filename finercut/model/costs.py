@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import layout_of
+from finercut.model.modeling_finercut import counting
 from finercut.sublayers import KINDS, Sublayer
 
 
@@ -63,30 +64,37 @@ def costs_of_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
     kv_bytes: dict[Sublayer, float] = {}
     for index, block in enumerate(model.get_submodule(layout.blocks)):
         for kind in KINDS:
-            members = [getattr(block, name) for name in layout.branch(kind).members]
-            sublayer = Sublayer(index, kind)
+            sublayer, branch = Sublayer(index, kind), layout.branch(kind, index)
+            members = [getattr(block, name) for name in branch.members] if branch else []
             parameters[sublayer] = sum(p.numel() for m in members for p in m.parameters())
-            core = getattr(block, layout.branch(kind).core)
-            kv_bytes[sublayer] = _cached_numbers(config, core) * element_bytes if kind == "attention" else 0
+            kv_bytes[sublayer] = 0
+            if branch and kind == "attention" and counting(config, [index]):
+                paths = [getattr(block, path.core) for path in branch.paths]
+                kv_bytes[sublayer] = _cached_numbers(config, paths) * element_bytes
+    there = layout.sublayers(len(model.get_submodule(layout.blocks)))
     n_parameters = sum(p.numel() for p in model.parameters())
     return Costs(
-        sublayers=Cost("sublayers", dict.fromkeys(parameters, 1), len(parameters)),
+        sublayers=Cost("sublayers", {sublayer: int(sublayer in there) for sublayer in parameters}, len(there)),
         parameters=Cost("parameters", parameters, n_parameters),
         kv_cache=Cost("bytes per token", kv_bytes, sum(kv_bytes.values())),
     )
 
 
-def _cached_numbers(config: PreTrainedConfig, attention: nn.Module) -> int:
-    """Numbers that an engine keeps of each past token for one attention.
+def _cached_numbers(config: PreTrainedConfig, paths: Sequence[nn.Module]) -> int:
+    """Numbers that an engine keeps of each past token for one attention; a recurrent state does not grow with them.
 
     Multi-head latent attention keeps one compressed vector and one rotary key; any other the keys and values of its
     heads.
+
+    Args:
+        paths: the attention, and what runs beside it.
     """
     if latent := getattr(config, "kv_lora_rank", None):
         return latent + config.qk_rope_head_dim
-    keys, values = (getattr(attention, name, None) for name in ("k_proj", "v_proj"))
-    if isinstance(keys, nn.Linear) and isinstance(values, nn.Linear):
-        return keys.out_features + values.out_features
+    for path in paths:
+        keys, values = (getattr(path, name, None) for name in ("k_proj", "v_proj"))
+        if isinstance(keys, nn.Linear) and isinstance(values, nn.Linear):
+            return keys.out_features + values.out_features
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * n_kv_heads * head_dim

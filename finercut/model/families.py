@@ -1,15 +1,18 @@
 """Declares where each decoder family keeps its sublayers. A new family is one entry here.
 
 A sublayer consists of a core module, whose output is added to the residual stream, and the modules that run before and
-after it for that core alone (norms). Members are named as attributes of the block.
+after it for that core alone (norms). Whatever mixes tokens is an attention: also a linear attention, a state space
+model, a short convolution. Members are named as attributes of the block.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from finercut.sublayers import KINDS, Sublayer
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,32 @@ class Branch:
     after: tuple[str, ...] = ()
     n_outputs: int | None = None
     """Values that the core returns; the first is added to the stream. None: 2 for an attention, 1 for an MLP."""
+    beside: tuple[Branch, ...] = ()
+    """Cores of the same sublayer that run in parallel to this one: a state space model beside an attention, a shared
+    expert beside the routed ones."""
+
+    @property
+    def paths(self) -> tuple[Branch, ...]:
+        return (self, *self.beside)
 
     @property
     def members(self) -> tuple[str, ...]:
-        return (*self.before, self.core, *self.after)
+        return tuple(name for path in self.paths for name in (*path.before, path.core, *path.after))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Branch:
+        tuples = {name: tuple(values.get(name, ())) for name in ("before", "after")}
+        return cls(**values | tuples | {"beside": tuple(map(cls.from_dict, values.get("beside", ())))})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Blocks whose sublayers lie elsewhere than in most, or that lack one."""
+
+    at: tuple[int, ...]
+    """Blocks, counted from 0."""
+    attention: Branch | None
+    mlp: Branch | None
 
 
 @dataclass(frozen=True)
@@ -32,14 +57,22 @@ class Layout:
     """Where the blocks are in the model, and the sublayers in a block. Stored in a pruned checkpoint's config."""
 
     blocks: str
-    attention: Branch
-    mlp: Branch
+    attention: Branch | None
+    mlp: Branch | None
     sequential: bool = True
     """A block is its attention followed by its MLP. False where both read the same stream, or a norm lies on the stream
     itself: such a block runs as one unit."""
+    variants: tuple[Variant, ...] = ()
+    """The blocks that `attention` and `mlp` do not hold for."""
 
-    def branch(self, kind: str) -> Branch:
-        return self.attention if kind == "attention" else self.mlp
+    def branch(self, kind: str, block: int) -> Branch | None:
+        """A sublayer of a block; None where the block has none of that kind."""
+        of = next((variant for variant in self.variants if block in variant.at), self)
+        return of.attention if kind == "attention" else of.mlp
+
+    def sublayers(self, n_blocks: int) -> list[Sublayer]:
+        """Those that the blocks have, by depth."""
+        return [Sublayer(i, kind) for i in range(n_blocks) for kind in KINDS if self.branch(kind, i)]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,11 +83,14 @@ class Layout:
         Raises:
             ValueError: it is not what `to_dict` writes.
         """
+
+        def branches(of: dict[str, Any]) -> dict[str, Branch | None]:
+            return {kind: Branch.from_dict(of[kind]) if of[kind] else None for kind in KINDS}
+
         try:
-            branches = {kind: Branch(**values[kind]) for kind in ("attention", "mlp")}
-            branches = {k: replace(b, before=tuple(b.before), after=tuple(b.after)) for k, b in branches.items()}
-            return cls(**values | branches)
-        except (KeyError, TypeError) as error:
+            variants = tuple(Variant(tuple(v["at"]), **branches(v)) for v in values.get("variants", ()))
+            return cls(**values | branches(values) | {"variants": variants})
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{LAYOUT_KEY} in config.json is not a layout: {error}. Write it as {EXAMPLE}") from error
 
 
@@ -142,12 +178,27 @@ def layout_of(config: Any) -> Layout:
     return family if isinstance(family, Layout) else family(config)
 
 
+def fixed_sublayers(config: Any) -> dict[Sublayer, str]:
+    """Sublayers of the whole model that no search may remove, and why.
+
+    Raises:
+        ValueError: as `layout_of`.
+    """
+    from finercut.model.modeling_finercut import counting
+
+    layout, n_blocks = layout_of(config), config.num_hidden_layers
+    here = layout.sublayers(n_blocks)
+    fixed = {Sublayer(i, kind): "the block has none" for i in range(n_blocks) for kind in KINDS}
+    fixed = {sublayer: why for sublayer, why in fixed.items() if sublayer not in here}
+    attentions = [sublayer.block for sublayer in here if sublayer.kind == "attention"]
+    lasting = counting(config, attentions)
+    if lasting and len(lasting) < len(attentions):
+        fixed[Sublayer(lasting[0], "attention")] = "it is the first by whose keys the cache counts tokens"
+    return fixed
+
+
 def is_declared(config: Any) -> bool:
     return hasattr(config, LAYOUT_KEY) or config.model_type in FAMILIES
-
-
-# Kinds of blocks whose state is not keys and values of past tokens.
-_RECURRENT = ("mamba", "linear_attention", "conv", "recurrent", "hybrid", "hybrid_sliding", "moe_mamba")
 
 
 def check_supported(config: Any) -> None:
@@ -176,8 +227,6 @@ def check_supported(config: Any) -> None:
             f"{kind}: its last {config.num_kv_shared_layers} attentions read the keys and values of earlier ones, "
             "which could not be removed on their own"
         )
-    if recurrent := sorted(set(getattr(config, "layer_types", None) or ()).intersection(_RECURRENT)):
-        raise ValueError(f"{kind}: some of its blocks keep a recurrent state ({', '.join(recurrent)})")
     if config.is_heterogeneous:
         raise ValueError(f"{kind} with a per_layer_config of its own: transformers does not act on it yet")
 

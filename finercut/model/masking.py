@@ -29,8 +29,9 @@ def masked(
     blocks = model.get_submodule(layout.blocks)
     hooks = []
     for sublayer in removed:
-        last = layout.branch(sublayer.kind).members[-1]
-        hooks.append(getattr(blocks[sublayer.block], last).register_forward_hook(_zero))
+        for path in layout.branch(sublayer.kind, sublayer.block).paths:
+            last = path.after[-1] if path.after else path.core
+            hooks.append(getattr(blocks[sublayer.block], last).register_forward_hook(_zero))
     try:
         yield model
     finally:

@@ -10,6 +10,7 @@ installed. It therefore imports nothing of finercut.
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 PREFIX = "FinerCut"
 KINDS = ("attention", "mlp")
+WITHOUT_LENGTH = ("linear_attention", "conv", "moe", "mlp")
+"""Types of blocks, as transformers names them, whose layer of a cache does not know how many tokens went by."""
 
 
 class Removed(nn.Module):
@@ -46,21 +49,33 @@ class Removed(nn.Module):
         return self.kind
 
 
-def bypass(block: nn.Module, kind: str, layout: dict[str, Any]) -> dict[str, nn.Module]:
-    """Take one sublayer out of the path through `block`.
+def branch_of(layout: dict[str, Any], kind: str, block: int) -> dict[str, Any] | None:
+    """Where a block keeps its sublayer of that kind; None if it has none.
 
     Args:
         layout: where the family keeps its sublayers, as `finercut.model.families.Layout` writes it.
+    """
+    # Checkpoints of 0.1.0 say nothing of variants.
+    return next((v for v in layout.get("variants", ()) if block in v["at"]), layout)[kind]
+
+
+def bypass(block: nn.Module, kind: str, branch: dict[str, Any] | None) -> dict[str, nn.Module]:
+    """Take one sublayer out of the path through `block`.
+
+    Args:
+        branch: the sublayer, of `branch_of`.
 
     Returns:
         The modules that were replaced, by name: putting them back undoes it.
     """
-    branch = layout[kind]
-    # Attentions of transformers return their weights too. Checkpoints of 0.1.0 do not say so.
-    n_outputs = branch.get("n_outputs") or (2 if kind == "attention" else 1)
-    replaced = {name: getattr(block, name) for name in (*branch["before"], branch["core"], *branch["after"])}
-    for name in replaced:
-        setattr(block, name, Removed(kind, n_outputs) if name == branch["core"] else nn.Identity())
+    replaced: dict[str, nn.Module] = {}
+    for path in (branch, *branch.get("beside", ())) if branch else ():
+        # Attentions of transformers return their weights too. Checkpoints of 0.1.0 do not say so.
+        n_outputs = path.get("n_outputs") or (2 if kind == "attention" else 1)
+        members = {name: nn.Identity() for name in (*path["before"], *path["after"])}
+        for name, instead in (members | {path["core"]: Removed(kind, n_outputs)}).items():
+            replaced[name] = getattr(block, name)
+            setattr(block, name, instead)
     return replaced
 
 
@@ -73,9 +88,17 @@ def removed_sublayers(config: transformers.PreTrainedConfig) -> list[tuple[int, 
 
 
 def kept_attentions(config: transformers.PreTrainedConfig) -> list[int]:
-    """Blocks that still have their attention: the n-th of them owns the n-th layer of the KV cache."""
+    """Blocks that still have their attention: the n-th of them owns the n-th layer of the cache."""
     gone = {block for block, kind in removed_sublayers(config) if kind == "attention"}
-    return [block for block in range(config.num_hidden_layers) if block not in gone]
+    layout = (config.finercut or {}).get("layout")
+    blocks = range(config.num_hidden_layers)
+    return [i for i in blocks if i not in gone and (layout is None or branch_of(layout, "attention", i))]
+
+
+def counting(config: transformers.PreTrainedConfig, blocks: list[int]) -> list[int]:
+    """Of some blocks those whose cache knows how many tokens went by: keys and values do, recurrent states do not."""
+    types = getattr(config, "layer_types", None)
+    return [i for i in blocks if types is None or types[i] not in WITHOUT_LENGTH]
 
 
 def cached_by(attention: nn.Module) -> list[nn.Module]:
@@ -101,13 +124,40 @@ def remove_sublayers(model: nn.Module) -> None:
     kept = kept_attentions(config)
     if not kept:
         raise ValueError("every attention is removed; a model without one cannot tell positions apart")
+    if counting(config, list(range(config.num_hidden_layers))) and not counting(config, kept):
+        raise ValueError("every attention with keys and values is removed; the cache cannot count tokens without one")
     # The same blocks for a model with and without its head.
     blocks = model.base_model.get_submodule(layout["blocks"].removeprefix(f"{model.base_model_prefix}."))
     for index, kind in removed:
-        bypass(blocks[index], kind, layout)
+        bypass(blocks[index], kind, branch_of(layout, kind, index))
     for position, index in enumerate(kept):
-        for module in cached_by(getattr(blocks[index], layout["attention"]["core"])):
+        renumber(blocks[index], branch_of(layout, "attention", index), position)
+
+
+def renumber(block: nn.Module, attention: dict[str, Any], position: int) -> None:
+    """Give a block's attention that layer of the cache."""
+    for path in (attention, *attention.get("beside", ())):
+        for module in cached_by(getattr(block, path["core"])):
             module.layer_idx = position
+
+
+@functools.cache
+def _plain(config_class: type) -> type:
+    """The same config with attributes of its own where the class computes them: some derive the types of blocks."""
+    renamed = {k: v for k, v in config_class.attribute_map.items() if k not in ("layer_types", "num_hidden_layers")}
+    body = {"attribute_map": renamed, "layer_types": None, "num_hidden_layers": 0, "__module__": __name__}
+    return type(config_class.__name__, (config_class,), body)
+
+
+def cache_config(config: Any, kept: list[int]) -> Any:
+    """The config of a cache that has a layer for each attention of the blocks `kept`, and none else."""
+    cached = copy.copy(config)
+    cached.per_layer_config = None
+    types = getattr(config, "layer_types", None)
+    cached.__class__ = _plain(type(config))
+    cached.num_hidden_layers = len(kept)
+    cached.layer_types = None if types is None else [types[block] for block in kept]
+    return cached
 
 
 class PrunedConfig:
@@ -118,13 +168,7 @@ class PrunedConfig:
         # Transformers asks with decoder=True where it builds caches and reads generation defaults.
         if not decoder or not removed_sublayers(config):
             return config
-        kept = kept_attentions(config)
-        cached = copy.copy(config)
-        cached.per_layer_config = None
-        cached.num_hidden_layers = len(kept)
-        if getattr(config, "layer_types", None) is not None:
-            cached.layer_types = [config.layer_types[block] for block in kept]
-        return cached
+        return cache_config(config, kept_attentions(config))
 
 
 class PrunedModel:

@@ -1,25 +1,26 @@
 """Finds the sublayers of an undeclared model by running it.
 
-The blocks are the longest list of equal modules. One forward records each block's own modules. The module whose
-output at the last token depends on the token before is the attention; the last other module with matrices is the MLP;
-modules that feed only a core, or are fed only by it, belong to its sublayer. The result is verified: a block without
-its sublayers returns its input, and removing any sublayer equals masking it, with a KV cache and without.
+The blocks are a list of `num_hidden_layers` modules. One forward records each block's own modules. The modules whose
+output at the last token depends on the token before are the attention; the last other module with matrices, and those
+that are given the same, are the MLP; modules that feed only a core, or are fed only by it, belong to its sublayer.
+Blocks that call the same modules are alike: one of each sort is looked at. The result is verified: a block without its
+sublayers returns its input, and removing any sublayer equals masking it, with a cache and without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from finercut.model.families import EXAMPLE, LAYOUT_KEY, Branch, Layout
+from finercut.model.families import EXAMPLE, LAYOUT_KEY, Branch, Layout, Variant
 from finercut.model.masking import masked
-from finercut.model.modeling_finercut import bypass, cached_by
+from finercut.model.modeling_finercut import branch_of, bypass, cache_config, cached_by, counting, renumber
 from finercut.sublayers import KINDS, Sublayer
 
 N_TOKENS = 8
@@ -53,6 +54,10 @@ class _Call:
         """Whether its result is what `other` is given, perhaps in another shape."""
         return self.result.numel() == other.given.numel() and torch.equal(self.result.flatten(), other.given.flatten())
 
+    def reads_what(self, other: _Call) -> bool:
+        """Whether both are given the same, perhaps in another shape."""
+        return self.given.numel() == other.given.numel() and torch.equal(self.given.flatten(), other.given.flatten())
+
     def mixes_tokens(self) -> bool:
         """Whether another token before the last changes the result at the last one."""
         if self.given.dim() != 3:
@@ -78,22 +83,30 @@ def find_layout(model: PreTrainedModel) -> Layout:
         model: on any device, in evaluation mode; is as it was afterwards.
 
     Raises:
-        ValueError: what was found is not one attention and one MLP a block whose outputs are added to the stream; says
-            what was found and how to declare it.
+        ValueError: what was found is not one attention or one MLP a block, or both, whose outputs are added to the
+            stream; says what was found and how to declare it.
     """
     tokens = torch.arange(1, 1 + N_TOKENS, device=model.device)[None] % model.config.vocab_size
     name, blocks = _blocks(model)
-    calls = _watch(model, dict(blocks[0].named_children()), tokens)
-    found = f"blocks at {name!r} ({len(blocks)} x {type(blocks[0]).__name__}), which call {_listed(calls)}"
+    members = {(i, child): module for i, block in enumerate(blocks) for child, module in block.named_children()}
+    calls: list[list[_Call]] = [[] for _ in blocks]
+    for (i, child), call in _watch(model, members, tokens):
+        calls[i].append(replace(call, name=child))
+    found = f"blocks at {name!r} ({len(blocks)} x {type(blocks[0]).__name__}), which call {_listed(calls[0])}"
     try:
         layout = _layout(name, calls)
         _check_members(blocks, layout)
-        runs = _watch(model, dict(enumerate(blocks)), tokens)
-        sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
+        runs = [call for _, call in _watch(model, dict(enumerate(blocks)), tokens)]
+        try:
+            sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
+        except AttributeError:
+            # Some blocks ask their norms for more than an output: these stay.
+            layout = _cores_alone(layout)
+            sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
         layout = replace(layout, sequential=all(sequential))
         _check_cache(model, blocks, layout, tokens)
     # A model may fail in any of these ways when a part of it is bypassed that was something else.
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError, StopIteration) as error:
         raise ValueError(
             f"cannot tell the sublayers of this {model.config.model_type} model: {error}. Found {found}. "
             f"If you know better, write into config.json, as {LAYOUT_KEY!r}, what is like {EXAMPLE}"
@@ -115,27 +128,28 @@ def _listed(calls: Sequence[_Call]) -> str:
 
 def _blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     lists = [(n, list(m)) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    equal = [(n, m) for n, m in lists if len(m) == model.config.num_hidden_layers and len(set(map(type, m))) == 1]
-    if not equal:
+    fitting = [(n, m) for n, m in lists if len(m) == model.config.num_hidden_layers]
+    if not fitting:
         n_blocks, found = model.config.num_hidden_layers, ", ".join(name for name, _ in lists)
         raise ValueError(
             f"cannot tell the blocks of this {model.config.model_type} model: none of its lists holds {n_blocks} "
-            f"modules of one class. Found {found or 'no lists'}"
+            f"modules. Found {found or 'no lists'}"
         )
-    return equal[0]
+    return min(fitting, key=lambda one: len(set(map(type, one[1]))))
 
 
-def _watch(model: PreTrainedModel, modules: Mapping[Any, nn.Module], tokens: Tensor) -> list[_Call]:
-    """The calls of `modules` in one forward, in order."""
-    calls: list[_Call] = []
-    names = {id(module): str(name) for name, module in modules.items()}
+def _watch(model: PreTrainedModel, modules: Mapping[Any, nn.Module], tokens: Tensor) -> list[tuple[Any, _Call]]:
+    """The calls of `modules` in one forward, in order, each with its key there."""
+    calls: list[tuple[Any, _Call]] = []
+    keys = {id(module): key for key, module in modules.items()}
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         # Dropouts do nothing here, and other implementations of a model have none.
         if isinstance(module, nn.Dropout):
             return
         if any(map(_is_states, (*args, *kwargs.values()))) and _is_states(_first(output)):
-            calls.append(_Call(names[id(module)], module, args, kwargs, output))
+            key = keys[id(module)]
+            calls.append((key, _Call(str(key), module, args, kwargs, output)))
 
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in modules.values()]
     try:
@@ -146,52 +160,82 @@ def _watch(model: PreTrainedModel, modules: Mapping[Any, nn.Module], tokens: Ten
     return calls
 
 
-def _layout(name: str, calls: Sequence[_Call]) -> Layout:
+def _layout(name: str, calls: Sequence[Sequence[_Call]]) -> Layout:
+    """Of the calls of every block."""
+    sorts: dict[tuple, tuple[Branch | None, Branch | None]] = {}
+    found: dict[tuple[Branch | None, Branch | None], list[int]] = {}
+    for block, own in enumerate(calls):
+        sort = tuple((call.name, type(call.module), type(call.output)) for call in own)
+        if sort not in sorts:
+            sorts[sort] = _branches(own)
+        found.setdefault(sorts[sort], []).append(block)
+    if not any(attention for attention, _ in found):
+        raise ValueError("0 of a block's modules let tokens see each other, not one attention")
+    usual = max(found, key=lambda pair: len(found[pair]))
+    variants = tuple(Variant(tuple(at), *pair) for pair, at in found.items() if pair != usual)
+    return Layout(name, *usual, variants=variants)
+
+
+def _branches(calls: Sequence[_Call]) -> tuple[Branch | None, Branch | None]:
+    """A block's attention and its MLP."""
     mixing = [i for i, call in enumerate(calls) if call.mixes_tokens()]
-    if len(mixing) != 1:
-        raise ValueError(f"{len(mixing)} of a block's modules let tokens see each other, not one attention")
     # Norms have no matrices; what a family does after its last one is not part of a sublayer.
     plain = [i for i, call in enumerate(calls) if call.has_matrices and i not in mixing]
-    if not plain:
-        raise ValueError("a block has no MLP beside its attention")
-    attention, mlp = (_branch(calls, core) for core in (mixing[0], plain[-1]))
-    if both := set(attention.members).intersection(mlp.members):
+    last = [i for i in plain if i == plain[-1] or calls[i].reads_what(calls[plain[-1]])]
+    attention, mlp = (_branch(calls, cores) if cores else None for cores in (mixing, last))
+    if attention and mlp and (both := set(attention.members).intersection(mlp.members)):
         raise ValueError(f"{', '.join(sorted(both))} runs for the attention and for the MLP")
-    return Layout(name, attention, mlp)
+    return attention, mlp
 
 
-def _branch(calls: Sequence[_Call], core: int) -> Branch:
-    """The core, and the chain of modules that run for it alone."""
-    first = core
-    while first > 0 and [c for c in calls if calls[first - 1].feeds(c)] == [calls[first]]:
-        first -= 1
-    last = core
-    while last + 1 < len(calls) and calls[last].feeds(calls[last + 1]):
-        last += 1
-    names = [call.name for call in calls]
-    output = calls[core].output
-    return Branch(
-        names[core],
-        before=tuple(names[first:core]),
-        after=tuple(names[core + 1 : last + 1]),
-        n_outputs=len(output) if isinstance(output, tuple) else 1,
-    )
+def _branch(calls: Sequence[_Call], cores: Sequence[int]) -> Branch:
+    """The cores, and the chains of modules that run for them alone."""
+    paths = []
+    members = set(cores)
+    for core in cores:
+        first = core
+        while first > 0 and first - 1 not in members and _feeds_only(calls, first - 1, members):
+            first -= 1
+            members.add(first)
+        last = core
+        while last + 1 < len(calls) and last + 1 not in members and calls[last].feeds(calls[last + 1]):
+            last += 1
+            members.add(last)
+        names = [call.name for call in calls]
+        output = calls[core].output
+        n_outputs = len(output) if isinstance(output, tuple) else 1
+        paths.append(Branch(names[core], tuple(names[first:core]), tuple(names[core + 1 : last + 1]), n_outputs))
+    return replace(paths[0], beside=tuple(paths[1:]))
+
+
+def _cores_alone(layout: Layout) -> Layout:
+    """Without what runs before the cores."""
+
+    def alone(branch: Branch | None) -> Branch | None:
+        return branch and replace(branch, before=(), beside=tuple(map(alone, branch.beside)))
+
+    variants = tuple(replace(v, attention=alone(v.attention), mlp=alone(v.mlp)) for v in layout.variants)
+    return replace(layout, attention=alone(layout.attention), mlp=alone(layout.mlp), variants=variants)
+
+
+def _feeds_only(calls: Sequence[_Call], one: int, members: set[int]) -> bool:
+    fed = {i for i, call in enumerate(calls) if calls[one].feeds(call)}
+    return bool(fed) and fed <= members
 
 
 def _check_members(blocks: Sequence[nn.Module], layout: Layout) -> None:
     for number, block in enumerate(blocks):
-        members = (*layout.attention.members, *layout.mlp.members)
-        if missing := [name for name in members if not hasattr(block, name)]:
-            raise ValueError(f"block {number} is unlike block 0, it has no {', '.join(missing)}")
-        if not cached_by(getattr(block, layout.attention.core)):
-            raise ValueError(f"{layout.attention.core} has no layer_idx to give it another layer of the KV cache")
+        attention = layout.branch("attention", number)
+        for path in attention.paths if attention else ():
+            if not cached_by(getattr(block, path.core)):
+                raise ValueError(f"{path.core} has no layer_idx to give it another layer of the KV cache")
 
 
 @contextmanager
-def _without(block: nn.Module, kinds: Iterable[str], layout: Layout) -> Iterator[None]:
+def _without(block: nn.Module, number: int, kinds: Iterable[str], layout: Layout) -> Iterator[None]:
     replaced: dict[str, nn.Module] = {}
     for kind in kinds:
-        replaced |= bypass(block, kind, layout.to_dict())
+        replaced |= bypass(block, kind, branch_of(layout.to_dict(), kind, number))
     try:
         yield
     finally:
@@ -204,15 +248,17 @@ def _check_block(model: PreTrainedModel, number: int, call: _Call, layout: Layou
     states = call.given
 
     def run(states: Tensor, *without: str) -> Tensor:
-        with _without(call.module, without, layout):
+        with _without(call.module, number, without, layout):
             return call.repeat(states)
 
-    if not _close(run(states, *KINDS), states):
+    kinds = [kind for kind in KINDS if layout.branch(kind, number)]
+    if not _close(run(states, *kinds), states):
+        cores = " and ".join(path.core for kind in kinds for path in layout.branch(kind, number).paths)
         raise ValueError(
-            f"block {number} without {layout.attention.core} and {layout.mlp.core} does not hand on what it is given: "
+            f"block {number} without {cores} does not hand on what it is given: "
             "it has more sublayers, they do more than add to the stream, or norms lie on it"
         )
-    for kind in KINDS:
+    for kind in kinds:
         with masked(model, [Sublayer(number, kind)], layout):
             if not _close(call.repeat(states), run(states, kind)):
                 raise ValueError(f"block {number} less its {kind} is not the block with that masked")
@@ -221,22 +267,41 @@ def _check_block(model: PreTrainedModel, number: int, call: _Call, layout: Layou
 
 def _check_cache(model: PreTrainedModel, blocks: Sequence[nn.Module], layout: Layout, tokens: Tensor) -> None:
     """That the attentions can be numbered anew once the first is gone, as pruned models do."""
-    moved = [module for block in blocks[1:] for module in cached_by(getattr(block, layout.attention.core))]
-    with masked(model, [Sublayer(0, "attention")], layout):
-        expected = model(tokens, use_cache=False).logits
-    with _without(blocks[0], ["attention"], layout):
-        for module in moved:
-            module.layer_idx -= 1
+    config = model.config
+    attentions = [i for i in range(len(blocks)) if layout.branch("attention", i)]
+    lasting = counting(config, attentions)
+    gone = next((i for i in attentions if lasting != [i] and attentions != [i]), None)
+    if gone is None:
+        return
+    kept = [i for i in attentions if i != gone]
+    branches = {i: asdict(layout.branch("attention", i)) for i in kept}
+    # Where the config does not tell the kinds of layers, a cache makes one for each attention that asks.
+    told = getattr(config, "layer_types", None) is not None
+
+    def in_parts(cache: DynamicCache) -> Tensor:
+        parts = tokens.split(N_TOKENS - 2, 1)
+        return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in parts], 1)
+
+    with masked(model, [Sublayer(gone, "attention")], layout):
+        # Some state space models compute something else with a cache than without: that is the whole model's own.
+        expected = in_parts(DynamicCache(config=config) if told else DynamicCache())
+    with _without(blocks[gone], gone, ["attention"], layout):
+        before = {i: [m.layer_idx for m in _cached(blocks[i], branches[i])] for i in kept}
+        for position, i in enumerate(kept):
+            renumber(blocks[i], branches[i], position)
         try:
-            cache = DynamicCache()
-            parts = [
-                model(part, past_key_values=cache, use_cache=True).logits for part in tokens.split(N_TOKENS - 2, 1)
-            ]
+            cache = DynamicCache(config=cache_config(config, kept)) if told else DynamicCache()
+            found = in_parts(cache)
         finally:
-            for module in moved:
-                module.layer_idx += 1
-    if len(cache.layers) != len(blocks) - 1 or not _close(torch.cat(parts, 1), expected):
-        raise ValueError("without the attention of block 0 and with a KV cache it computes something else")
+            for i in kept:
+                for module, index in zip(_cached(blocks[i], branches[i]), before[i], strict=True):
+                    module.layer_idx = index
+    if len(cache.layers) != len(kept) or not _close(found, expected):
+        raise ValueError(f"without the attention of block {gone} and with a KV cache it computes something else")
+
+
+def _cached(block: nn.Module, attention: dict[str, Any]) -> list[nn.Module]:
+    return [m for path in (attention, *attention["beside"]) for m in cached_by(getattr(block, path["core"]))]
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from finercut.model.families import Layout
-from finercut.model.modeling_finercut import bypass
+from finercut.model.modeling_finercut import branch_of, bypass
 from finercut.sublayers import KINDS, Sublayer
 
 
@@ -44,6 +44,7 @@ class Blocks:
         """
         self.model = model
         self.layout = layout
+        self._layout = layout.to_dict()
         self.blocks = list(model.get_submodule(layout.blocks))
         self._views: dict[tuple[int, frozenset[str]], nn.Module] = {}
         self.width = 0
@@ -51,8 +52,12 @@ class Blocks:
         self.vocabulary = 0
         """Logits a token, as the head gives them."""
         self._arguments = self._capture(tokens)
-        kinds = [(kind,) for kind in KINDS] if layout.sequential else [KINDS]
-        self.units = [Unit(i, k) for i in range(len(self.blocks)) for k in kinds]
+        here = layout.sublayers(len(self.blocks))
+        if layout.sequential:
+            self.units = [Unit(sublayer.block, (sublayer.kind,)) for sublayer in here]
+        else:
+            blocks = [[s.kind for s in here if s.block == i] for i in range(len(self.blocks))]
+            self.units = [Unit(i, tuple(kinds)) for i, kinds in enumerate(blocks) if kinds]
 
     @property
     def widest(self) -> int:
@@ -67,7 +72,7 @@ class Blocks:
         if key not in self._views:
             view = _shallow(self.blocks[block])
             for kind in sorted(without):
-                bypass(view, kind, self.layout.to_dict())
+                bypass(view, kind, branch_of(self._layout, kind, block))
             self._views[key] = view
         return self._views[key]
 
@@ -83,14 +88,14 @@ class Blocks:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) ids -> (batch, tokens, hidden): the first block's input."""
-        catch = _StandIn(self._in_tuple)
+        catch = _StandIn(self._n_outputs)
         self._run(self._around(catch), tokens)
         return catch.states
 
     def logits(self, states: Tensor) -> Tensor:
         """(batch, tokens, hidden) after the last block -> (batch, tokens, vocab), all by the model's own code."""
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        return self._run(self._around(_StandIn(self._in_tuple, states)), ids).logits
+        return self._run(self._around(_StandIn(self._n_outputs, states)), ids).logits
 
     def _run(self, model: nn.Module, tokens: Tensor) -> Any:
         # Routers' logits are there for a loss only, and a model none of whose routers ran fails at it.
@@ -115,7 +120,7 @@ class Blocks:
         def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             captured.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
             self.width = (args[0] if args else kwargs["hidden_states"]).shape[-1]
-            self._in_tuple = isinstance(output, tuple)
+            self._n_outputs = len(output) if isinstance(output, tuple) else None
 
         hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.blocks]
         try:
@@ -145,12 +150,16 @@ def _shallow(module: nn.Module) -> nn.Module:
 class _StandIn(nn.Module):
     """Stands in for all blocks: records its input, and returns `states` if it has any."""
 
-    def __init__(self, in_tuple: bool, states: Tensor | None = None) -> None:
+    def __init__(self, n_outputs: int | None, states: Tensor | None = None) -> None:
+        """
+        Args:
+            n_outputs: of a block, the first of which are the states; None where it hands on the states alone.
+        """
         super().__init__()
-        self.in_tuple = in_tuple
+        self.n_outputs = n_outputs
         self.states = states
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.states is None:
             self.states = hidden_states
-        return (self.states,) if self.in_tuple else self.states
+        return self.states if self.n_outputs is None else (self.states, *[None] * (self.n_outputs - 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finercut.model.costs import Cost
-from finercut.model.families import layout_of
+from finercut.model.families import fixed_sublayers, layout_of
 from finercut.selection.bench import Bench
 from finercut.selection.controls import Continuations
 from finercut.selection.distributed import ALONE, Ranks
@@ -93,7 +93,7 @@ def search(
     """
     n_blocks = len(model.get_submodule(layout_of(model.config).blocks))
     pool = candidates(n_blocks, kinds)
-    kept = protected(protect, n_blocks)
+    kept = protected(protect, n_blocks) | fixed_sublayers(model.config).keys()
     exclusion = None if exclude is None else FrontExclusion(len(pool), exclude)
     n_open = most_removals(open_candidates(pool, [], kept))
     if n_removals > n_open:

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 
 from finercut.model.families import layout_of
 from finercut.selection.workers import single_threaded
-from finercut.sublayers import KINDS
 
 N_SLOTS = 2
 # Where a tensor starts in a slot, bytes: as CUDA's own allocator would place it, so that the same kernels are chosen.
@@ -43,8 +42,12 @@ def stream(model: PreTrainedModel, device: torch.device, weights_bytes: int) -> 
         ValueError: `weights_bytes` is less than the minimum.
     """
     layout = layout_of(model.config)
-    names = [name for kind in KINDS for name in layout.branch(kind).members]
-    members = (getattr(block, name) for block in model.get_submodule(layout.blocks) for name in names)
+    blocks = model.get_submodule(layout.blocks)
+    members = (
+        getattr(blocks[sublayer.block], name)
+        for sublayer in layout.sublayers(len(blocks))
+        for name in layout.branch(sublayer.kind, sublayer.block).members
+    )
     # Norms are not worth a transfer of their own.
     modules = [member for member in members if any(p.dim() > 1 for p in member.parameters())]
     sizes = [_nbytes(module.parameters()) for module in modules]

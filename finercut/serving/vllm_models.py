@@ -24,10 +24,14 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import utils
 
 from finercut.model import modeling_finercut
-from finercut.model.modeling_finercut import PREFIX, removed_sublayers
+from finercut.model.modeling_finercut import PREFIX, branch_of, removed_sublayers
 
 # Where vLLM's blocks call a member otherwise than transformers' do, by the block's class.
-RENAMED = {"MixtralDecoderLayer": {"mlp": "block_sparse_moe"}}
+RENAMED = {
+    "MixtralDecoderLayer": {"mlp": "block_sparse_moe"},
+    "Lfm2ShortConvDecoderLayer": {"conv": "short_conv"},
+    "Lfm2MoeShortConvDecoderLayer": {"conv": "short_conv"},
+}
 
 
 class RemovedNorm(nn.Module):
@@ -58,8 +62,12 @@ class RemovedCore(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Families name and order a core's arguments differently; positions are integers.
-        hidden_states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.is_floating_point())
-        return hidden_states if self.has_norm else torch.zeros_like(hidden_states)
+        given = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.is_floating_point()]
+        added = given[0] if self.has_norm else torch.zeros_like(given[0])
+        # Some return nothing, and write into a second tensor.
+        if len(given) > 1 and given[1].shape == added.shape:
+            given[1].copy_(added)
+        return added
 
 
 class WithBias(nn.Module):
@@ -83,12 +91,14 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
     Raises:
         ValueError: vLLM's block has no such members.
     """
-    branch = layout[kind]
-    replacements = {
-        **{name: RemovedNorm() for name in branch["before"]},
-        branch["core"]: RemovedCore(has_norm=bool(branch["before"])),
-        **{name: nn.Identity() for name in branch["after"]},
-    }
+    branch = branch_of(layout, kind, int(prefix.rpartition(".")[2]))
+    beside = branch.get("beside", ())
+    replacements: dict[str, nn.Module] = {}
+    for path in (branch, *beside):
+        replacements |= {name: RemovedNorm() for name in path["before"]}
+        # Of several that run in parallel the first hands on what is to be added, and the others add nothing to it.
+        replacements[path["core"]] = RemovedCore(has_norm=path is branch and bool(branch["before"]))
+        replacements |= {name: nn.Identity() for name in path["after"]}
     renamed = RENAMED.get(type(block).__name__, {})
     replacements = {renamed.get(name, name): replacement for name, replacement in replacements.items()}
     missing = [name for name in replacements if not hasattr(block, name)]
@@ -96,17 +106,17 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
         raise ValueError(
             f"vLLM's {type(block).__name__} has no {', '.join(missing)}: cannot serve it without {prefix}.{kind}"
         )
+    removed: set[nn.Module] = set()
     for name, replacement in replacements.items():
-        is_linear = isinstance(getattr(block, name), LinearBase)
-        setattr(block, name, WithBias(replacement) if is_linear else replacement)
+        member = getattr(block, name)
+        removed.update(member.modules())
+        setattr(block, name, WithBias(replacement) if isinstance(member, LinearBase) else replacement)
     # vLLM looks here for what needs a KV cache, or an expert's kernels.
     compilation = vllm_config.compilation_config
-    gone = tuple(f"{prefix}.{name}." for name in replacements)
-    for name in [name for name in compilation.static_forward_context if name.startswith(gone)]:
+    gone = {name for name, module in compilation.static_forward_context.items() if module in removed}
+    for name in gone:
         del compilation.static_forward_context[name]
-    compilation.static_all_moe_layers[:] = [
-        name for name in compilation.static_all_moe_layers if not name.startswith(gone)
-    ]
+    compilation.static_all_moe_layers[:] = [name for name in compilation.static_all_moe_layers if name not in gone]
 
 
 @contextmanager
