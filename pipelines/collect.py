@@ -124,13 +124,19 @@ def _unkept(client: MlflowClient, name: str, n_kept: int, collected: Collected) 
     return list(reversed([version for version in listed if versions.is_finercuts(version)][n_kept:]))
 
 
-def _checkpoint(ledger: Ledger, version: ModelVersion, dry_run: bool) -> Iterator[Unneeded]:
-    # Before the log says that it is given up: a version whose files cannot be found stays as it is.
+def _checkpoint(ledger: Ledger, version: ModelVersion, dry_run: bool) -> Iterator[Unneeded | str]:
     stored = versions.stored(ledger.client, version)
     if stored is None:
         logger.warning("collect: %s version %s has no files of its own, and stays", ledger.model, version.version)
-    elif _given_up(ledger, version, dry_run) and (n_bytes := stored.n_bytes(CHECKPOINT)):
-        what = f"checkpoint of {ledger.model} version {version.version}"
+        return
+    what = f"checkpoint of {ledger.model} version {version.version}"
+    try:
+        # Before the log says that it is given up: a version whose files cannot be found stays as it is.
+        n_bytes = stored.n_bytes(CHECKPOINT)
+    except _ERRORS as error:
+        yield f"{what}: {error}"
+        return
+    if _given_up(ledger, version, dry_run) and n_bytes:
         yield Unneeded(what, n_bytes, lambda: stored.delete(CHECKPOINT))
 
 

@@ -12,6 +12,7 @@ from dvc.repo import Repo
 from example_versions import project, retained
 
 from finercut.registry import versions
+from finercut.registry.ledger import Ledger
 from finercut.registry.versions import VersionReference
 from pipelines import collect, paths, promote, status, watch
 
@@ -189,21 +190,22 @@ def test_a_version_whose_logged_model_was_deleted_is_registered_again_and_no_pro
     assert versions.find_version(here.run, here.name, md5).version == third
 
 
-def test_a_store_that_does_not_answer_is_a_problem_of_its_version_alone(here, repository):
-    """Artifacts in S3 with no server between: boto3's errors are none of MLflow's."""
+def test_a_store_that_cannot_be_read_is_a_problem_of_its_version_alone(here, repository):
+    """Artifacts in S3, where boto3's errors are none of MLflow's, and in Azure, whose library is not installed."""
     here.register()
-    experiment = here.client.create_experiment(f"{here.name}-s3", artifact_location="s3://nowhere/x")
-    unreachable = here.client.create_logged_model(experiment, here.name)
-    tags = {versions.PRUNED_MD5: "0.dir"}
-    number = by_hand(here, f"models:/{unreachable.model_id}", tags=tags)
-    here.register()
-    here.register()
+    for address in ("s3://nowhere/x", "wasbs://x@nowhere.blob.core.windows.net/x"):
+        experiment = here.client.create_experiment(f"{here.name}-{address[:2]}", artifact_location=address)
+        unreachable = here.client.create_logged_model(experiment, here.name)
+        by_hand(here, f"models:/{unreachable.model_id}", tags={versions.PRUNED_MD5: "0.dir"})
+    for _ in range(2):
+        here.register()
     freed, problems = collected(here)
-    assert freed == [f"checkpoint of {here.name} version {n}" for n in "13"]
-    assert len(problems) == 1
-    assert "cannot list stored files in MLflow at" in problems[0]
+    assert freed == [f"checkpoint of {here.name} version {n}" for n in "14"]
+    said = [f"checkpoint of {here.name} version {n}: cannot list stored files in MLflow at " for n in "23"]
+    assert [problem[: len(said[0])] for problem in problems] == said
     assert "credentials" in problems[0]
-    assert f"cannot download models:/{here.name}/{number}/evidence in MLflow at" in status.text(here.params, here.name)
+    assert Ledger(here.client, here.name).read().collected == {"1", "4"}
+    assert f"cannot download models:/{here.name}/2/evidence in MLflow at" in status.text(here.params, here.name)
 
 
 def test_the_report_of_the_last_run_that_cannot_be_read_keeps_all_checkpoints(here, repository):

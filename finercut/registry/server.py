@@ -32,10 +32,13 @@ def without_credentials(uri: str) -> str:
 
 @contextmanager
 def mlflow_errors(doing: str) -> Iterator[None]:
-    """Turns MLflow's exceptions into one line that says what failed, where, and shows no credentials."""
+    """Turns MLflow's exceptions into one line that says what failed, where, and shows no credentials.
+
+    So too the missing library of an artifact store, which MLflow imports when it first uses the store.
+    """
     try:
         yield
-    except (MlflowException, RequestException, SQLAlchemyError, *_object_store_errors()) as error:
+    except (MlflowException, RequestException, SQLAlchemyError, ImportError, *_object_store_errors()) as error:
         uri = tracking_uri()
         shown = without_credentials(uri)
         cause = redacted((str(error).splitlines() or ["no reason given"])[0].replace(uri, shown))

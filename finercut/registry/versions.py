@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from mlflow import MlflowClient, artifacts, pyfunc, set_tracking_uri
-from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
@@ -107,7 +107,11 @@ def download(version: ModelVersion, folder: str, directory: Path) -> Path:
 class Stored:
     """The files of a logged model, through whatever store or server keeps them."""
 
-    repository: ArtifactRepository
+    address: str
+
+    @cached_property
+    def repository(self) -> ArtifactRepository:
+        return get_artifact_repository(self.address)
 
     def n_bytes(self, folder: str | None = None) -> int:
         """Of `folder`, or of everything; 0 if it is not there."""
@@ -135,7 +139,7 @@ def stored(client: MlflowClient, version: ModelVersion) -> Stored | None:
         return None
     with mlflow_errors(f"find the files of {version.name} version {version.version}"):
         try:
-            return _stored(client.get_logged_model(model_id))
+            return Stored(client.get_logged_model(model_id).artifact_location)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
@@ -146,10 +150,6 @@ def _logged_model(version: ModelVersion) -> str | None:
     """The id of the logged model that the version was made from."""
     match = re.fullmatch(r"models:/(m-[^/@]+)", version.source or "")
     return match and match[1]
-
-
-def _stored(model: LoggedModel) -> Stored:
-    return Stored(get_artifact_repository(model.artifact_location))
 
 
 def unregistered(client: MlflowClient, experiment: str, name: str, before: datetime) -> Iterator[tuple[str, Stored]]:
@@ -167,7 +167,7 @@ def unregistered(client: MlflowClient, experiment: str, name: str, before: datet
                     continue
                 # Somebody may have registered it by hand, under another name.
                 if not client.search_model_versions(f"source_path = 'models:/{model.model_id}'", max_results=1):
-                    yield model.model_id, _stored(model)
+                    yield model.model_id, Stored(model.artifact_location)
             token = page.token or None
 
 
