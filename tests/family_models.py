@@ -169,7 +169,6 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_dt_rank": 4,
         },
     ),
-    "falcon_h1": ("falcon_h1", {"mamba_d_ssm": 128, "attention_in_multiplier": 0.5, **_SSM}),
     "olmo_hybrid": ("olmo_hybrid", {**_MIXERS, **_DELTA, "linear_num_key_heads": 4}),
     "nemotron_h": (
         "nemotron_h",

@@ -120,16 +120,3 @@ def test_what_is_replayed_is_what_a_search_finds(replay, compressed, monkeypatch
         assert ways[mode]["sublayer_passes"] == sum(removal.sublayer_passes for removal in found)
         assert ways[mode]["head_tokens"] == sum(removal.head_tokens for removal in found)
         assert (ways[mode]["steps"], ways[mode]["other_removals"]) == (3, 0)
-
-
-def test_the_table_of_families_tells_what_came_of_each_type(monkeypatch, tmp_path, capsys):
-    families = load("families")
-    file = tmp_path / "table.md"
-    monkeypatch.setattr(sys, "argv", ["families.py", str(file), "llama", "lfm2", "bart", "bloom"])
-    families.main()
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"works": 2, "refused": 2}
-    rows = {line.split(" | ")[0].strip("| "): line for line in file.read_text().splitlines() if line.startswith("| ")}
-    assert "works | declared; largest difference" in rows["llama"]
-    assert "works | found by the probe; largest difference" in rows["lfm2"]
-    assert "refused | cannot prune a bart model: it is an encoder and a decoder" in rows["bart"]
-    assert "runs for the attention and for the MLP" in rows["bloom"]

@@ -321,6 +321,7 @@ def _routed(model_type: str) -> list[int]:
     ("model_type", "changes", "message"),
     [
         ("bart", {}, "an encoder and a decoder"),
+        ("falcon_h1", {}, "asks every block for its state space model"),
         ("gemma3n_text", {}, "its last 15 attentions read the keys and values of earlier ones"),
         (
             "gemma3",

@@ -126,9 +126,6 @@ def test_what_runs_in_parallel_is_one_sublayer():
     model_type, changes = HYBRIDS["granite 4"]
     mlp = find_layout(random_model(model_type, **changes)).branch("mlp", 0)
     assert mlp.members == ("post_attention_layernorm", "block_sparse_moe", "shared_mlp")
-    model_type, changes = HYBRIDS["falcon_h1"]
-    attention = find_layout(random_model(model_type, **changes)).branch("attention", 0)
-    assert {path.core: path.n_outputs for path in attention.paths} == {"mamba": 1, "self_attn": 2}
 
 
 def test_blocks_of_one_sublayer_have_that_one_only_and_one_attention_stays():

@@ -215,6 +215,8 @@ def check_supported(config: Any) -> None:
             f"{kind} that is quantised ({getattr(method, 'value', method)}): take the model it was made from, and "
             "quantise after pruning"
         )
+    if config.model_type == "falcon_h1":
+        raise ValueError(f"{kind}: transformers' code for loading it asks every block for its state space model")
     if config.is_encoder_decoder:
         raise ValueError(f"{kind}: it is an encoder and a decoder, and only decoders are searched")
     if config.get_text_config() is not config:
