@@ -1,4 +1,4 @@
-"""Promotion and rollback on a real MLflow server, with a real checkpoint."""
+"""Promotion and rollback in real MLflow stores, with a real checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from pipelines.promote import NotPromoted
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, mlflow_server, tiny_model, tiny_pruned):
+def here(tmp_path, monkeypatch, mlflow_store, tiny_model, tiny_pruned):
+    """A project in the current directory, whose registry is in SQLite."""
+    monkeypatch.chdir(tmp_path)
+    return project(tmp_path, tiny_model, tiny_pruned)
+
+
+@pytest.fixture
+def on_server(tmp_path, monkeypatch, mlflow_server, tiny_model, tiny_pruned):
     """A project in the current directory, whose registry is a server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
@@ -36,7 +43,8 @@ def ledger(here):
     return Ledger(here.client, here.name)
 
 
-def test_a_challenger_becomes_champion_once_and_who_when_why_and_what_before_are_kept(here):
+def test_a_challenger_becomes_champion_once_and_who_when_why_and_what_before_are_kept(on_server):
+    here = on_server
     here.register()
     assert promoted(here, reason="first") == f"{here.name} version 1 is champion, after no version"
     assert promoted(here) == f"{here.name} version 1 is already champion"
@@ -125,7 +133,8 @@ def test_a_checkpoint_that_is_not_what_was_proved_is_refused(here, tiny_pruned, 
     assert "champion" not in here.aliases()
 
 
-def test_a_file_that_changed_in_the_store_is_refused(here, mlflow_server):
+def test_a_file_that_changed_in_the_store_is_refused(on_server):
+    here = on_server
     here.register()
     model_id = here.client.get_model_version(here.name, "1").source.removeprefix("models:/")
     config = json.loads((paths.FINAL / "config.json").read_text())
@@ -269,7 +278,8 @@ def test_one_that_was_overtaken_while_it_checked_compares_again_with_the_new_cha
     assert here.aliases()["champion"] == "3"
 
 
-def test_the_command_prints_the_comparison_and_one_line_why_not(here):
+def test_the_command_prints_the_comparison_and_one_line_why_not(on_server):
+    here = on_server
     here.register(throughput={"speed_up": 1.0})
     said = CliRunner().invoke(main, ["promote", "--dry-run"])
     assert said.exit_code == 1
