@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -92,9 +93,10 @@ def test_params_explains_every_field_and_shows_its_value(project):
     said = CliRunner().invoke(main, ["params"]).output
     for name, section in Params.model_fields.items():
         assert f"{section.alias or name}:" in said
-        for field, about in section.annotation.model_fields.items():
-            assert re.search(rf"^  {field}:", said, re.MULTILINE)
-            assert (about.description or "") in said
+        for shape in get_args(section.annotation) or [section.annotation]:
+            for field, about in shape.model_fields.items():
+                assert re.search(rf"^  {field}:", said, re.MULTILINE)
+                assert (about.description or "") in said
     assert '    kind: "package"  # package\n' in said
     assert "    repository:  # `owner/name`.\n" in said
     n_tokens = yaml.safe_load(Path("params.yaml").read_text())["calibrate"]["n_tokens"]
