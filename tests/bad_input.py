@@ -28,8 +28,10 @@ def compress(root: Path, model: Path) -> None:
     changed["fetch"]["source"] = {"kind": "local", "path": "mine"}
     changed["calibrate"] |= {"source": {"kind": "files", "paths": ["text.txt"]}, "n_samples": 2, "n_tokens": 16}
     changed["calibrate"] |= {"n_held_out_samples": 2, "n_healing_samples": 0, "sources": None, "unseen": None}
-    changed["search"] |= {"removals": 4, "dtype": "float32", "device": "cpu"}
-    changed["prune"]["budget"]["amount"] = 2
+    changed["search"] |= {"mode": "exact", "per": None, "fill": False, "removals": 4}
+    changed["search"] |= {"dtype": "float32", "device": "cpu"}
+    changed["prune"]["budget"] = {"unit": "sublayers", "amount": 2}
+    changed["heal"] = {"method": "none"}
     changed["evaluate"] |= {"tasks": [], "device": "cpu"}
     (root / "params.yaml").write_text(yaml_files.dump(changed))
     with pytest.MonkeyPatch.context() as patch:

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 def settings(**changes) -> params.Params:
     """The project's params with dotted changes, for the tiny model."""
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["search"] |= {"mode": "exact", "per": None, "fill": False}
     for name, value in ({"search.dtype": "float32", "search.device": "cpu", "search.removals": 5} | changes).items():
         section, key = name.split(".")
         values[section][key] = value
