@@ -1,4 +1,4 @@
-"""A consumer that follows an alias, on a real server, with real processes."""
+"""A consumer that follows an alias, in real stores, with real processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,16 @@ child.wait()
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, mlflow_server, tiny_model, tiny_pruned):
+def here(tmp_path, monkeypatch, mlflow_store, tiny_model, tiny_pruned):
+    """A project whose registry is in SQLite."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return project(tmp_path, tiny_model, tiny_pruned)
+
+
+@pytest.fixture
+def on_server(tmp_path, monkeypatch, mlflow_server, tiny_model, tiny_pruned):
+    """A project whose registry is a server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -62,7 +71,8 @@ def md5(here, version):
     return here.tags(version)["finercut.pruned_md5"].partition(".")[0][:12]
 
 
-def test_the_command_follows_the_alias_and_ends_with_the_watcher(here):
+def test_the_command_follows_the_alias_and_ends_with_the_watcher(on_server):
+    here = on_server
     for _ in range(2):
         here.register()
     here.client.set_registered_model_alias(here.name, "champion", "1")
