@@ -488,6 +488,29 @@ def show_summary() -> None:
 
 
 @main.command()
+@click.argument("what", metavar="[models:/NAME@ALIAS]", required=False)
+@click.option("--output", type=click.Path(path_type=Path), default=paths.PAGE, show_default=True)
+def report(what: str | None, output: Path) -> None:
+    """Write one page that answers whether the model is worth it, from reports/ or a registered version.
+
+    A single HTML file that needs no network: figures of whole, pruned and healed model, the gate's checks, what was
+    removed and in which order, every task with its error, and what is needed to do it again.
+
+    \b
+    finercut report
+    finercut report models:/finercut-smollm2-135m@challenger --output challenger.html
+
+    \b
+    Reads     reports/, artifacts/trajectory.jsonl, params.yaml; or the version's evidence
+    Writes    reports/report.html
+    """
+    from . import pages
+
+    pages.write(what, output)
+    click.echo(f"{output} is written")
+
+
+@main.command()
 @click.option(
     "--webhook", envvar="FINERCUT_WEBHOOK", help="Where to post alerts; better in FINERCUT_WEBHOOK, as it is a secret."
 )

@@ -24,6 +24,8 @@ CURVE_PICTURE = REPORTS / "search.png"
 REMOVALS_PICTURE = REPORTS / "removals.png"
 FRONTIER_PICTURE = REPORTS / "frontier.png"
 
+PAGE = REPORTS / "report.html"
+
 WORK = Path(".finercut")
 """What is neither input nor output of a stage, so that DVC leaves it alone: `lock`, held by the process that works in
 this workspace; `search/` and `heal/`, searches and trainings in progress; `fetch/` and `promote/`, downloads in

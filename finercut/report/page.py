@@ -1,0 +1,217 @@
+"""The page about one execution: one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from finercut.report.inputs import Inputs
+from finercut.serving.records import Spread
+from finercut.sublayers import KINDS, Sublayer, parse
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    value: float | str | None = None
+    """What a column is sorted by: the figure as it was recorded."""
+
+
+@dataclass(frozen=True)
+class Square:
+    """One sublayer on the map."""
+
+    step: int | None
+    """None where it was kept."""
+    told: str
+
+
+def html(inputs: Inputs) -> str:
+    environment = Environment(
+        loader=PackageLoader("finercut.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        inputs=inputs,
+        checks=inputs.checks,
+        figures=_figures(inputs),
+        blocks=_map(inputs),
+        steps=_steps(inputs),
+        tasks=_tasks(inputs),
+        hashes=_hashes(inputs),
+        versions=_versions(inputs),
+        settings=json.dumps(inputs.settings, indent=2),
+        percent=_percent,
+        retention_error=_retention_error(inputs),
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None, digits: int = 3) -> Cell:
+    return Cell("–") if value is None else Cell(f"{value:.{digits}f}", value)
+
+
+def _count(value: int) -> Cell:
+    return Cell(f"{value:,}", value)
+
+
+def _change(whole: float, final: float) -> Cell:
+    return Cell(f"{100 * (final / whole - 1):+.1f} %", final / whole - 1) if whole else Cell("–")
+
+
+def _spread(spread: Spread, scale: float, digits: int) -> Cell:
+    low, median, high = (f"{scale * x:.{digits}f}" for x in (spread.low, spread.median, spread.high))
+    return Cell(f"{median} [{low}, {high}]", spread.median)
+
+
+def _figures(inputs: Inputs) -> list[tuple[str, list[Cell]]]:
+    """Rows of whole, pruned, healed where there is one, and what the final checkpoint changes.
+
+    The evaluation and the engines measure the final checkpoint: where it was healed, the pruned column has only what
+    pruning and healing recorded of it.
+    """
+    prune, evaluate, timed, heal = inputs.prune, inputs.evaluate, inputs.throughput, inputs.heal
+
+    def row(name: str, whole: Cell, final: Cell, pruned: Cell | None = None) -> tuple[str, list[Cell]]:
+        change = Cell("–")
+        if isinstance(whole.value, int | float) and isinstance(final.value, int | float):
+            change = _change(whole.value, final.value)
+        middle = [pruned or Cell("–")] if inputs.healed else []
+        return name, [whole, *middle, final, change]
+
+    def timing(name: str, of: Callable[..., Spread], scale: float, digits: int) -> tuple[str, list[Cell]]:
+        return row(name, _spread(of(timed.whole), scale, digits), _spread(of(timed.pruned), scale, digits))
+
+    pruned = {
+        "parameters": _count(prune.pruned_parameters),
+        "bytes": _count(prune.pruned_bytes),
+        "kv": _count(prune.pruned_kv_bytes_per_token),
+    }
+    rows = [
+        row("parameters", _count(prune.whole_parameters), pruned["parameters"], pruned["parameters"]),
+        row("checkpoint, bytes", _count(prune.whole_bytes), pruned["bytes"], pruned["bytes"]),
+        row("KV cache, bytes a token", _count(prune.whole_kv_bytes_per_token), pruned["kv"], pruned["kv"]),
+        row("weights in the engine, GiB", _number(timed.whole.weights_gib, 2), _number(timed.pruned.weights_gib, 2)),
+        row("tokens the KV memory holds", _count(timed.whole.kv_cache_tokens), _count(timed.pruned.kv_cache_tokens)),
+        timing("output tokens/s", lambda engine: engine.output_tokens_per_s, 1, 1),
+        timing("TTFT, ms", lambda engine: engine.ttft_s, 1000, 1),
+        timing("TPOT, ms", lambda engine: engine.tpot_s, 1000, 2),
+        row("perplexity, held-out", _number(evaluate.whole_perplexity, 2), _number(evaluate.pruned_perplexity, 2)),
+        row("bits a byte, held-out", _number(evaluate.whole_bits_per_byte), _number(evaluate.pruned_bits_per_byte)),
+    ]
+    if inputs.healed:
+        rows += [
+            row(
+                "perplexity, float32",
+                Cell("–"),
+                _number(heal.perplexity_after, 2),
+                _number(heal.perplexity_before, 2),
+            ),
+            row(
+                "js from whole, held-out",
+                Cell("0"),
+                _number(heal.divergence_after, 4),
+                _number(heal.divergence_before, 4),
+            ),
+        ]
+    return rows
+
+
+def _retention_error(inputs: Inputs) -> float:
+    """Standard error of the mean retention, with the tasks' errors independent."""
+    errors = [t.retention_stderr for t in inputs.evaluate.tasks.values() if t.retention is not None]
+    return math.hypot(*errors) / len(errors) if errors else 0.0
+
+
+def _map(inputs: Inputs) -> list[dict[str, Square]]:
+    """A column a block, from input to output."""
+    known = {sublayer: step for step in inputs.steps for sublayer in parse(step.sublayer).sublayers}
+    order: dict[Sublayer, int] = {}
+    for number, name in enumerate(inputs.prune.removed, 1):
+        for sublayer in parse(name).sublayers:
+            order[sublayer] = known[sublayer].step if sublayer in known else number
+
+    def square(sublayer: Sublayer) -> Square:
+        if sublayer not in order:
+            return Square(None, f"{sublayer}: kept")
+        told = f"{sublayer}: removed at step {order[sublayer]}"
+        if step := known.get(sublayer):
+            told += f", divergence {step.divergence:.4g}, held-out {step.held_out_divergence:.4g}"
+            nearest = sorted(step.values.items(), key=lambda item: item[1])[:5]
+            told += f"; candidates: {', '.join(f'{n} {v:.4g}' for n, v in nearest)}" if nearest else ""
+        return Square(order[sublayer], told)
+
+    return [{kind: square(Sublayer(block, kind)) for kind in KINDS} for block in range(inputs.fetch.n_blocks)]
+
+
+def _steps(inputs: Inputs) -> list[list[Cell]]:
+    rows = []
+    for step in inputs.steps:
+        name, value = step.next_best or ("–", None)
+        margin = Cell("–") if value is None else Cell(f"{value - step.divergence:.4g}", value - step.divergence)
+        ratio = step.held_out_divergence / step.divergence if step.divergence else None
+        rows.append(
+            [
+                _count(step.step),
+                Cell(step.sublayer, step.sublayer),
+                Cell(f"{step.divergence:.4g}", step.divergence),
+                Cell(f"{step.held_out_divergence:.4g}", step.held_out_divergence),
+                _number(ratio, 2),
+                Cell(name, name),
+                margin,
+            ]
+        )
+    return rows
+
+
+def _tasks(inputs: Inputs) -> list[list[Cell]]:
+    def score(value: float, stderr: float | None) -> Cell:
+        return Cell(f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else ""), value)
+
+    rows = [
+        [
+            Cell(name, name),
+            Cell(task.metric, task.metric),
+            score(task.whole, task.whole_stderr),
+            score(task.pruned, task.pruned_stderr),
+            Cell("–")
+            if task.retention is None
+            else Cell(f"{_percent(task.retention)} ± {100 * task.retention_stderr:.1f}", task.retention),
+            Cell(f"{task.n_samples} of {task.n_available}", task.n_samples),
+        ]
+        for name, task in inputs.evaluate.tasks.items()
+    ]
+    return sorted(rows, key=lambda row: row[4].value if isinstance(row[4].value, float) else math.inf)
+
+
+def _hashes(inputs: Inputs) -> dict[str, str]:
+    final = inputs.heal.sha256 if inputs.heal else inputs.prune.sha256
+    return {
+        f"whole model, {inputs.fetch.source} at {inputs.fetch.revision}": inputs.fetch.sha256,
+        f"calibration tokens, {inputs.calibrate.source}": inputs.calibrate.calibration_sha256,
+        "held-out tokens": inputs.calibrate.held_out_sha256,
+        "tokenizer": inputs.calibrate.tokenizer_sha256,
+        "pruned weights": inputs.prune.sha256,
+        "final weights": final,
+    }
+
+
+def _versions(inputs: Inputs) -> dict[str, str]:
+    found = {
+        "engine": inputs.throughput.engine,
+        "torch": inputs.throughput.torch_version,
+        "transformers": inputs.evaluate.transformers_version,
+        "lm-eval": inputs.evaluate.lm_eval_version,
+        "hardware": inputs.throughput.hardware,
+    }
+    return {name: value for name, value in found.items() if value}
