@@ -34,7 +34,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_the_library_with_the_pipeline_inside_and_nothing_else(wheel):
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "finercut").rglob("*.py")}
+    library = ROOT / "finercut"
+    sources = {str(p.relative_to(ROOT)) for pattern in ("*.py", "*.jinja") for p in library.rglob(pattern)}
     sources |= {f"finercut/{p.relative_to(ROOT)}" for p in (ROOT / "pipelines").rglob("*.py")}
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == sources
 
