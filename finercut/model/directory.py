@@ -157,7 +157,13 @@ class ModelDirectory:
 
     @cached_property
     def dtype(self) -> str:
-        """What most bytes of the weights are stored as: bfloat16, float16, float32; else as safetensors spells it."""
+        """What most bytes of the weights are stored as: bfloat16, float16, float32; else as safetensors spells it.
+
+        Raises:
+            ValueError: nothing is stored.
+        """
+        if not self.tensors:
+            raise ValueError(f"the weights in {self.path} do not fit the config: its files have no tensors")
         n_bytes = Counter[str]()
         for stored in self.tensors.values():
             n_bytes[stored.dtype] += stored.nbytes
