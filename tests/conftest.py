@@ -133,22 +133,22 @@ def tokens():
 
 
 @pytest.fixture(scope="session")
-def _mlflow_directory(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("mlflow")
-
-
-@pytest.fixture
-def mlflow_store(_mlflow_directory, monkeypatch) -> str:
-    """An SQLite store that MLFLOW_TRACKING_URI points at; the current directory is where its files go.
+def sqlite_store(tmp_path_factory) -> str:
+    """The address of an SQLite store of MLflow.
 
     One for all tests, because the first use of a store takes seconds: let each have an experiment of its own.
     """
-    monkeypatch.chdir(_mlflow_directory)
-    uri = f"sqlite:///{_mlflow_directory}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def mlflow_store(sqlite_store, monkeypatch) -> str:
+    """`sqlite_store`, which MLFLOW_TRACKING_URI points at; the current directory is where its files go."""
+    monkeypatch.chdir(Path(sqlite_store.removeprefix("sqlite:///")).parent)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_store)
     # Clients made without a URI go where the last `set_tracking_uri` of this process says.
-    mlflow.set_tracking_uri(uri)
-    return uri
+    mlflow.set_tracking_uri(sqlite_store)
+    return sqlite_store
 
 
 @pytest.fixture(scope="session")

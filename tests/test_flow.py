@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
+import example_reports
 import mlflow
 import psutil
 import pytest
@@ -39,6 +39,26 @@ def toy(tmp_path, mlflow_store, monkeypatch):
     return make_toy()
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, sqlite_store, prefect_server):
+    """Such a repository in which the flow has run: its directory, its settings and the report."""
+    root = tmp_path_factory.mktemp("executed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("MLFLOW_TRACKING_URI", sqlite_store)
+        return root, make_toy(), compress()
+
+
+@pytest.fixture
+def executed(first, mlflow_store, monkeypatch):
+    """The settings and the first report of that repository, which is the current directory; tests add to it."""
+    root, settings, report = first
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return settings, report
+
+
 def runs(experiment):
     """Newest first."""
     client = mlflow.MlflowClient()
@@ -56,8 +76,8 @@ def gone(mark, within_s=20):
     return not processes_with(mark)
 
 
-def test_an_execution_is_one_finished_run_with_every_figure_and_a_registered_version(toy):
-    report = compress()
+def test_an_execution_is_one_finished_run_with_every_figure_and_a_registered_version(executed):
+    toy, report = executed
     assert report.status == "registered"
     assert RegisterReport.read(Path("reports/register.json")) == report
 
@@ -69,7 +89,7 @@ def test_an_execution_is_one_finished_run_with_every_figure_and_a_registered_ver
     assert run.data.metrics["throughput/speed_up"] == 1.25
     assert run.data.metrics["evaluate/tasks/finercut_copying/pruned"] == 0.6
     assert run.data.metrics["stage/prune_s"] > 0
-    assert run.data.params["prune.budget.amount"] == "0.25"
+    assert run.data.params["prune.budget.amount"] == str(toy["prune"]["budget"]["amount"])
     client = mlflow.MlflowClient()
     stored = {
         a.path for folder in (None, "reports", "pipeline") for a in client.list_artifacts(run.info.run_id, folder)
@@ -88,8 +108,8 @@ def test_an_execution_is_one_finished_run_with_every_figure_and_a_registered_ver
     assert {"evidence/dvc.lock", "evidence/evaluate.json"} <= stored
 
 
-def test_a_second_execution_runs_nothing_logs_every_figure_again_and_makes_no_version_but_a_challenger(toy):
-    first = compress()
+def test_a_second_execution_runs_nothing_logs_every_figure_again_and_makes_no_version_but_a_challenger(executed):
+    toy, first = executed
     client = mlflow.MlflowClient()
     client.delete_registered_model_alias(toy["register"]["name"], "challenger")
     second = compress()
@@ -114,8 +134,8 @@ def written_by_another_version(**changes):
     subprocess.run([sys.executable, "-m", "dvc", "commit", "--quiet", "--force", "evaluate"], check=True)
 
 
-def test_a_cached_report_that_lacks_what_this_version_needs_is_made_again(toy):
-    compress()
+def test_a_cached_report_that_lacks_what_this_version_needs_is_made_again(executed):
+    toy, _ = executed
     written_by_another_version(whole_perplexity=None)
     assert compress().status == "already registered"
     run = runs(toy["flow"]["experiment"])[0]
@@ -126,8 +146,8 @@ def test_a_cached_report_that_lacks_what_this_version_needs_is_made_again(toy):
     }
 
 
-def test_a_cached_report_with_a_field_of_a_later_version_is_read(toy):
-    compress()
+def test_a_cached_report_with_a_field_of_a_later_version_is_read(executed):
+    toy, _ = executed
     written_by_another_version(from_the_future=1)
     assert compress().status == "already registered"
     run = runs(toy["flow"]["experiment"])[0]
@@ -143,7 +163,8 @@ def test_a_stage_whose_local_source_was_edited_is_to_run_again(tmp_path, monkeyp
     fetch, prune = dag.Stage("fetch", ()), dag.Stage("prune", ())
     assert not _edited(fetch, settings)  # it has never run
     paths.REPORTS.mkdir()
-    paths.report("fetch").write_text(json.dumps({"revision": revisions.current(settings.fetch.source)}))
+    taken = {"revision": revisions.current(settings.fetch.source)}
+    example_reports.fetch().model_copy(update=taken).write(paths.report("fetch"))
     assert not _edited(fetch, settings)
     with Path("mine/tokenizer.json").open("a") as file:
         file.write(" ")
@@ -151,56 +172,6 @@ def test_a_stage_whose_local_source_was_edited_is_to_run_again(tmp_path, monkeyp
     assert not _edited(prune, settings)
     shutil.rmtree("mine")  # what is not there was not edited: DVC's cache has what was taken
     assert not _edited(fetch, settings)
-
-
-def test_a_model_that_fails_the_gate_is_recorded_with_the_reason_and_not_registered(toy):
-    Path("speed_up.txt").write_text("0.9")
-    with pytest.raises(register.Refused, match=r"not registered: speed_up is 0\.9; at least 1\.05 is required"):
-        compress()
-    report = RegisterReport.read(Path("reports/register.json"))
-    assert (report.status, report.version) == ("refused", None)
-    (run,) = runs(toy["flow"]["experiment"])
-    assert run.info.status == "FAILED"
-    assert run.data.tags["gate"] == "refused"
-    assert "speed_up is 0.9" in run.data.tags["failure"]
-    assert run.data.metrics["throughput/speed_up"] == 0.9
-    assert mlflow.MlflowClient().search_model_versions(f"name = '{toy['register']['name']}'") == []
-
-
-def test_a_failed_stage_is_named_with_its_last_line_and_nothing_runs_after_it(toy):
-    broken = {**STAGES["evaluate"], "cmd": "echo working; echo finercut evaluate: parity is 0.5, too much >&2; exit 1"}
-    write(stages=STAGES | {"evaluate": broken})
-    with pytest.raises(RuntimeError, match=r"^evaluate: finercut evaluate: parity is 0\.5, too much$"):
-        compress()
-    assert not Path("reports/throughput.json").exists()
-    (run,) = runs(toy["flow"]["experiment"])
-    assert run.info.status == "FAILED"
-    assert run.data.tags["failure"] == "evaluate: finercut evaluate: parity is 0.5, too much"
-    log = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="log.txt")).read_text()
-    assert "prune: toy stage model done" in log
-    assert "evaluate: working" in log
-    flow_run, states = task_runs(run)
-    assert flow_run.state.is_failed()
-    assert "evaluate: finercut evaluate: parity is 0.5, too much" in flow_run.state.message
-    assert states == {"prune": "Completed", "evaluate": "Failed"}
-
-
-def test_a_stage_is_tried_again_as_often_as_params_say(toy):
-    flaky = "test -e tried && exit 0; touch tried; exit 1"
-    toy["flow"] |= {"retries": {"fetch": 1}, "retry_delay_s": 0}
-    write(settings=toy, stages=STAGES | {"fetch": {"cmd": flaky, "deps": ["reports/throughput.json"]}})
-    assert compress().status == "registered"
-
-
-def test_a_stage_that_takes_too_long_is_stopped_with_all_its_processes(toy):
-    toy["flow"]["timeout_s"] = {"evaluate": 4}
-    # the shell waits for a child that would outlive it
-    write(settings=toy, stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": "sleep 3141.5 & sleep 3141.5"}})
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"^evaluate: stopped after 4 s, the limit in flow\.timeout_s$"):
-        compress()
-    assert time.monotonic() - started < 60
-    assert gone("3141.5", within_s=0)
 
 
 def task_runs(run):
@@ -219,41 +190,80 @@ def leave_searches(n):
         os.utime(trajectory, (number, number))
 
 
-def searches():
-    return {path.name for path in (paths.WORK / "search").iterdir()}
-
-
-@pytest.mark.parametrize(
-    ("ending", "ends"),
-    [
-        ("registered", nullcontext()),
-        ("refused", pytest.raises(register.Refused)),
-        ("failed", pytest.raises(RuntimeError, match=r"^throughput: ")),
-    ],
-)
-def test_however_a_flow_ends_it_frees_the_disk_and_ends_as_it_would_have(toy, ending, ends):
-    leave_searches(4)
-    if ending == "refused":
-        Path("speed_up.txt").write_text("0.9")
-    if ending == "failed":
-        write(stages=STAGES | {"throughput": {**STAGES["throughput"], "cmd": "exit 1"}})
-    with ends:
-        assert compress(collect=True).status == ending
-    assert searches() == {"1", "2", "3"}
-    (run,) = runs(toy["flow"]["experiment"])
+def assert_collected(run):
+    """That a flow which began with `leave_searches(4)` has freed the disk of the oldest one."""
+    assert {path.name for path in (paths.WORK / "search").iterdir()} == {"1", "2", "3"}
     assert run.data.tags["collect"] == "freed 7 bytes"
-    assert run.info.status == ("FINISHED" if ending == "registered" else "FAILED")
     assert task_runs(run)[1]["collect"] == "Completed"
 
 
-def test_a_disk_that_cannot_be_freed_leaves_the_run_registered_and_is_told(toy):
+def test_a_model_that_fails_the_gate_is_recorded_with_the_reason_and_not_registered(toy):
+    leave_searches(4)
+    Path("speed_up.txt").write_text("0.9")
+    with pytest.raises(register.Refused, match=r"not registered: speed_up is 0\.9; at least 1\.05 is required"):
+        compress(collect=True)
+    report = RegisterReport.read(Path("reports/register.json"))
+    assert (report.status, report.version) == ("refused", None)
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.info.status == "FAILED"
+    assert run.data.tags["gate"] == "refused"
+    assert "speed_up is 0.9" in run.data.tags["failure"]
+    assert run.data.metrics["throughput/speed_up"] == 0.9
+    assert mlflow.MlflowClient().search_model_versions(f"name = '{toy['register']['name']}'") == []
+    assert_collected(run)
+
+
+def test_a_failed_stage_is_named_with_its_last_line_and_nothing_runs_after_it(toy):
+    broken = {**STAGES["evaluate"], "cmd": "echo working; echo finercut evaluate: parity is 0.5, too much >&2; exit 1"}
+    write(stages=STAGES | {"evaluate": broken})
+    leave_searches(4)
+    with pytest.raises(RuntimeError, match=r"^evaluate: finercut evaluate: parity is 0\.5, too much$"):
+        compress(collect=True)
+    assert not Path("reports/throughput.json").exists()
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.info.status == "FAILED"
+    assert run.data.tags["failure"] == "evaluate: finercut evaluate: parity is 0.5, too much"
+    log = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="log.txt")).read_text()
+    assert "prune: toy stage model done" in log
+    assert "evaluate: working" in log
+    flow_run, states = task_runs(run)
+    assert flow_run.state.is_failed()
+    assert "evaluate: finercut evaluate: parity is 0.5, too much" in flow_run.state.message
+    assert states == {"prune": "Completed", "evaluate": "Failed", "collect": "Completed"}
+    assert_collected(run)
+
+
+def test_a_stage_is_tried_again_as_often_as_params_say(toy):
+    leave_searches(4)
+    flaky = "test -e tried && exit 0; touch tried; exit 1"
+    toy["flow"] |= {"retries": {"fetch": 1}, "retry_delay_s": 0}
+    write(settings=toy, stages=STAGES | {"fetch": {"cmd": flaky, "deps": ["reports/throughput.json"]}})
+    assert compress(collect=True).status == "registered"
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.info.status == "FINISHED"
+    assert_collected(run)
+
+
+def test_a_stage_that_takes_too_long_is_stopped_with_all_its_processes(toy):
+    toy["flow"]["timeout_s"] = {"evaluate": 4}
+    # the shell waits for a child that would outlive it
+    write(settings=toy, stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": "sleep 3141.5 & sleep 3141.5"}})
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^evaluate: stopped after 4 s, the limit in flow\.timeout_s$"):
+        compress()
+    assert time.monotonic() - started < 60
+    assert gone("3141.5", within_s=0)
+
+
+def test_a_disk_that_cannot_be_freed_leaves_the_run_registered_and_is_told(executed):
+    toy, _ = executed
     leave_searches(4)
     oldest = paths.WORK / "search" / "0"
     oldest.rename("elsewhere")
     oldest.symlink_to(Path("elsewhere").absolute())  # no folder to delete
-    report = compress(collect=True)
-    assert report.status == "registered"
-    (run,) = runs(toy["flow"]["experiment"])
+    assert compress(collect=True).status == "already registered"
+    oldest.unlink()
+    run = runs(toy["flow"]["experiment"])[0]
     assert run.info.status == "FINISHED"
     assert run.data.tags["collect"].startswith("failed: ")
     flow_run, states = task_runs(run)
@@ -273,8 +283,8 @@ def test_an_execution_holds_the_workspace_for_itself_and_its_stages(toy):
     assert len(runs(toy["flow"]["experiment"])) == 1, "nothing was begun"
 
 
-def test_a_checkpoint_that_was_collected_is_a_new_version_when_it_is_made_again(toy):
-    first = compress()
+def test_a_checkpoint_that_was_collected_is_a_new_version_when_it_is_made_again(executed):
+    _, first = executed
     book = Ledger(mlflow.MlflowClient(), first.name)
     assert book.append(book.read(), "collected", first.version, first.run_id)
     second = compress()
@@ -301,19 +311,18 @@ def test_cancelling_stops_the_stage_and_closes_the_run_as_killed(toy, prefect_se
     assert run.info.status == "KILLED"
 
 
-def test_nothing_that_is_not_of_dvc_lock_is_registered(toy):
-    compress()
+def test_registering_alone_records_the_stages_and_takes_nothing_that_is_not_of_dvc_lock(executed):
+    toy, first = executed
+    report = register.run(load())
+    run = runs(toy["flow"]["experiment"])[0]
+    assert run.info.run_id == report.run_id != first.run_id
+    assert (report.status, run.info.status) == ("already registered", "FINISHED")
+    assert run.data.metrics["evaluate/mean_retention"] == 0.75
+    before = Path("speed_up.txt").read_text()
     Path("speed_up.txt").write_text("2.5")
     with pytest.raises(RuntimeError, match=r"not reproduced since something changed: throughput; run `finercut run`"):
         register.run(load())
-
-
-def test_registering_alone_records_the_stages_too(toy):
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
-    report = register.run(load())
-    (run,) = runs(toy["flow"]["experiment"])
-    assert (report.status, run.info.status) == ("registered", "FINISHED")
-    assert run.data.metrics["evaluate/mean_retention"] == 0.75
+    Path("speed_up.txt").write_text(before)
 
 
 def test_outside_a_repository_the_flow_says_where_to_be(tmp_path, monkeypatch, mlflow_store):
