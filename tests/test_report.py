@@ -35,9 +35,9 @@ def test_the_page_has_the_figures_of_the_reports_and_asks_for_no_file(project):
     text = shown()
     assert "toy: 2 of 8 sublayers removed" in text
     assert '<td data-value="1000">1,000</td><td data-value="800">800</td><td' in text
-    assert ">-20.0 %</td>" in text
+    assert ">-20.0\N{NO-BREAK SPACE}%</td>" in text
     assert "speed x 1.25" in text
-    assert "75.0 % ± 0.0" in text
+    assert "75.0\N{NO-BREAK SPACE}% ± 0.0" in text
     assert re.findall(r'class="gone" title="([^"]*)"', text) == [
         "2.attention: removed at step 1",
         "3.mlp: removed at step 2",

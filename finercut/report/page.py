@@ -54,7 +54,7 @@ def html(inputs: Inputs) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return "–" if share is None else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _number(value: float | None, digits: int = 3) -> Cell:
@@ -66,7 +66,7 @@ def _count(value: int) -> Cell:
 
 
 def _change(whole: float, final: float) -> Cell:
-    return Cell(f"{100 * (final / whole - 1):+.1f} %", final / whole - 1) if whole else Cell("–")
+    return Cell(f"{100 * (final / whole - 1):+.1f}\N{NO-BREAK SPACE}%", final / whole - 1) if whole else Cell("–")
 
 
 def _spread(spread: Spread, scale: float, digits: int) -> Cell:
@@ -176,7 +176,7 @@ def _steps(inputs: Inputs) -> list[list[Cell]]:
 
 def _tasks(inputs: Inputs) -> list[list[Cell]]:
     def score(value: float, stderr: float | None) -> Cell:
-        return Cell(f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else ""), value)
+        return Cell(f"{value:.3f}" + (f"\N{NO-BREAK SPACE}± {stderr:.3f}" if stderr is not None else ""), value)
 
     rows = [
         [
