@@ -230,8 +230,8 @@ def change_environment(**changes):
         ("lm_eval", ["evaluate", "evaluate_whole"]),
         ("tokenizers", ["calibrate"]),
         ("hardware", ["prove", "throughput"]),
-        ("torch", ["evaluate", "evaluate_whole", "prove", "search", "throughput"]),
-        ("transformers", ["calibrate", "evaluate", "evaluate_whole", "prove", "prune", "search"]),
+        ("torch", ["evaluate", "evaluate_whole", "heal", "prove", "search", "throughput"]),
+        ("transformers", ["calibrate", "evaluate", "evaluate_whole", "heal", "prove", "prune", "search"]),
     ],
 )
 def test_another_version_makes_those_stages_stale_that_it_decides(reproduced, key, stale):
