@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from finercut.system import machine
 from finercut.system.redaction import install, redacted
 
 from . import paths
@@ -167,6 +168,7 @@ def main(ctx: click.Context, traceback: bool) -> None:
     artifacts/ and reports/. `dvc repro` runs the same stages without Prefect, MLflow and registration.
     """
     install()
+    machine.prepare(os.environ, paths.WORK)
     if not sys.stderr.isatty():
         # Not every library's bars ask before they draw into a log.
         os.environ |= {

@@ -111,6 +111,8 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
         reach_database()
         client = MlflowClient()
         experiment_id = _experiment_id(client, experiment, shown)
+        with mlflow_errors("find logged models, which registration needs and MLflow 3 has,"):
+            client.search_logged_models([experiment_id], max_results=1)
         run_id = client.create_run(experiment_id, tags=dict(tags)).info.run_id
         flat = flatten(params, ".").items()
         client.log_batch(run_id, params=[Param(name, _shown(value)) for name, value in flat])
