@@ -59,7 +59,7 @@ TRAJECTORIES: dict[str, tuple[Callable[[], object], str]] = {
     "step zero": (field(1, "step", 0), "trajectory.jsonl:2"),
     "step a share": (field(1, "step", 1.5), "trajectory.jsonl:2: not a removal: step"),
     "unknown field": (field(1, "loss", 1.0), "trajectory.jsonl:2: not a removal: loss"),
-    "unknown provenance": (field(0, "seed", 1), "trajectory.jsonl:1"),
+    "unknown provenance": (field(0, "mood", 1), "trajectory.jsonl:1"),
     "no blocks": (field(0, "n_blocks", 0), "trajectory.jsonl:1"),
     "a billion blocks": (field(0, "n_blocks", 10**9), "trajectory.jsonl:1"),
     "other candidates": (field(0, "candidates", "heads"), "trajectory.jsonl:1"),
