@@ -20,9 +20,6 @@ help: ## Show these targets
 setup: $(READY) ## Create .venv with the locked versions
 
 $(READY): requirements/$(HARDWARE).txt requirements/install pyproject.toml
-	@case "$(CURDIR)" in *[[:space:]]*) \
-		echo "the path of this clone has a space, $(CURDIR), which the compiler that vLLM starts cannot take: move it" >&2; \
-		exit 1;; esac
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed, found $$($(PYTHON) --version); name one: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from finercut.system import machine
+from finercut.system.machine import prepare
 from finercut.system.redaction import install, redacted
 
 from . import paths
@@ -168,7 +168,6 @@ def main(ctx: click.Context, traceback: bool) -> None:
     artifacts/ and reports/. `dvc repro` runs the same stages without Prefect, MLflow and registration.
     """
     install()
-    machine.prepare(os.environ, paths.WORK)
     if not sys.stderr.isatty():
         # Not every library's bars ask before they draw into a log.
         os.environ |= {
@@ -180,6 +179,7 @@ def main(ctx: click.Context, traceback: bool) -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     if ctx.invoked_subcommand != "run":  # Prefect, which logs there, sets up nothing where it finds a handler
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    prepare()
 
 
 def _add_stage(name: str, explanation: str) -> None:

@@ -24,6 +24,7 @@ from finercut.registry import runs, server
 from finercut.registry.records import Check, RegisterReport
 from finercut.report.frontier import Rule
 from finercut.selection.settings import CostName
+from finercut.system.machine import prepare
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
 from finercut.system.staging import exclusive
@@ -70,6 +71,7 @@ def compress(
             workspace.
         register.Refused: the pruned model did not pass the gate.
     """
+    prepare()  # a worker's execution does not come by the command line
     # A run of hours must not die because the server was restarted and a lease came late.
     slot = concurrency([accelerator] if accelerator else [], strict=True, raise_on_lease_renewal_failure=False)
     # First the slot: a run of another deployment, which waits for it, must not find the workspace taken.

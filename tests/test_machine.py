@@ -1,83 +1,203 @@
-"""What machines have set otherwise than the libraries expect."""
+"""What a machine lacks is made up for before a command does anything, or the command says what to set."""
 
 from __future__ import annotations
 
-import logging
+import http.server
+import json
 import os
-import pwd
+import socket
+import subprocess
+import sys
 import tempfile
-import urllib.request
+import threading
+import uuid
+from pathlib import Path
 
+import httpx
 import pytest
+import requests
+from click.testing import CliRunner
 
 from finercut.system import machine
+from pipelines.cli import main
 
-
-@pytest.fixture
-def work(tmp_path):
-    return tmp_path / ".finercut"
+ROOT = Path(__file__).parents[1]
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
 @pytest.fixture(autouse=True)
-def told(caplog):
-    caplog.set_level(logging.WARNING, "finercut")
+def own_environment(monkeypatch):
+    """Without proxies, and as it was afterwards whatever `prepare` changes."""
+    before = dict(os.environ)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for name in (*PROXIES, "no_proxy", "NO_PROXY", "VLLM_PLUGINS"):
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
-def prepared(work, **variables):
-    environment = {"HOME": str(work.parent), "USER": "me"} | variables
-    machine.prepare(environment, work)
-    return environment
+class _Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def answering():
+    """Starts servers on the loopback address that note the paths they are asked for."""
+    started = []
+
+    def start() -> http.server.ThreadingHTTPServer:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def prepared_environment(**environment: str) -> tuple[dict[str, str], str]:
+    """What `prepare` makes of it in a process of its own, and what that says."""
+    code = "import os, json, finercut.system.machine as m; m.prepare(); m.prepare(); print(json.dumps({**os.environ}))"
+    found = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=found, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_loopback_is_never_asked_for_through_a_proxy(name, answering):
+    proxy, own = answering(), answering()
+    os.environ[name] = f"http://127.0.0.1:{proxy.server_port}"
+    machine.prepare()
+    for get in (requests.get, httpx.get):
+        for host in ("127.0.0.1", "localhost"):
+            assert get(f"http://{host}:{own.server_port}/{host}").status_code == 200
+    assert len(own.asked) == 4
+    assert proxy.asked == []
+    if name.lower() != "https_proxy":
+        requests.get("http://hub.example/model")
+        assert proxy.asked == ["http://hub.example/model"]
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("given", "expected"),
     [
-        ({}, "127.0.0.1,localhost,::1"),
-        ({"NO_PROXY": "intern.example"}, "intern.example,127.0.0.1,localhost,::1"),
-        ({"no_proxy": "a, localhost", "NO_PROXY": "b"}, "a,localhost,b,127.0.0.1,::1"),
+        ({"NO_PROXY": "corp.example"}, "corp.example,127.0.0.1,localhost,::1"),
+        ({"no_proxy": "corp.example, localhost"}, "corp.example,localhost,127.0.0.1,::1"),
+        ({"NO_PROXY": "*"}, "*"),
     ],
 )
-def test_servers_of_this_machine_are_reached_without_a_proxy(work, monkeypatch, before, after):
-    environment = prepared(work, HTTP_PROXY="http://proxy.example:3128", **before)
-    assert (environment["no_proxy"], environment["NO_PROXY"]) == (after, after)
-    monkeypatch.setenv("no_proxy", environment["no_proxy"])
-    assert urllib.request.proxy_bypass("127.0.0.1")
-    assert not urllib.request.proxy_bypass("huggingface.co")
+def test_what_is_already_asked_for_directly_still_is(given, expected):
+    os.environ.update({"HTTPS_PROXY": "http://proxy.example:3128"} | given)
+    machine.prepare()
+    machine.prepare()
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == expected
 
 
-def test_who_takes_no_proxy_for_any_host_keeps_it(work):
-    assert prepared(work, NO_PROXY="*")["NO_PROXY"] == "*"
+def test_without_a_proxy_nothing_is_set():
+    machine.prepare()
+    assert "no_proxy" not in os.environ
+    assert "NO_PROXY" not in os.environ
+
+
+def test_a_socks_proxy_without_its_packages_is_one_line_that_shows_no_password(monkeypatch):
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda _: None)
+    os.environ["ALL_PROXY"] = "socks5://me:correct-horse@proxy.example:1080"
+    said = CliRunner().invoke(main, ["summary"])
+    assert said.exit_code == 1
+    assert said.stderr == (
+        "finercut summary: ALL_PROXY names a SOCKS proxy, which needs two more packages: "
+        "pip install socksio pysocks, or name an HTTP proxy\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["a" * 90, "My Projects", "it's $HOME", "Größe"])
+def test_a_temporary_folder_is_short_and_plain_enough_for_sockets_and_compilers(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    os.environ["TMPDIR"] = str(folder)
+    machine.prepare()
+    assert os.path.samefile(tempfile.gettempdir(), folder)
+    assert os.environ["TMPDIR"] == tempfile.gettempdir()
+    assert machine._PLAIN.fullmatch(tempfile.gettempdir())
+    # As vLLM's engines meet, below a folder of their own.
+    with tempfile.TemporaryDirectory(prefix="vllm-") as own, socket.socket(socket.AF_UNIX) as meeting:
+        meeting.bind(f"{own}/{uuid.uuid4()}")
+
+
+def test_a_temporary_folder_that_does_not_exist_is_passed_over_with_a_word(tmp_path):
+    found, said = prepared_environment(TMPDIR=str(tmp_path / "nowhere"), HOME=str(tmp_path))
+    assert Path(found["TMPDIR"]).is_dir()
+    assert said == (
+        f"TMPDIR is {tmp_path}/nowhere, where nothing can be written: temporary files go to {found['TMPDIR']}\n"
+    )
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("home", ["/nonexistent", "/", None])
+def test_a_user_without_a_name_and_a_home_gets_both(home):
+    code = (
+        "import os, sys\nos.setgroups([]); os.setgid(54321); os.setuid(54321)\nsys.path.insert(0, sys.argv[1])\n"
+        "from finercut.system.machine import prepare\nprepare()\nimport getpass\nfrom pathlib import Path\n"
+        "(Path.home() / 'cache').mkdir(exist_ok=True)\nprint(getpass.getuser(), Path.home())"
+    )
+    # Read before the user changes, who may not look into this checkout.
+    program = f"import finercut.system.machine, getpass, pathlib\n{code}"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | ({"HOME": home} if home else {})
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["user-54321", f"{tempfile.gettempdir()}/finercut-54321"]
+    assert "cannot be written to: caches go to" in done.stderr
+
+
+def test_another_users_folder_is_not_taken(tmp_path):
+    ours = machine._own_folder(tmp_path)
+    assert ours.stat().st_mode & 0o777 == 0o700
+    ours.chmod(0o777)
+    assert machine._own_folder(tmp_path) is None
+    ours.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    ours.symlink_to(tmp_path / "elsewhere")
+    assert machine._own_folder(tmp_path) is None
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [("", "finercut"), ("other", "other,finercut"), ("other, finercut", "other, finercut")],
+    ("given", "expected"), [("", "finercut"), ("other", "other,finercut"), ("finercut", "finercut")]
 )
-def test_the_plugin_is_among_those_that_vllm_loads(work, before, after):
-    assert prepared(work, VLLM_PLUGINS=before)["VLLM_PLUGINS"] == after
-    assert "VLLM_PLUGINS" not in prepared(work)  # vLLM loads all then
+def test_vllm_loads_the_plugin_whatever_vllm_plugins_says(given, expected, caplog):
+    os.environ["VLLM_PLUGINS"] = given
+    machine.prepare()
+    machine.prepare()
+    assert os.environ["VLLM_PLUGINS"] == expected
+    assert len(caplog.records) == (given != expected)
 
 
-def test_a_user_id_without_a_name_gets_one(work, monkeypatch):
-    def unknown(uid):
-        raise KeyError(uid)
-
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
-    assert prepared(work, USER="")["USER"] == f"uid{os.getuid()}"
-    assert prepared(work, USER="", LOGNAME="ann")["USER"] == ""
-
-
-def test_a_home_that_cannot_be_written_to_is_replaced(work, caplog):
-    environment = prepared(work, HOME="/proc/no/such/home")
-    assert environment["HOME"] == str(work / "home")
-    assert os.access(environment["HOME"], os.W_OK)
-    assert "/proc/no/such/home cannot be written to" in caplog.text
-    assert prepared(work)["HOME"] == str(work.parent)
-
-
-def test_a_folder_too_long_for_sockets_is_not_taken(work, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", tempfile.tempdir)
-    long = tmp_path / ("x" * machine.LONGEST_TMPDIR)
-    assert prepared(work, TMPDIR=str(long))["TMPDIR"] == "/tmp"
-    assert "is too long for the sockets" in caplog.text
-    assert prepared(work, TMPDIR="/var/tmp")["TMPDIR"] == "/var/tmp"
+def test_an_environment_in_a_folder_with_a_space_is_started_by_a_plain_path(tmp_path):
+    environment = tmp_path / "My Projects" / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    code = "from finercut.system.machine import interpreter; print(interpreter())"
+    python = subprocess.run(
+        [environment / "bin/python", "-c", code],
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert machine._PLAIN.fullmatch(python)
+    code = "import sys; print(sys.prefix)"
+    prefix = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert machine._PLAIN.fullmatch(prefix)
+    assert os.path.samefile(prefix, environment)

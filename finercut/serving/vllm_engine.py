@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from finercut.serving.settings import EngineSettings
+from finercut.system.machine import interpreter
 from finercut.system.processes import GRACE_S, end_group
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def engine(directory: Path, settings: EngineSettings, one_process: bool = False)
         environment["VLLM_RPC_BASE_PATH"] = sockets
         started_with = settings.model_dump_json(include=set(EngineSettings.model_fields))
         process = subprocess.Popen(
-            [sys.executable, "-m", "finercut.serving.vllm_process", str(directory.absolute()), started_with],
+            [interpreter(), "-m", "finercut.serving.vllm_process", str(directory.absolute()), started_with],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
