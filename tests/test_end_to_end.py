@@ -74,7 +74,9 @@ def tiny_settings(model: Path, text: Path) -> dict:
         "n_held_out_samples": 4,
         "n_healing_samples": 4,
     }
-    settings["search"] |= {"removals": 0.5, "dtype": "float32"}
+    settings["search"] |= {"mode": "exact", "per": None, "fill": False, "removals": 0.5, "dtype": "float32"}
+    settings["prune"]["budget"] = {"unit": "sublayers", "amount": 0.25}
+    settings["heal"] = {"method": "none"}
     settings["evaluate"] |= {
         "tasks": [
             {"name": "finercut_agreement", "metric": "acc", "limit": 20},

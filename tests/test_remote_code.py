@@ -33,7 +33,8 @@ AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM":
 def settings(source: dict) -> params.Params:
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["fetch"] = {"source": source}
-    values["search"] |= {"dtype": "float32", "device": "cpu", "removals": 3}
+    values["search"] |= {"per": None, "fill": False, "dtype": "float32", "device": "cpu", "removals": 3}
+    values["heal"] = {"method": "none"}
     values["prune"] = {"budget": {"unit": "sublayers", "amount": 3}}
     values["evaluate"] |= {
         "tasks": [{"name": "finercut_agreement", "metric": "acc", "limit": 4}],

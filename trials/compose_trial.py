@@ -117,12 +117,13 @@ def overrides(container: dockerfile.Chroot) -> dict[str, object]:
     dockerfile.give(folder, container.image.user)
     settings = tiny_settings(*(Path("/") / path.relative_to(container.root) for path in (model, text)))
     whole = yaml.safe_load((ROOT / "params.yaml").read_text())
-    return {
+    changes = {
         f"{section}.{field}": value
         for section, fields in settings.items()
         for field, value in fields.items()
-        if whole[section].get(field) != value
+        if section != "heal" and whole[section].get(field) != value
     }
+    return changes | {"heal": settings["heal"]}  # its fields are its method's
 
 
 def left(store: servers.S3) -> dict[str, object]:

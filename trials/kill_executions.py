@@ -185,7 +185,7 @@ def prepare_repro(base: Path, root: Path) -> None:
     toy.commit(root)
     subprocess.run([*DVC, "commit", "--force", "--quiet"], cwd=root, check=True, env=_environment(root))
     settings = yaml.safe_load((root / "params.yaml").read_text())
-    settings["search"]["removals"] = 5
+    settings["search"] |= {"per": None, "fill": False, "removals": 5}
     toy.write(settings, root=root)
     shutil.rmtree(root / ".finercut")
 

@@ -155,8 +155,10 @@ def prepare(root: Path, model: Path, text: Path) -> None:
     settings = yaml.safe_load((ROOT / "params.yaml").read_text())
     settings["fetch"]["source"] = {"kind": "local", "path": str(model)}
     settings["calibrate"] |= {"source": {"kind": "files", "paths": [str(text)]}, "n_samples": 4, "n_tokens": 32}
-    settings["calibrate"] |= {"n_held_out_samples": 2}
-    settings["search"] |= {"removals": 6, "dtype": "float32", "device": "cpu"}
+    settings["calibrate"] |= {"n_held_out_samples": 2, "n_healing_samples": 0, "sources": None, "unseen": None}
+    settings["search"] |= {"mode": "exact", "per": None, "fill": False, "removals": 6}
+    settings["search"] |= {"dtype": "float32", "device": "cpu"}
+    settings["heal"] = {"method": "none"}
     settings["prune"]["budget"] = {"unit": "sublayers", "amount": 3}
     settings["evaluate"] |= {
         "tasks": [{"name": "finercut_agreement", "metric": "acc", "limit": 20}],
