@@ -81,7 +81,7 @@ def test_overrides_keep_the_files_comments_and_are_named_in_its_first_line():
     before = (ROOT / "params.yaml").read_text().splitlines()
     assert [new for old, new in zip(before, lines, strict=True) if old != new] == [
         "    version: '1e-4'",
-        "  budget: {unit: sublayers, amount: 0.125}",
+        "  budget: {unit: parameters, amount: 0.125}",
     ]
 
 

@@ -61,18 +61,22 @@ class Continuations:
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    ids = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+    # A model of its own code may have no generation config.
+    ids = getattr(getattr(model, "generation_config", None) or model.config, "eos_token_id", None)
     return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, prefixes: Tensor, n_tokens: int, ends: frozenset[int]) -> list[list[int]]:
     """The most likely tokens after each prefix, (texts, tokens), up to an end token, which is the last."""
-    given, cache, written = prefixes.to(model.device), None, []
+    seen, cache, written = prefixes.to(model.device), None, []
+    given = seen
     for _ in range(n_tokens):
         output = model(given, past_key_values=cache, use_cache=True)
-        given, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-        written.append(given[:, 0].tolist())
+        likeliest, cache = output.logits[:, -1:].argmax(-1), getattr(output, "past_key_values", None)
+        seen = torch.cat([seen, likeliest], -1)
+        given = seen if cache is None else likeliest  # not every model of its own code has a cache
+        written.append(likeliest[:, 0].tolist())
         if all(not ends.isdisjoint(text) for text in zip(*written, strict=True)):
             break
     return [_to_its_end(list(text), ends) for text in zip(*written, strict=True)]
