@@ -203,8 +203,9 @@ def test_a_search_outlives_mlflow_delivers_what_it_kept_and_says_what_is_lost(pr
     removals = read_trajectory(project / paths.TRAJECTORY).removals
     assert [(point.step, point.value) for point in history] == [(r.step, r.divergence) for r in removals[:4]]
     assert told.count("going on, they are kept") == 2
-    # five figures of each of the last two removals
-    assert "MLflow still takes no live metrics: 10 points are lost" in told
+    # five figures and the controls of each of the last two removals
+    n_lost = sum(5 + len(removal.controls.model_dump(exclude_none=True)) for removal in removals[4:])
+    assert f"MLflow still takes no live metrics: {n_lost} points are lost" in told
     assert state(project, "search") == state(base, "search")
 
 
