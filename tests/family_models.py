@@ -196,6 +196,8 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_MIXERS,
             "num_key_value_heads": 4,
+            "linear_num_heads": 4,
+            "linear_head_dim": 8,
             "mlp_layer_types": ["dense", "sparse", "sparse", "dense"],
             "kv_lora_rank": 16,
             "q_lora_rank": None,
