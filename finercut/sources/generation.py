@@ -35,6 +35,8 @@ _END_OF_TEXT = "<|endoftext|>"
 _RUN = 4
 # Of the tokens that are needed, what documents may lose when their text is tokenised again.
 _LOSS = 0.05
+# Tokens among which a draw is tried first; more where these have less than top_p together.
+N_LIKELY = 1024
 # How many times the documents that should do are written before giving up.
 _MOST = 4
 
@@ -255,13 +257,16 @@ def sample(
 
 def draw(logits: Tensor, chance: Tensor, top_p: float) -> Tensor:
     """A token a row, (batch, 1): the one `chance` in [0, 1) falls on, of the likeliest that have `top_p` together."""
-    p = logits.softmax(-1)
-    # All tokens below this have less than 1 - top_p together: only the others need to be sorted.
-    n_likely = int((p >= (1 - top_p) / p.shape[-1]).sum(-1).max())
-    likely = p.topk(n_likely).indices.sort().values
-    p, order = p.gather(-1, likely).sort(descending=True, stable=True)
+    every = logits.softmax(-1)
+    n_likely = min(N_LIKELY, every.shape[-1])
+    while True:  # sorting all tokens would take longer than the model
+        likely = every.topk(n_likely).indices.sort().values
+        p, order = every.gather(-1, likely).sort(descending=True, stable=True)
+        total = p.cumsum(-1)
+        if n_likely == every.shape[-1] or bool((total[:, -1] >= top_p).all()):
+            break
+        n_likely = min(4 * n_likely, every.shape[-1])
     order = likely.gather(-1, order)
-    total = p.cumsum(-1)
     n_kept = (total - p < top_p).sum(-1, keepdim=True)
     mass = total.gather(-1, n_kept - 1)
     place = torch.searchsorted(total, chance[:, None] * mass, right=True)
