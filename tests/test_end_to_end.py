@@ -72,7 +72,7 @@ def tiny_settings(model: Path, text: Path) -> dict:
         "n_samples": 4,
         "n_tokens": 32,
         "n_held_out_samples": 4,
-        "n_healing_samples": 4,
+        "n_healing_samples": 0,
     }
     settings["search"] |= {"mode": "exact", "per": None, "fill": False, "removals": 0.5, "dtype": "float32"}
     settings["prune"]["budget"] = {"unit": "sublayers", "amount": 0.25}
