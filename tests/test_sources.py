@@ -163,7 +163,7 @@ def config(**changes):
         (
             lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
             ValueError,
-            r"some of its blocks keep a recurrent state \(linear_attention\)",
+            "the config of this mamba model gives no max_position_embeddings",
         ),
         (
             config(quantization_config={"quant_method": "gptq"}),
