@@ -230,7 +230,7 @@ def change_environment(**changes):
         ("lm_eval", ["evaluate", "evaluate_whole"]),
         ("tokenizers", ["calibrate"]),
         ("hardware", ["prove", "throughput"]),
-        ("torch", ["evaluate", "evaluate_whole", "heal", "prove", "search", "throughput"]),
+        ("torch", ["calibrate", "evaluate", "evaluate_whole", "heal", "prove", "search", "throughput"]),
         ("transformers", ["calibrate", "evaluate", "evaluate_whole", "heal", "prove", "prune", "search"]),
     ],
 )
