@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import mlflow
 import pytest
 import servers
 
@@ -146,6 +145,8 @@ def mlflow_store(sqlite_store, monkeypatch) -> str:
     """`sqlite_store`, which MLFLOW_TRACKING_URI points at; the current directory is where its files go."""
     monkeypatch.chdir(Path(sqlite_store.removeprefix("sqlite:///")).parent)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_store)
+    import mlflow  # takes seconds, and most tests need none
+
     # Clients made without a URI go where the last `set_tracking_uri` of this process says.
     mlflow.set_tracking_uri(sqlite_store)
     return sqlite_store
