@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import os
 import platform
 import statistics
@@ -34,12 +33,13 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from finercut.evaluation.harness import LoadedTask, load_tasks, score
+from finercut.evaluation.harness import LoadedTask, fit, load_tasks, score
 from finercut.evaluation.settings import Task
 from finercut.model.costs import Costs, costs_of
 from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load
+from finercut.selection.controls import repeated
 from finercut.selection.divergence import js
 from finercut.selection.settings import CANDIDATES_OF
 from finercut.system import yaml_files
@@ -93,7 +93,6 @@ HEALING: dict[str, dict[str, Any]] = {
     },
 }
 N_CONTINUATIONS, N_PROMPT, N_WRITTEN = 16, 32, 64
-NGRAM = 4
 
 
 def main() -> None:
@@ -270,22 +269,16 @@ class _Measure:
 
     def of(self, directory: ModelDirectory) -> dict[str, float]:
         model = load(directory, self.dtype, self.device)
-        found = {f"perplexity.{name}": _perplexity(model, windows) for name, windows in self.texts.items()}
+        found = {
+            f"perplexity.{name}": fit(model, self.directory.tokenizer, windows).perplexity
+            for name, windows in self.texts.items()
+        }
         found |= _against(self.whole, model, self.held_out)
         found["repetition"] = _repetition(model, self.held_out)
         options = {"seed": 1234, "batch_size": 16}
         for name, reached in score(model, self.directory.tokenizer, self.tasks, **options):
             found[f"task.{name}"] = reached.value
         return found
-
-
-@torch.inference_mode()
-def _perplexity(model: PreTrainedModel, windows: Tensor) -> float:
-    nats = [
-        torch.nn.functional.cross_entropy(model(w[None]).logits[0, :-1].float(), w[1:]).item()
-        for w in windows.to(model.device)
-    ]
-    return math.exp(statistics.fmean(nats))
 
 
 @torch.inference_mode()
@@ -304,11 +297,7 @@ def _repetition(model: PreTrainedModel, windows: Tensor) -> float:
     prompts = windows[:N_CONTINUATIONS, :N_PROMPT].to(model.device)
     options = {"do_sample": False, "min_new_tokens": N_WRITTEN, "max_new_tokens": N_WRITTEN}
     written = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)[:, N_PROMPT:].tolist()
-    shares = []
-    for ids in written:
-        grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
-        shares.append(1 - len(set(grams)) / len(grams))
-    return statistics.fmean(shares)
+    return statistics.fmean(map(repeated, written))
 
 
 def _readable(page: str) -> str:

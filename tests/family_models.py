@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 N_BLOCKS = 4
 WINDOW = 6
@@ -251,3 +258,17 @@ def random_model(model_type: str, **changes: Any) -> Any:
             # Large enough that every sublayer matters.
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.15)
     return model
+
+
+def run_without_finercut(code: str, folder: Path, tokens: torch.Tensor, directories: Sequence[Path]) -> str:
+    """What `code` prints in a process of its own; it is given a file of the tokens, then the checkpoints."""
+    torch.save(tokens, folder / "tokens.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "tokens.pt"), *map(str, directories)],
+        env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -4,14 +4,12 @@ import math
 import random
 
 import pytest
-import torch
 from conftest import random_llama
+from test_swaps import divergences
 
 from finercut.model.costs import costs_of_config
-from finercut.model.masking import masked
 from finercut.selection import evolution
 from finercut.selection.bench import Bench
-from finercut.selection.divergence import js
 from finercut.selection.goal import Goal
 from finercut.selection.settings import Budget, Search
 from finercut.sublayers import Candidate, parse
@@ -36,14 +34,6 @@ def goal(model, generations=12, offspring=8, seed=0, amount=0.33, **changes):
     return Goal(
         Search.model_validate(values), Budget(unit="parameters", amount=amount), costs_of_config(model.config), 4
     )
-
-
-def divergences(model, tokens, removed):
-    with torch.no_grad():
-        whole = model(tokens).logits
-        with masked(model, [s for c in removed for s in c.sublayers]):
-            values = js(whole, model(tokens).logits).double().mean(-1)
-    return values[:4].mean().item(), values[4:].mean().item()
 
 
 def evolved(model, tokens, asked, start=BAD, earlier=()):

@@ -1,16 +1,13 @@
 """Every family against transformers' own, unmodified code with the same sublayers masked."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family_models import CASES, N_BLOCKS, UNDECLARED, random_model
+from family_models import CASES, N_BLOCKS, UNDECLARED, random_model, run_without_finercut
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache, pipeline
 
@@ -275,17 +272,9 @@ def test_without_finercut_every_family_loads_by_its_own_file_or_is_refused(token
         directory.mkdir()
         write_pruned(whole, MIXED, directory, {}, "")
         directories.append(directory)
-    torch.save(tokens[:1], tmp_path / "tokens.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_FINERCUT, str(tmp_path / "tokens.pt"), *map(str, directories)],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = run_without_finercut(WITHOUT_FINERCUT, tmp_path, tokens[:1], directories)
     for name, directory in zip(CASES | UNDECLARED, directories, strict=True):
-        assert f"refused {directory.name}\n" in done.stdout, name
+        assert f"refused {directory.name}\n" in said, name
         for again in (directory, directory / "again"):
             model = as_in_tests(load_pruned(again, torch.float32))
             with torch.no_grad():

@@ -1,12 +1,8 @@
 """Hybrids, whose blocks mix tokens in several ways, against transformers' own code with the same sublayers masked."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from family_models import HYBRIDS, random_model
+from family_models import HYBRIDS, random_model, run_without_finercut
 
 from finercut.checkpoint.writing import write_pruned
 from finercut.model.costs import costs_of
@@ -174,15 +170,7 @@ def test_without_finercut_every_hybrid_loads_by_its_own_file(some_tokens, tmp_pa
         setattr(model.config, LAYOUT_KEY, find_layout(model).to_dict())
         write_pruned(tmp_path / f"whole-{number}", removals(model)["every third sublayer"], directory, {}, "")
         directories.append(directory)
-    torch.save(some_tokens, tmp_path / "tokens.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_FINERCUT, str(tmp_path / "tokens.pt"), *map(str, directories)],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_without_finercut(WITHOUT_FINERCUT, tmp_path, some_tokens, directories)
     for name, directory in zip(HYBRIDS, directories, strict=True):
         with torch.no_grad():
             logits = load_pruned(directory, torch.float32)(some_tokens).logits
