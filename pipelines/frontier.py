@@ -55,19 +55,29 @@ def run(
     budgets = [int(amount) if amount >= 1 and amount == int(amount) else amount for amount in budgets]
     params = load()
     unit = unit or params.prune.budget.unit
-    with _restored_unless_chosen() as take:
+    before = paths.PARAMS.read_text(encoding="utf-8")
+
+    def take(amount: float) -> None:
+        changes = {"prune.budget.unit": unit, "prune.budget.amount": amount}
+        if params_file:
+            settings.take_committed(params_file, {**overrides, **changes})
+        else:
+            settings.change(before, changes)
+
+    with _restored_on_error(before):
         for amount in sorted(budgets):  # all are allowed, before the first is run
-            take(params_file, overrides, unit, amount)
+            take(amount)
         parent = runs.open_run(
             params.flow.experiment,
             params.model_dump(mode="json", by_alias=True),
             dag.revision() | {"frontier": ", ".join(map(str, budgets))},
         )
-        with runs.recorded(parent):
-            tags = {"mlflow.parentRunId": parent.run_id}
+    with runs.recorded(parent):
+        tags = {"mlflow.parentRunId": parent.run_id}
+        with _restored_on_error(before):
             points = []
             for amount in sorted(budgets, reverse=True):
-                take(params_file, overrides, unit, amount)
+                take(amount)
                 _, checks, run_id = execute(load(), tags | {"frontier.amount": str(amount)}, False)
                 points.append(_point(amount, checks, run_id))
                 logger.info("frontier: %s", _line(points[-1], unit))
@@ -81,39 +91,20 @@ def run(
                 raise register.Refused(
                     f"no point of the frontier passes the gate: {'; '.join(_line(point, unit) for point in points)}"
                 )
-            take(params_file, overrides, unit, chosen.amount)
-            take.keep()
-            tags |= {"frontier.amount": str(chosen.amount), "frontier.rule": rule}
-            registered, _, _ = execute(load(), tags, True)
-            return registered
-
-
-class _Budgets:
-    """Puts one budget after the other into params.yaml."""
-
-    def __init__(self) -> None:
-        self.before = paths.PARAMS.read_text(encoding="utf-8")
-        self.kept = False
-
-    def __call__(self, params_file: str | None, overrides: Mapping[str, JsonValue], unit: str, amount: float) -> None:
-        changes = {"prune.budget.unit": unit, "prune.budget.amount": amount}
-        if params_file:
-            settings.take_committed(params_file, {**overrides, **changes})
-        else:
-            settings.change(self.before, changes)
-
-    def keep(self) -> None:
-        self.kept = True
+            take(chosen.amount)
+        tags |= {"frontier.amount": str(chosen.amount), "frontier.rule": rule}
+        registered, _, _ = execute(load(), tags, True)
+        return registered
 
 
 @contextmanager
-def _restored_unless_chosen() -> Iterator[_Budgets]:
-    budgets = _Budgets()
+def _restored_on_error(before: str) -> Iterator[None]:
+    """Gives params.yaml back its text where the block fails."""
     try:
-        yield budgets
-    finally:
-        if not budgets.kept:
-            settings.replace(budgets.before)
+        yield
+    except BaseException:
+        settings.replace(before)
+        raise
 
 
 def _point(amount: float, checks: Sequence[Check], run_id: str) -> Point:
