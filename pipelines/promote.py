@@ -56,15 +56,8 @@ class NotPromoted(RuntimeError):
 
 def judge(params: Params, challenger: Evidence, champion: Evidence | None) -> Judgement:
     """By the limits of the gate and the margins of the rule in `params`."""
-    limits, margins = params.register_, params.promote
-    checks = promotion.gate_checks(
-        challenger,
-        allow_limited=margins.allow_limited,
-        min_retention=limits.min_retention,
-        min_speed_up=limits.min_speed_up,
-        max_perplexity_ratio=limits.max_perplexity_ratio,
-        allow_doubtful_whole=limits.allow_doubtful_whole,
-    )
+    margins = params.promote
+    checks = promotion.gate_checks(challenger, allow_limited=margins.allow_limited, **params.register_.limits)
     if champion is not None:
         checks += promotion.compare(
             challenger,

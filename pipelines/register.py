@@ -57,15 +57,11 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
 
 def judge(params: Params) -> list[Check]:
     """The gate's checks, from the reports."""
-    limits = params.register_
     return gate.check(
         evaluate=EvaluateReport.read(paths.report("evaluate")),
         claims=ProveReport.read(paths.report("prove")).claims,
         throughput=ThroughputReport.read(paths.report("throughput")),
-        min_retention=limits.min_retention,
-        min_speed_up=limits.min_speed_up,
-        max_perplexity_ratio=limits.max_perplexity_ratio,
-        allow_doubtful_whole=limits.allow_doubtful_whole,
+        **params.register_.limits,
     )
 
 

@@ -21,6 +21,11 @@ class Register(Section):
     allow_doubtful_whole: bool = False
     """Whether to register although the whole model scores no better than guessing, or predicts plain text absurdly."""
 
+    @property
+    def limits(self) -> dict[str, float | bool]:
+        """As `gate.check` takes them."""
+        return self.model_dump(exclude={"name"})
+
 
 class Promote(Section):
     """How much worse than the champion a challenger may be and still take its place."""

@@ -72,8 +72,8 @@ class Inputs:
     @property
     def checks(self) -> list[Check]:
         """The gate of registration, with the limits of the execution's own params.yaml."""
-        limits = Register.model_validate(self.settings["register"], extra="ignore")
-        return gate.check(self.claims, self.evaluate, self.throughput, **limits.model_dump(exclude={"name"}))
+        settings = Register.model_validate(self.settings["register"], extra="ignore")
+        return gate.check(self.claims, self.evaluate, self.throughput, **settings.limits)
 
 
 def read(folders: Sequence[Path], whose: str) -> Inputs:
