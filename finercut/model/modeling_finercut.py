@@ -170,6 +170,11 @@ class PrunedConfig:
             return config
         return cache_config(config, kept_attentions(config))
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As transformers', and the number of blocks by its common name: where no finercut is installed, transformers
+        reads the tokenizer with a bare `PreTrainedConfig`, which checks `per_layer_config` against that name."""
+        return super().to_diff_dict() | {"num_hidden_layers": self.num_hidden_layers}
+
 
 class PrunedModel:
     """What a pruned model adds to its base: it builds kept sublayers only, and refuses weights that do not fit."""

@@ -88,14 +88,14 @@ class Blocks:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) ids -> (batch, tokens, hidden): the first block's input."""
-        catch = _StandIn(self._n_outputs)
+        catch = _StandIn(self.blocks[0], self._n_outputs)
         self._run(self._around(catch), tokens)
         return catch.states
 
     def logits(self, states: Tensor) -> Tensor:
         """(batch, tokens, hidden) after the last block -> (batch, tokens, vocab), all by the model's own code."""
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        return self._run(self._around(_StandIn(self._n_outputs, states)), ids).logits
+        return self._run(self._around(_StandIn(self.blocks[0], self._n_outputs, states)), ids).logits
 
     def _run(self, model: nn.Module, tokens: Tensor) -> Any:
         # Routers' logits are there for a loss only, and a model none of whose routers ran fails at it.
@@ -150,14 +150,19 @@ def _shallow(module: nn.Module) -> nn.Module:
 class _StandIn(nn.Module):
     """Stands in for all blocks: records its input, and returns `states` if it has any."""
 
-    def __init__(self, n_outputs: int | None, states: Tensor | None = None) -> None:
+    def __init__(self, block: nn.Module, n_outputs: int | None, states: Tensor | None = None) -> None:
         """
         Args:
+            block: whose attributes the model reads, such as its type, to choose a mask.
             n_outputs: of a block, the first of which are the states; None where it hands on the states alone.
         """
         super().__init__()
+        object.__setattr__(self, "block", block)  # Not a submodule: its weights are not run.
         self.n_outputs = n_outputs
         self.states = states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.states is None:
