@@ -7,8 +7,9 @@ import importlib.util
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,17 +130,29 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-            # click's own signals are RuntimeErrors too
-            if ctx.params.get("traceback") or isinstance(error, click.exceptions.Exit | click.exceptions.Abort):
+        except Exception as error:
+            signals = (click.ClickException, click.exceptions.Exit, click.exceptions.Abort)
+            if ctx.params.get("traceback") or isinstance(error, signals):
                 raise
-            message = redacted(" ".join(str(error).split())) or type(error).__name__
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                message += "; free some space, then run it again"
-            if isinstance(error, ModuleNotFoundError):
-                message += "; install the extras: pip install 'finercut[pipeline,cpu]', or [pipeline,cuda] for a GPU"
-            click.echo(f"finercut {ctx.invoked_subcommand}: {message}", err=True)
+            click.echo(f"finercut {ctx.invoked_subcommand}: {_one_line(error, ctx.invoked_subcommand)}", err=True)
             sys.exit(1)
+
+
+def _one_line(error: Exception, command: str | None) -> str:
+    message = redacted(" ".join(str(error).split())) or type(error).__name__
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{message}; free some space, then run it again"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{message}; install the extras: pip install 'finercut[pipeline,cpu]', or [pipeline,cuda] for a GPU"
+    if isinstance(error, ValueError | OSError | RuntimeError | ImportError):
+        return message
+    # Libraries raise all kinds. Nobody foresaw this one, so that where it comes from is needed.
+    kept = f"`finercut --traceback {command}` shows where"
+    with suppress(OSError):
+        paths.WORK.mkdir(exist_ok=True)
+        paths.TRACEBACK.write_text(redacted("".join(traceback.format_exception(error))), encoding="utf-8")
+        kept = f"{paths.TRACEBACK} says where"
+    return f"unexpected {type(error).__name__}: {message[:300]}; {kept}"
 
 
 def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -235,8 +248,7 @@ def run(file: Path | None, pull: bool) -> None:
     with exclusive(paths.WORK):
         if file is not None:
             _take_params(file)
-        for name, value in PREFECT.items():
-            os.environ.setdefault(name, value)
+        _prepare_prefect()
         from . import summary
         from .flow import compress
         from .register import Refused
@@ -291,8 +303,7 @@ def frontier(budgets: str, unit: str | None, rule: str, pull: bool) -> None:
     except ValueError:
         raise ValueError(f"--budgets takes numbers joined by commas, got {budgets!r}") from None
     with exclusive(paths.WORK):
-        for name, value in PREFECT.items():
-            os.environ.setdefault(name, value)
+        _prepare_prefect()
         from . import frontier as points
         from .flow import compress
         from .register import Refused
@@ -305,6 +316,14 @@ def frontier(budgets: str, unit: str | None, rule: str, pull: bool) -> None:
             raise
         click.echo(points.markdown())
         click.echo(_where_to_look(local_store))
+
+
+def _prepare_prefect() -> None:
+    for name, value in PREFECT.items():
+        os.environ.setdefault(name, value)
+    from . import prefect_database
+
+    prefect_database.check()
 
 
 def _take_params(file: Path) -> None:

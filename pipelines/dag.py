@@ -26,6 +26,7 @@ class Stage:
 
 @contextmanager
 def _repo() -> Iterator[Repo]:
+    settings.git("rev-parse", "--git-dir")  # says in one line what DVC would let through as it comes
     try:
         with Repo(str(Path.cwd())) as repo:
             yield repo

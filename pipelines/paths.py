@@ -29,9 +29,11 @@ PAGE = REPORTS / "report.html"
 WORK = Path(".finercut")
 """What is neither input nor output of a stage, so that DVC leaves it alone: `lock`, held by the process that works in
 this workspace; `search/` and `heal/`, searches and trainings in progress; `fetch/` and `promote/`, downloads in
-progress; PREVIOUS."""
+progress; PREVIOUS; TRACEBACK."""
 PREVIOUS = WORK / "params.previous.yaml"
 """What params.yaml was before another file replaced it."""
+TRACEBACK = WORK / "traceback.txt"
+"""Of the last error that nobody foresaw."""
 
 
 def report(stage: str) -> Path:

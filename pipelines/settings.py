@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -96,7 +98,22 @@ def _committed(file: str) -> str | None:
 
 
 def _shown(file: str) -> bytes | None:
-    done = subprocess.run(["git", "show", f"HEAD:./{file}"], capture_output=True, check=False)
+    return git("show", f"HEAD:./{file}")
+
+
+def git(*arguments: str) -> bytes | None:
+    """What git prints; None where it fails.
+
+    Raises:
+        RuntimeError: git does not work here, because the clone is another user's.
+    """
+    english = os.environ | {"LC_ALL": "C"}
+    done = subprocess.run(["git", *arguments], capture_output=True, env=english, check=False)
+    if b"dubious ownership" in done.stderr:
+        raise RuntimeError(
+            f"{Path.cwd()} belongs to another user, so that git does not work in it; if you trust it, run "
+            f"`git config --global --add safe.directory {shlex.quote(str(Path.cwd()))}`, or clone it as this user"
+        )
     return None if done.returncode else done.stdout
 
 

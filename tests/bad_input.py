@@ -58,6 +58,7 @@ def refused(*arguments: str) -> str:
     (line,) = said.stderr.splitlines()
     assert line.startswith(f"finercut {arguments[0]}: "), line
     assert 20 < len(line) < 600, line
+    assert not line.startswith(f"finercut {arguments[0]}: unexpected "), line
     assert "pydantic" not in line
     assert files(Path.cwd()) == before
     return line

@@ -266,13 +266,31 @@ def test_a_hub_dataset_is_read_at_the_commit_its_branch_stands_for(tmp_path):
     assert no_dataset.startswith(f"no repository {hub.endpoint}/datasets/org/absent")
 
 
+def test_rows_that_datasets_cannot_read_are_one_line_that_says_why(tmp_path):
+    hub = Hub({"datasets/org/SomeTexts": Repository(COMMIT, {"train.jsonl": b'{"text": "whole"}\n{"text": "cut'})})
+    with serve(hub):
+        done = subprocess.run(
+            [sys.executable, "-c", PINNED, "main"],
+            cwd=tmp_path,
+            env=client_environment(hub.endpoint, tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr
+    refusal = json.loads(done.stdout.splitlines()[-1])
+    assert refusal.startswith("org/SomeTexts/train cannot be read: ")
+    assert "JSON" in refusal
+    assert "An error occurred while generating the dataset" not in refusal
+
+
 PINNED = """
 import json, sys
 from finercut.sources.texts import read_texts
 from finercut.sources.settings import HubText
 try:
     found = read_texts(HubText(kind="hub", dataset="org/SomeTexts", split="train", revision=sys.argv[1]))
-except RuntimeError as error:
+except (RuntimeError, ValueError) as error:
     print(json.dumps(str(error)))
 else:
     print(json.dumps([found.documents, found.source, found.revision]))

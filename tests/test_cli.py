@@ -58,6 +58,37 @@ def test_an_error_is_one_line_that_names_the_stage_and_what_to_do(tmp_path, monk
     assert "Traceback" in finercut("--traceback", "fetch", cwd=tmp_path).stderr
 
 
+class Unforeseen(Exception):
+    """As tokenizers and datasets raise: neither a ValueError nor another kind that says what it is about."""
+
+
+@pytest.mark.parametrize("error", [Unforeseen("no such\nthing"), IndexError("index 7"), KeyError("x"), MemoryError()])
+def test_no_error_is_shown_as_a_traceback_but_where_it_was_raised_is_kept(error, project, monkeypatch):
+    monkeypatch.setattr("pipelines.summary.markdown", lambda: _raise(error))
+    monkeypatch.setenv("HF_TOKEN", "correct-horse-battery")
+    error.add_note("with correct-horse-battery")
+    said = CliRunner().invoke(main, ["summary"])
+    assert said.exit_code == 1
+    (line,) = said.stderr.splitlines()
+    assert line.startswith(f"finercut summary: unexpected {type(error).__name__}: {' '.join(str(error).split())}")
+    assert line.endswith("; .finercut/traceback.txt says where")
+    kept = Path(".finercut/traceback.txt").read_text()
+    assert "in _raise" in kept
+    assert "correct-horse-battery" not in kept
+    assert CliRunner().invoke(main, ["--traceback", "summary"]).exception is error
+
+
+def test_what_a_library_lacks_is_said_in_its_own_words(project, monkeypatch):
+    lacking = ImportError("FlashAttention2 has been toggled on, but it is not installed")
+    monkeypatch.setattr("pipelines.summary.markdown", lambda: _raise(lacking))
+    said = CliRunner().invoke(main, ["summary"])
+    assert said.stderr == f"finercut summary: {lacking}\n"
+
+
+def _raise(error: Exception):
+    raise error
+
+
 def test_a_misspelt_field_is_an_error_before_anything_starts(project):
     settings = yaml.safe_load(Path("params.yaml").read_text())
     settings["search"]["divergense"] = settings["search"].pop("divergence")

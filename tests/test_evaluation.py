@@ -1,3 +1,4 @@
+import copy
 import math
 from pathlib import Path
 
@@ -104,6 +105,21 @@ def test_the_same_model_scores_the_same_twice(model, tokenizer):
     assert scores(model, tokenizer, tasks) == first
     assert [s.n_samples for s in first.values()] == [6, 3, 4]
     assert [s.n_fewshot for s in first.values()] == [2, 6, 0]
+
+
+@pytest.mark.parametrize("lacking", ["an embedding for it", "a padding token"])
+def test_what_batches_are_padded_with_does_not_matter(lacking, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    if lacking == "a padding token":
+        other.pad_token = None
+    else:
+        other.add_special_tokens({"pad_token": "<beyond>"})
+        assert other.pad_token_id == 400
+    model = random_llama(max_position_embeddings=2048)
+    tasks = load_tasks([Task(name="finercut_copying", metric="exact_match", limit=4, num_fewshot=1)])
+    assert scores(model, other, tasks) == scores(model, tokenizer, tasks)
+    assert harness._padding_within(other, 400).pad_token_id == other.eos_token_id
+    assert harness._padding_within(tokenizer, 400) is tokenizer
 
 
 def test_a_group_is_scored_by_the_documents_of_its_tasks(tmp_path, model, tokenizer):

@@ -5,20 +5,28 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 import requests
+from alembic.script import ScriptDirectory
 from click.testing import CliRunner
+from prefect.server.database.alembic_commands import alembic_config
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
+from finercut.registry import runs
 from finercut.system import machine
+from pipelines import dag, prefect_database, settings
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +62,8 @@ def answering():
     """Starts servers on the loopback address that note the paths they are asked for."""
     started = []
 
-    def start() -> http.server.ThreadingHTTPServer:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
+    def start(handler: type[_Answers] = _Answers) -> http.server.ThreadingHTTPServer:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.asked = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         started.append(server)
@@ -201,3 +209,98 @@ def test_an_environment_in_a_folder_with_a_space_is_started_by_a_plain_path(tmp_
     prefix = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert machine._PLAIN.fullmatch(prefix)
     assert os.path.samefile(prefix, environment)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a folder away")
+def test_a_clone_of_another_user_is_one_line_that_says_what_to_run(tmp_path, monkeypatch):
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        subprocess.run(["git", *who, *command], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    os.environ |= {"HOME": str(tmp_path / "home"), "LANG": "de_DE.UTF-8"}
+    os.environ.pop("SUDO_UID", None)
+    for path in (tmp_path, tmp_path / ".git"):
+        os.chown(path, 54321, 54321)
+    for contact in (dag.stages, lambda: settings.take_committed("params.yaml", {})):
+        (tmp_path / "params.yaml").touch()
+        with pytest.raises(RuntimeError, match="belongs to another user") as refusal:
+            contact()
+    (command,) = re.findall("`(.*)`", str(refusal.value))
+    subprocess.run(command, shell=True, check=True)
+    assert settings.git("rev-parse", "--git-dir") == b".git\n"
+
+
+@pytest.fixture
+def prefect_home(tmp_path):
+    """A Prefect home, and how to give its database a version."""
+    with temporary_settings({PREFECT_HOME: tmp_path, PREFECT_API_URL: None}, restore_defaults={PREFECT_API_URL}):
+        url = f"sqlite+aiosqlite:///{tmp_path}/prefect.db"
+        with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: url}):
+            yield tmp_path / "prefect.db"
+
+
+def write_version(database: Path, version: str) -> None:
+    with closing(sqlite3.connect(database)) as opened, opened:
+        opened.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        opened.execute("INSERT INTO alembic_version VALUES (?)", (version,))
+
+
+def test_a_prefect_database_of_another_version_is_found_before_a_server_is_started(prefect_home):
+    prefect_database.check()  # there is none yet
+    write_version(prefect_home, "ffffffffffff")
+    with pytest.raises(RuntimeError, match=f"{prefect_home} is of another version than Prefect .*: set PREFECT_HOME"):
+        prefect_database.check()
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
+        prefect_database.check()  # no server is started then
+
+
+def test_every_version_that_prefect_can_go_on_from_is_known(prefect_home):
+    config = alembic_config()
+    config.set_main_option("version_locations", str(prefect_database.MIGRATIONS))
+    sqlite = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    assert sqlite
+    assert prefect_database._revisions() == sqlite
+    write_version(prefect_home, min(sqlite))
+    prefect_database.check()
+
+
+def test_a_prefect_database_that_is_none_is_one_line(prefect_home):
+    prefect_home.write_bytes(b"no database at all" * 100)
+    with pytest.raises(RuntimeError, match="is damaged .*: set PREFECT_HOME"):
+        prefect_database.check()
+
+
+class _OlderTrackingServer(_Answers):
+    """Of MLflow's interface what a server without `lacking` has."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        known = {
+            "/experiments/get-by-name": {"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}},
+            "/logged-models/search": {"models": []},
+        }
+        found = None if self.server.lacking in self.path else [v for k, v in known.items() if k in self.path]
+        body = json.dumps(found[0] if found else {"error_code": "ENDPOINT_NOT_FOUND"}).encode()
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"), [("logged-models", "find logged models"), ("registered-models", "find a model registry")]
+)
+def test_a_tracking_server_that_cannot_register_is_found_before_a_run_is_opened(lacking, said, answering):
+    server = answering(_OlderTrackingServer)
+    server.lacking = lacking
+    os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(RuntimeError, match=f"cannot {said}.* in MLflow at http://127.0.0.1"):
+        runs.open_run("tests", {"a": 1}, {})
+    assert lacking in server.asked[-1]
+    assert not any("runs/create" in path for path in server.asked)

@@ -29,6 +29,18 @@ def test_the_new_directory_takes_the_place_of_the_old(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_what_a_link_to_another_disk_leads_to_is_replaced(tmp_path):
+    elsewhere, target = tmp_path / "disk" / "model", tmp_path / "model"
+    elsewhere.mkdir(parents=True)
+    target.symlink_to(elsewhere)
+    for content in ("first", "second"):
+        with staged(target) as directory:
+            assert directory.parent == elsewhere.parent  # no rename goes from one disk to another
+            (directory / content).touch()
+        assert target.is_symlink()
+        assert [file.name for file in elsewhere.iterdir()] == [content]
+
+
 def test_a_failure_leaves_the_old_directory_as_it_was(tmp_path):
     target = tmp_path / "model"
     with staged(target) as directory:

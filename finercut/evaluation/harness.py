@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import io
 import itertools
@@ -150,7 +151,8 @@ def score(
         name and score of each task, as soon as it is done
     """
     with _quiet():
-        served = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        padding = _padding_within(tokenizer, model.get_input_embeddings().weight.shape[0])
+        served = HFLM(pretrained=model, tokenizer=padding, batch_size=batch_size, backend="causal")
     for task in tasks:
         with _quiet():
             set_seed(seed)
@@ -159,6 +161,19 @@ def score(
             # Not simple_evaluate, which spends seconds a call on a list of every package installed.
             results = lm_eval.evaluate(served, task.loaded, limit=task.settings.limit, log_samples=False)
         yield task.name, _score(task, results)
+
+
+def _padding_within(tokenizer: PreTrainedTokenizerBase, n_embeddings: int) -> PreTrainedTokenizerBase:
+    """One whose padding token the model has an embedding for; as padding is masked, any token will do.
+
+    Some tokenizers got theirs without the embeddings being enlarged, and lm-eval gives those without one a new one.
+    """
+    if tokenizer.pad_token_id is not None and 0 <= tokenizer.pad_token_id < n_embeddings:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    token = next(t for t in (tokenizer.eos_token_id, tokenizer.bos_token_id, 0) if t is not None and t < n_embeddings)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
+    return tokenizer
 
 
 def _score(task: LoadedTask, results: Mapping[str, Any]) -> Score:

@@ -111,8 +111,11 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
         reach_database()
         client = MlflowClient()
         experiment_id = _experiment_id(client, experiment, shown)
-        with mlflow_errors("find logged models, which registration needs and MLflow 3 has,"):
+        # Registration, hours later, needs both.
+        with mlflow_errors("find logged models, which MLflow has since 3.0,"):
             client.search_logged_models([experiment_id], max_results=1)
+        with mlflow_errors("find a model registry"):
+            client.search_registered_models(max_results=1)
         run_id = client.create_run(experiment_id, tags=dict(tags)).info.run_id
         flat = flatten(params, ".").items()
         client.log_batch(run_id, params=[Param(name, _shown(value)) for name, value in flat])

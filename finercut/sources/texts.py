@@ -144,8 +144,15 @@ def _hub_texts(source: HubText) -> Texts:
             raise
         logger.warning("%s; taking the commit from the cache of datasets", error)
     else:
-        with hub.hub_errors(source.dataset, source.revision, "dataset"):
-            rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=commit)
+        try:
+            with hub.hub_errors(source.dataset, source.revision, "dataset"):
+                rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=commit)
+        except datasets.exceptions.DatasetsError as error:
+            # Its own text says only that there was an error; what it was is underneath.
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise ValueError(
+                f"{source.label} cannot be read: {reason}; take another revision or config of it, or files"
+            ) from error
     _check_column(rows.column_names, source.column, source.label)
     return Texts(_all_text(rows[source.column], source.column, source.label), _BETWEEN_ROWS, source.label, commit)
 

@@ -87,8 +87,11 @@ def staged(target: Path) -> Iterator[Path]:
     """An empty directory beside `target`, which replaces it if the block succeeds and is deleted if it fails.
 
     A killed process leaves `.<name>.partial` or `.<name>.old`, which the next call deletes, but never a mixture of old
-    and new files under the name itself.
+    and new files under the name itself. Where `target` is a link, to another disk for example, what it leads to is
+    replaced.
     """
+    if target.is_symlink():
+        target = target.resolve()
     partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
