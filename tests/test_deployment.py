@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 import servers
 import yaml
+from click.testing import CliRunner
 from prefect.automations import AutomationCore
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
@@ -28,6 +29,8 @@ from prefect.states import Cancelling
 from scheduled_runs import Expected, Planned, Site, follow, schedule
 from test_flow import gone, processes_with, runs
 from toy import ROOT, STAGES, make_toy
+
+from pipelines.cli import main
 
 pytestmark = pytest.mark.timeout(1200)
 PATIENCE_S = 400
@@ -95,7 +98,8 @@ def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, health, si
         throughput = STAGES["throughput"] | {"deps": [*STAGES["throughput"]["deps"], "artifacts/healed"]}
         settings = make_toy({"prune": prune, "evaluate": gated, "throughput": throughput})
         said = [deploy(alerts[1]) for _ in range(2)]
-        assert said[0] == said[1]
+        assert [done.exit_code for done in said] == [0, 0], said[0].output
+        assert said[0].stdout == said[1].stdout != ""
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--install-policy", "never"]
         command.append("--with-healthcheck")
         environment = os.environ | site.environment
@@ -109,15 +113,13 @@ def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, health, si
 
 
 def deploy(webhook):
-    command = [sys.executable, "-m", "pipelines.cli", "deploy"]
-    environment = os.environ | {"FINERCUT_WEBHOOK": webhook}
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return CliRunner().invoke(main, ["deploy"], env={"FINERCUT_WEBHOOK": webhook})
 
 
 def start(name, **parameters):
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name(f"finercut/{name}")
-        return client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+        found = client.read_deployment_by_name(f"finercut/{name}")
+        return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
 
 
 def state(run_id):
@@ -139,8 +141,7 @@ def ended(run_id):
 
 def test_everything_is_declared_once_however_often_it_is_deployed(deployed):
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name("finercut/nightly")
-        (schedule,) = deployment.schedules
+        (schedule,) = client.read_deployment_by_name("finercut/nightly").schedules
         assert (schedule.schedule.cron, schedule.schedule.timezone) == ("0 2 * * *", "UTC")
         assert client.read_work_pool(POOL).type == "process"
         assert client.read_global_concurrency_limit_by_name("finercut-accelerator-0").limit == 1
@@ -173,12 +174,11 @@ def test_a_parameter_that_does_not_exist_is_named_before_anything_is_declared(de
     document["deployments"][0]["schedules"][0]["parameters"] = {"typo": True}
     Path("prefect.yaml").write_text(yaml.safe_dump(document))
     try:
-        with pytest.raises(subprocess.CalledProcessError) as failed:
-            deploy(alerts[1])
+        said = deploy(alerts[1])
     finally:
         Path("prefect.yaml").write_text(before)
     told = "finercut deploy: prefect.yaml: deployment nightly: no parameter typo; there are params_file, overrides, "
-    assert failed.value.stderr.startswith(told)
+    assert (said.exit_code, said.stderr.startswith(told)) == (1, True), said.stderr
 
 
 def test_runs_that_overlap_wait_or_are_skipped_and_share_an_accelerator(deployed):
@@ -294,14 +294,9 @@ def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_di
     def run(error_probability, ending="registered", **others):
         return Planned({"search.error_probability": error_probability}, named | others, ending)
 
-    plan = [
-        run(0.06),
-        run(0.07),
-        run(0.07, "refused", **{"register.min_speed_up": 1000}),
-        run(0.07, "evaluate", **{"flow.timeout_s.evaluate": 0.01}),
-    ]
+    plan = [run(0.06), run(0.07), run(0.07, "evaluate", **{"flow.timeout_s.evaluate": 0.01})]
     expected = Expected({"search.error_probability": STAGES}, list(STAGES), n_kept=1)
     done = list(follow(site, schedule(plan, in_s=20), expected))
-    assert [run.wrong + run.orphans + run.files for run in done] == [[]] * 4
+    assert [run.wrong + run.orphans + run.files for run in done] == [[]] * 3
     # Any of them may have been first; of two versions the older one's has gone.
     assert len({run.disk.checkpoints for run in done} - {0}) == 1

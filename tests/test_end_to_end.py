@@ -21,7 +21,7 @@ from finercut.evaluation.records import EvaluateReport
 from finercut.registry.records import RegisterReport
 from finercut.selection.trajectory import read_trajectory
 from finercut.serving.records import ThroughputReport
-from pipelines import dag
+from pipelines import cli, dag, inspection, params, register
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("finercut", "pipelines", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "pyproject.toml")
@@ -160,7 +160,7 @@ def test_the_registered_version_can_be_downloaded_and_generates_what_the_checkpo
             return model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
 
     assert generated(directory) == generated(project.root / "artifacts/healed")
-    told = project.run("finercut", "inspect", f"models:/{NAME}@challenger")
+    told = inspection.describe(f"models:/{NAME}@challenger")
     assert ", ".join(project.report(PruneReport, "prune").removed) in told
 
 
@@ -173,12 +173,10 @@ def test_figures_and_curves_show_through_dvc(project):
     shutil.rmtree(project.root / "dvc_plots")
 
 
-def test_running_again_computes_and_registers_nothing(project):
-    said = project.run("dvc", "repro")
-    assert [line for line in said.splitlines() if line.startswith("Running stage")] == ["Running stage 'environment':"]
-    project.run("finercut", "run")
-    assert project.states() == dict.fromkeys(STAGES, "cached")
-    report = project.report(RegisterReport, "register")
+def test_running_again_computes_and_registers_nothing(project, monkeypatch):
+    monkeypatch.chdir(project.root)
+    assert dag.stale() == []
+    report = register.run(params.load())
     assert (report.status, report.version) == ("already registered", "1")
 
 
@@ -202,20 +200,23 @@ def test_a_change_of_params_concerns_its_own_stage(project, monkeypatch, section
         Path("params.yaml").write_text(before)
 
 
-def test_another_clone_restores_everything_from_the_remote(project, tmp_path):
+def test_another_clone_restores_everything_from_the_remote(project, tmp_path, monkeypatch):
     project.run("dvc", "remote", "add", "--default", "--force", "store", str(tmp_path / "remote"))
     project.git("commit", "-qam", "remote")
     project.run("dvc", "push", "-q")
     clone = project.clone(tmp_path / "clone")
-    clone.run("finercut", "run", "--pull")
-    assert clone.states() == dict.fromkeys(STAGES, "cached")
+    clone.run("dvc", "pull", "-q")
+    monkeypatch.chdir(clone.root)
+    assert dag.stale() == []
     weights = Path("artifacts/healed/model.safetensors")
     assert (clone.root / weights).read_bytes() == (project.root / weights).read_bytes()
 
 
-def test_from_scratch_everything_up_to_the_checkpoint_is_the_same_bytes(project, tmp_path):
+def test_from_scratch_everything_up_to_the_checkpoint_is_the_same_bytes(project, tmp_path, monkeypatch):
     clone = project.clone(tmp_path / "clone")
-    clone.run("dvc", "repro", "-q", "prune")
+    monkeypatch.chdir(clone.root)
+    for stage in STAGES[: STAGES.index("prune") + 1]:
+        cli.runner(stage)(params.load())
     for artifact in ("calibration", "trajectory.jsonl", "pruned"):
         assert (
             subprocess.run(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import full_disk
 import mlflow
 import pytest
 import yaml
@@ -212,45 +213,26 @@ def test_a_search_outlives_mlflow_delivers_what_it_kept_and_says_what_is_lost(pr
 # A full disk
 
 
-FULL = """
-set -e
-mount -t tmpfs -o size=64m tmpfs "$2"
-cp -a "$1/." "$2"
-cd "$2"
-dd if=/dev/zero of=filler bs=4k status=none || true
-truncate -s "-$4" filler
-set +e
-"$5" -m pipelines.cli "$3" 2> "$6/said"
-code=$?
-rm filler
-cp -a . "$6/after"
-if [ $code = 1 ]; then "$5" -m pipelines.cli "$3" 2> "$6/said-again" || exit 99; fi
-cp -a . "$6/again"
-exit $code
-"""
+TRIALS = ("fetch:0", "fetch:500K", "calibrate:0", "search:0", "search:4K", "prune:0", "prune:1M", "evaluate:0")
+"""Stages, and the room that the disk has left for each."""
 
 
-ROOMS = {"fetch": ("0", "500K"), "calibrate": ("0",), "search": ("0", "4K"), "prune": ("0", "1M"), "evaluate": ("0",)}
-
-
-@pytest.mark.parametrize(("stage", "room"), [(stage, room) for stage in ROOMS for room in ROOMS[stage]])
-def test_a_full_disk_is_one_line_nothing_half_written_and_room_is_all_it_takes(project, base, tmp_path, stage, room):
-    for path in outputs(stage):
-        if (project / path).is_dir():
-            shutil.rmtree(project / path)
-        else:
-            (project / path).unlink()
-    disk, left = tmp_path / "disk", tmp_path / "left"
-    disk.mkdir()
-    left.mkdir()
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", FULL, "-", str(project), str(disk), stage, room, sys.executable, str(left)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.fixture(scope="module")
+def full(base, tmp_path_factory) -> Path:
+    """What every one of TRIALS left, a folder for each."""
+    left = tmp_path_factory.mktemp("full")
+    subprocess.run(
+        ["unshare", "-rm", sys.executable, full_disk.__file__, str(base), str(left), *TRIALS],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "trials")))},
+        check=True,
     )
-    assert done.returncode == 1, done.stderr
+    return left
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_full_disk_is_one_line_nothing_half_written_and_room_is_all_it_takes(full, base, trial):
+    stage, left = trial.partition(":")[0], full / trial
+    assert (left / "status").read_text() == "1"
     lines = (left / "said").read_text().splitlines()
     assert "Traceback" not in "".join(lines)
     assert lines[-1].startswith(f"finercut {stage}: "), lines

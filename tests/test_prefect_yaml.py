@@ -36,12 +36,6 @@ def nightly(**changes):
     return {key: value for key, value in changed.items() if value is not ...}
 
 
-def deploy():
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "deploy"], capture_output=True, text=True, check=False
-    )
-
-
 OPTIONAL = ("description", "entrypoint", "parameters", "schedules", "concurrency_limit", "work_pool")
 
 
@@ -55,8 +49,8 @@ def test_everything_but_the_name_can_be_left_out_or_empty(here, prefect_server, 
         nightly(name="templated", parameters={"accelerator": "{{ $ACCELERATOR }}"}, work_pool={"name": "other"}),
         nightly(name="nulls", schedules=[due | {"parameters": None, "slug": None}], work_pool={"name": None}),
     )
-    said = deploy()
-    assert said.returncode == 0, said.stderr
+    said = CliRunner().invoke(main, ["deploy"])
+    assert said.exit_code == 0, said.stderr
     assert "accelerator  of-schedule, one run at a time\n" in said.stdout
     with get_client(sync_client=True) as client:
         pools = {}
@@ -106,14 +100,16 @@ def test_what_cannot_be_declared_is_one_line(here, text, said):
 def test_a_server_that_does_not_answer_is_one_line(here, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     write({"name": "bare"})
-    said = deploy()
+    # Prefect read the address of its server when it was imported.
+    command = [sys.executable, "-m", "pipelines.cli", "deploy"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
     assert said.returncode == 1
     assert said.stderr == "finercut deploy: Prefect at http://127.0.0.1:9/api: [Errno 111] Connection refused\n"
 
 
 def test_a_deployment_that_prefect_does_not_take_is_one_line(here, prefect_server):
     write(nightly(name="odd", schedules=[{"cron": "never", "interval": 3}]))
-    said = deploy()
-    assert said.returncode == 1
+    said = CliRunner().invoke(main, ["deploy"])
+    assert said.exit_code == 1
     (line,) = said.stderr.splitlines()
     assert line.startswith("finercut deploy: ")

@@ -20,7 +20,7 @@ from servers import open_to_others
 from finercut.checkpoint.records import Claim, ProveReport
 from finercut.checkpoint.writing import write_pruned
 from finercut.model.directory import ModelDirectory
-from finercut.model.loading import load_pruned, load_whole
+from finercut.model.loading import load_whole
 from finercut.model.masking import masked
 from finercut.serving import vllm_engine
 from finercut.serving.settings import Throughput
@@ -205,13 +205,6 @@ def test_missing_vllm_names_the_extras_to_install(monkeypatch):
     monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"pip install 'finercut\[cuda\]', or 'finercut\[cpu\]'"):
         vllm_engine.installed()
-
-
-def test_vllm_serves_a_checkpoint_of_version_0_1():
-    old = ROOT / "tests/fixtures/v0_1/checkpoint"
-    with vllm_engine.engine(old, SETTINGS, one_process=True) as engine:
-        served = engine.continuations([list(range(3, 40))])
-    assert largest_difference(served, load_pruned(old, torch.float32)) < 1e-4
 
 
 @pytest.fixture

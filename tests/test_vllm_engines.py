@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import family_engines
@@ -14,6 +15,7 @@ import torch
 from family_models import CASES, N_BLOCKS
 from vllm_cases import REMOVED, TOLERANCE, model_for_vllm, sublayers, write
 
+from finercut.model.loading import load_pruned
 from finercut.model.masking import masked
 from finercut.serving.vllm_engine import N_GENERATED, Continuation, largest_difference
 from finercut.sublayers import Sublayer
@@ -30,6 +32,7 @@ RUNS = [
     *((case, removed) for case in ALTERNATING for removed in (NO_WINDOW_LEFT, ONLY_WINDOWS_LEFT)),
     *((case, []) for case in ("llama", "gemma2")),
 ]
+OLD = Path(__file__).parent / "fixtures/v0_1/checkpoint"
 
 
 def names(removed: list[Sublayer]) -> str:
@@ -38,11 +41,10 @@ def names(removed: list[Sublayer]) -> str:
 
 @dataclass(frozen=True)
 class Served:
-    """What an engine made of a model less `removed`."""
+    """What an engine made of a model."""
 
-    removed: list[Sublayer]
     model: Any
-    """The whole model."""
+    """The whole one."""
     continuations: list[Continuation]
     n_cached: list[int]
     """Tokens of each prompt given again that it had in its cache."""
@@ -50,15 +52,15 @@ class Served:
     """Of its KV cache."""
 
 
-# Longer than any window, than what is done at once, and than two blocks of the cache.
-PROMPTS = torch.randint(3, 400, (3, 70), generator=torch.Generator().manual_seed(1))
+# Longer than any window, than what is done at once, and than two blocks of the cache; of the tokens that OLD has.
+PROMPTS = torch.randint(3, 280, (3, 70), generator=torch.Generator().manual_seed(1))
 # Begins as the first one does, beyond its first block in the cache.
 PROMPTS[2, :40] = PROMPTS[0, :40]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> dict[tuple[str, str], Served]:
-    """What one engine after another made of each of RUNS, two prompts and then two with a known beginning."""
+    """What an engine each made of RUNS and of OLD: of two prompts, and then of two with a known beginning."""
     root = tmp_path_factory.mktemp("families")
     prompts = {"prompts": PROMPTS[:2].tolist(), "again": PROMPTS[[0, 2]].tolist()}
     command = [sys.executable, family_engines.__file__, json.dumps(prompts)]
@@ -67,20 +69,30 @@ def served(tmp_path_factory) -> dict[tuple[str, str], Served]:
         # Meanwhile it imports vLLM.
         for case, removed in RUNS:
             print(write(models[case], removed, root / case / names(removed)), file=engines.stdin, flush=True)
+        print(OLD, file=engines.stdin)
         engines.stdin.close()
         answers = [json.loads(line) for line in engines.stdout]
-    failed = {run[0]: answer["error"] for run, answer in zip(RUNS, answers, strict=True) if "error" in answer}
-    assert failed == {}
-    found = {}
-    for (case, removed), answer in zip(RUNS, answers, strict=True):
-        continuations = [
-            Continuation(c["tokens"], [{int(t): nats for t, nats in given.items()} for given in c["logprobs"]])
-            for c in answer["continuations"]
-        ]
-        found[case, names(removed)] = Served(
-            removed, models[case], continuations, answer["n_cached"], answer["n_blocks"]
+    asked = [*((case, names(removed)) for case, removed in RUNS), ("old", "")]
+    found = dict(zip(asked, answers, strict=True))
+    assert {run: answer["error"] for run, answer in found.items() if "error" in answer} == {}
+    models["old"] = load_pruned(OLD, torch.float32)
+    return {
+        (case, removed): Served(
+            models[case],
+            [
+                Continuation(c["tokens"], [{int(t): nats for t, nats in given.items()} for given in c["logprobs"]])
+                for c in answer["continuations"]
+            ],
+            answer["n_cached"],
+            answer["n_blocks"],
         )
-    return found
+        for (case, removed), answer in found.items()
+    }
+
+
+def test_an_engine_computes_what_a_checkpoint_of_version_0_1_does(served):
+    old = served["old", ""]
+    assert largest_difference(old.continuations, old.model) < TOLERANCE
 
 
 @pytest.mark.parametrize(("case", "removed"), RUNS, ids=lambda value: value if isinstance(value, str) else names(value))
