@@ -63,8 +63,22 @@ def _speed() -> str:
     ]
     return table(["model", "output tokens/s", "TTFT ms", "TPOT ms", "KV-cache tokens"], rows) + (
         f"\n\n{report.engine}, {report.dtype}, {report.concurrency} requests of {report.input_tokens} + "
-        f"{report.output_tokens} tokens, on {report.hardware}"
+        f"{report.output_tokens} tokens, on {report.hardware}{_more_loads(report)}"
     )
+
+
+def _more_loads(report: ThroughputReport) -> str:
+    if not report.more_loads:
+        return ""
+    rows = [
+        [
+            f"{load.concurrency} x ({load.input_tokens} + {load.output_tokens})",
+            *(f"{served.output_tokens_per_s.median:.1f}" for served in (load.whole, load.pruned)),
+            f"x {load.speed_up:.2f} [{load.speed_up_spread.low:.2f}, {load.speed_up_spread.high:.2f}]",
+        ]
+        for load in report.more_loads
+    ]
+    return "\n\n" + table(["requests x (input + output tokens)", "whole tokens/s", "pruned tokens/s", "speed-up"], rows)
 
 
 def comparison(checks: Sequence[Check]) -> str:

@@ -1,4 +1,4 @@
-"""Stage `throughput`: times the whole model and the final checkpoint in vLLM, in turn, under the same load."""
+"""Stage `throughput`: times the whole model and the final checkpoint in vLLM, in turn, under the same loads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from finercut.checkpoint.records import ProveReport
 from finercut.model.directory import ModelDirectory
 from finercut.serving import vllm_engine
 from finercut.serving.claim import check_servable
-from finercut.serving.records import EngineFigures, Spread, ThroughputReport
-from finercut.serving.settings import Throughput
+from finercut.serving.records import EngineFigures, OtherLoad, Served, Spread, ThroughputReport
+from finercut.serving.settings import Load, Throughput
 from finercut.serving.vllm_engine import Round
 
 from . import paths
@@ -54,12 +54,12 @@ def run(params: Params) -> ThroughputReport:
             )
     timings = _timings([model.path for model in models], settings)
     whole, pruned = (_figures(m, timing, settings.dtype) for m, timing in zip(models, timings, strict=True))
-    ratios = [p.output_tokens_per_s / w.output_tokens_per_s for w, p in zip(*(t.rounds for t in timings), strict=True)]
+    speed_up, *others = [_speed_up(*rounds) for rounds in zip(*(timing.rounds for timing in timings), strict=True)]
     report = ThroughputReport(
         whole=whole,
         pruned=pruned,
-        speed_up=statistics.median(ratios),
-        speed_up_spread=_spread(ratios),
+        speed_up=speed_up.median,
+        speed_up_spread=speed_up,
         kv_cache_ratio=pruned.kv_cache_tokens / whole.kv_cache_tokens,
         input_tokens=settings.input_tokens,
         output_tokens=settings.output_tokens,
@@ -74,6 +74,16 @@ def run(params: Params) -> ThroughputReport:
         kv_cache_gib=settings.kv_cache_gib,
         max_model_len=settings.max_model_len,
         interleave=settings.interleave,
+        more_loads=[
+            OtherLoad(
+                **load.model_dump(),
+                whole=_served(timings[0].rounds[number]),
+                pruned=_served(timings[1].rounds[number]),
+                speed_up=ratio.median,
+                speed_up_spread=ratio,
+            )
+            for number, (load, ratio) in enumerate(zip(settings.more_loads, others, strict=True), 1)
+        ],
     )
     logger.info(
         "throughput: %.1f -> %.1f output tokens/s, %.2f times as fast, %.2f times the KV cache",
@@ -90,7 +100,8 @@ def run(params: Params) -> ThroughputReport:
 class Timing:
     """What one engine did under load."""
 
-    rounds: list[Round]
+    rounds: list[list[Round]]
+    """The timed ones of each load."""
     kv_cache_tokens: int
     hardware: str
 
@@ -103,25 +114,29 @@ def _timings(directories: Sequence[Path], settings: Throughput) -> list[Timing]:
 
 def _time_in_turn(directories: Sequence[Path], settings: Throughput) -> list[Timing]:
     with ExitStack() as stack:
-        engines = [stack.enter_context(vllm_engine.engine(directory, settings)) for directory in directories]
-        rounds: list[list[Round]] = [[] for _ in engines]
-        for seed in range(settings.n_warmups + settings.n_rounds):
-            for engine, measured in zip(engines, rounds, strict=True):
-                if len(engines) > 1:
-                    time.sleep(SETTLE_S)
-                one = engine.round(seed)
-                if seed >= settings.n_warmups:
-                    measured.append(one)
-                    _tell(engine.directory, one, len(measured), settings.n_rounds)
+        start = settings.for_all_loads
+        engines = [stack.enter_context(vllm_engine.engine(directory, start)) for directory in directories]
+        rounds: list[list[list[Round]]] = [[[] for _ in settings.loads] for _ in engines]
+        for number, load in enumerate(settings.loads):
+            for seed in range(settings.n_warmups + settings.n_rounds):
+                for engine, measured in zip(engines, rounds, strict=True):
+                    if len(engines) > 1:
+                        time.sleep(SETTLE_S)
+                    one = engine.round(seed, load)
+                    if seed >= settings.n_warmups:
+                        measured[number].append(one)
+                        _tell(engine.directory, load, one, f"{len(measured[number])}/{settings.n_rounds}")
         return [Timing(r, e.kv_cache_tokens, e.hardware) for e, r in zip(engines, rounds, strict=True)]
 
 
-def _tell(directory: Path, measured: Round, n: int, n_rounds: int) -> None:
+def _tell(directory: Path, load: Load, measured: Round, which: str) -> None:
     logger.info(
-        "throughput: %s, round %d/%d: %.1f output tokens/s, TTFT %.3f s, TPOT %.4f s",
+        "throughput: %s, %d requests of %d + %d tokens, round %s: %.1f output tokens/s, TTFT %.3f s, TPOT %.4f s",
         directory.name,
-        n,
-        n_rounds,
+        load.concurrency,
+        load.input_tokens,
+        load.output_tokens,
+        which,
         measured.output_tokens_per_s,
         measured.ttft_s,
         measured.tpot_s,
@@ -130,12 +145,22 @@ def _tell(directory: Path, measured: Round, n: int, n_rounds: int) -> None:
 
 def _figures(model: ModelDirectory, timing: Timing, dtype: str) -> EngineFigures:
     return EngineFigures(
-        output_tokens_per_s=_spread([r.output_tokens_per_s for r in timing.rounds]),
-        ttft_s=_spread([r.ttft_s for r in timing.rounds]),
-        tpot_s=_spread([r.tpot_s for r in timing.rounds]),
+        **dict(_served(timing.rounds[0])),
         kv_cache_tokens=timing.kv_cache_tokens,
         weights_gib=model.n_elements * getattr(torch, dtype).itemsize / 2**30,
     )
+
+
+def _served(rounds: Sequence[Round]) -> Served:
+    return Served(
+        output_tokens_per_s=_spread([r.output_tokens_per_s for r in rounds]),
+        ttft_s=_spread([r.ttft_s for r in rounds]),
+        tpot_s=_spread([r.tpot_s for r in rounds]),
+    )
+
+
+def _speed_up(whole: Sequence[Round], pruned: Sequence[Round]) -> Spread:
+    return _spread([p.output_tokens_per_s / w.output_tokens_per_s for w, p in zip(whole, pruned, strict=True)])
 
 
 def _spread(values: Sequence[float]) -> Spread:

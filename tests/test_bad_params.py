@@ -116,6 +116,10 @@ PARAMS = [
     ("prove.logit_tolerance", 0),
     ("prove.logit_tolerance", float("inf")),
     ("throughput", VALID["throughput"] | {"max_model_len": 64}),
+    (
+        "throughput",
+        VALID["throughput"] | {"more_loads": [{"input_tokens": 500, "output_tokens": 64, "concurrency": 1}]},
+    ),
     ("throughput.kv_cache_gib", float("inf")),
     ("throughput.enforce_eager", "perhaps"),
     ("throughput.n_rounds", 1),

@@ -21,7 +21,7 @@ from finercut.evaluation.records import EvaluateReport
 from finercut.registry.records import RegisterReport
 from finercut.selection.trajectory import read_trajectory
 from finercut.serving.records import ThroughputReport
-from pipelines import cli, dag, inspection, params, register
+from pipelines import cli, dag, inspection, params, register, summary
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("finercut", "pipelines", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "pyproject.toml")
@@ -87,6 +87,7 @@ def tiny_settings(model: Path, text: Path) -> dict:
         "input_tokens": 8,
         "output_tokens": 8,
         "concurrency": 2,
+        "more_loads": [{"input_tokens": 48, "output_tokens": 2, "concurrency": 3}],
         "n_rounds": 2,
         "max_model_len": 64,
         "kv_cache_gib": 0.1,
@@ -134,7 +135,7 @@ def project(tmp_path_factory, tiny_model, prefect_server):
         yield made
 
 
-def test_a_model_goes_from_fetch_to_a_registered_version(project):
+def test_a_model_goes_from_fetch_to_a_registered_version(project, monkeypatch):
     assert project.states() == dict.fromkeys(STAGES, "ran")
     pruned, proof = project.report(PruneReport, "prune"), project.report(ProveReport, "prove")
     assert (pruned.n_removed_sublayers, pruned.shares["sublayers"]) == (2, 0.25)
@@ -145,7 +146,14 @@ def test_a_model_goes_from_fetch_to_a_registered_version(project):
     assert [claim.name for claim in proof.claims] == ["prune", "heal", "serve_whole", "serve"]
     assert proof.holds
     assert set(project.report(EvaluateReport, "evaluate").tasks) == {"finercut_agreement", "finercut_copying"}
-    assert project.report(ThroughputReport, "throughput").pruned.output_tokens_per_s.median > 0
+    timed = project.report(ThroughputReport, "throughput")
+    assert timed.pruned.output_tokens_per_s.median > 0
+    (long,) = timed.more_loads
+    assert (long.input_tokens, long.output_tokens, long.concurrency) == (48, 2, 3)
+    # A round lasts no shorter than the first tokens of its requests.
+    assert 0 < long.pruned.output_tokens_per_s.low < 3 * 2 / long.pruned.ttft_s.low
+    monkeypatch.chdir(project.root)
+    assert "3 x (48 + 2)" in summary.markdown()
     assert project.report(RegisterReport, "register").status == "registered"
     assert (project.root / "reports/removals.png").is_file()
 
@@ -200,14 +208,13 @@ def test_a_change_of_params_concerns_its_own_stage(project, monkeypatch, section
         Path("params.yaml").write_text(before)
 
 
-def test_another_clone_restores_everything_from_the_remote(project, tmp_path, monkeypatch):
+def test_another_clone_restores_everything_from_the_remote(project, tmp_path):
     project.run("dvc", "remote", "add", "--default", "--force", "store", str(tmp_path / "remote"))
     project.git("commit", "-qam", "remote")
     project.run("dvc", "push", "-q")
     clone = project.clone(tmp_path / "clone")
-    clone.run("dvc", "pull", "-q")
-    monkeypatch.chdir(clone.root)
-    assert dag.stale() == []
+    clone.run("finercut", "run", "--pull")
+    assert clone.states() == dict.fromkeys(STAGES, "cached")
     weights = Path("artifacts/healed/model.safetensors")
     assert (clone.root / weights).read_bytes() == (project.root / weights).read_bytes()
 

@@ -84,7 +84,7 @@ def test_a_served_model_is_timed_caches_only_its_kept_attentions_and_leaves_no_s
         return [path for path in temporary.rglob("*") if path.is_socket()]
 
     with vllm_engine.engine(pruned, SETTINGS) as engine:
-        rounds = [engine.round(seed) for seed in range(2)]
+        rounds = [engine.round(seed, SETTINGS) for seed in range(2)]
         # 2 of 4 attentions, keys and values, 2 heads of 32 float32 each
         n_tokens = 0.0625 * 2**30 / (2 * 2 * 2 * 32 * 4)
         assert engine.kv_cache_tokens == pytest.approx(n_tokens, rel=0.01)
@@ -118,8 +118,9 @@ def test_nothing_outlives_the_process_that_started_it(pruned, tmp_path, temporar
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from finercut.serving.settings import Throughput\n"
         "from finercut.serving.vllm_engine import engine as start\n"
-        f"with start(Path({str(pruned)!r}), Throughput.model_validate({SETTINGS.model_dump()!r})) as engine:\n"
-        "    engine.round(0)\n"
+        f"settings = Throughput.model_validate({SETTINGS.model_dump()!r})\n"
+        f"with start(Path({str(pruned)!r}), settings) as engine:\n"
+        "    engine.round(0, settings)\n"
     )
     ends = {
         sign: psutil.Popen([sys.executable, script], stderr=subprocess.DEVNULL)

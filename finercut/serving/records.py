@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from pydantic import Field
+
 from finercut.system.records import Record
 
 
@@ -45,16 +47,34 @@ class Speed(Record):
     max_model_len: int | None = None
 
 
-class EngineFigures(Record):
+class Served(Record):
+    """How fast an engine serves one load."""
+
     output_tokens_per_s: Spread
     ttft_s: Spread
     """Time to first token: the round's median over requests."""
     tpot_s: Spread
     """Time per output token after the first: the round's median over requests."""
+
+
+class EngineFigures(Served):
     kv_cache_tokens: int
     """Tokens the engine's KV cache holds."""
     weights_gib: float
     """In the engine's dtype."""
+
+
+class OtherLoad(Record):
+    """One of throughput.more_loads."""
+
+    input_tokens: int
+    output_tokens: int
+    concurrency: int
+    whole: Served
+    pruned: Served
+    speed_up: float
+    """Output tokens/s, pruned over whole: the median over rounds."""
+    speed_up_spread: Spread
 
 
 class ThroughputReport(Speed):
@@ -67,3 +87,4 @@ class ThroughputReport(Speed):
     engine: str
     torch_version: str
     interleave: bool
+    more_loads: list[OtherLoad] = Field(default_factory=list)

@@ -23,22 +23,46 @@ class EngineSettings(Section):
     """Without torch.compile and CUDA graphs: starts faster, runs slower."""
 
 
-class Throughput(EngineSettings):
+class Load(Section):
+    """Requests that are served together."""
+
     input_tokens: PositiveInt
+    """Of each request."""
     output_tokens: Annotated[int, Field(ge=2)]
+    """Of each request."""
+    concurrency: PositiveInt
+    """Requests in flight."""
+
+
+class Throughput(EngineSettings, Load):
+    """The load that promotion and the gate go by, and how it is measured."""
+
+    more_loads: list[Load] = Field(default_factory=list)
+    """Others that the same engines serve, to see what long prompts, long answers or many requests change."""
     n_warmups: PositiveInt
-    """Untimed rounds."""
+    """Untimed rounds, of each load."""
     n_rounds: Annotated[int, Field(ge=2)]
-    """Timed rounds, each with new random prompts."""
+    """Timed rounds of each load, each with new random prompts."""
     interleave: bool
     """Both engines at once, a round each in turn, so that whatever else the machine does slows both alike; false for
     models that do not fit beside each other."""
 
     @model_validator(mode="after")
     def _requests_fit(self) -> Throughput:
-        if self.input_tokens + self.output_tokens > self.max_model_len:
-            raise ValueError(
-                f"input_tokens + output_tokens = {self.input_tokens + self.output_tokens} "
-                f"do not fit max_model_len = {self.max_model_len}"
-            )
+        for load in self.loads:
+            if load.input_tokens + load.output_tokens > self.max_model_len:
+                raise ValueError(
+                    f"input_tokens + output_tokens = {load.input_tokens + load.output_tokens} "
+                    f"do not fit max_model_len = {self.max_model_len}"
+                )
         return self
+
+    @property
+    def loads(self) -> list[Load]:
+        """The one that decides comes first."""
+        return [self, *self.more_loads]
+
+    @property
+    def for_all_loads(self) -> Throughput:
+        """An engine started with these can serve every load."""
+        return self.model_copy(update={"concurrency": max(load.concurrency for load in self.loads)})

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from finercut.serving.settings import EngineSettings
+from finercut.serving.settings import EngineSettings, Load
 from finercut.system.machine import interpreter
 from finercut.system.processes import GRACE_S, end_group
 
@@ -97,16 +97,16 @@ class Engine:
     def hardware(self) -> str:
         return self._start["hardware"]
 
-    def round(self, seed: int) -> Round:
-        """Serve the load of `settings` once, with random prompts: the same for the same seed and vocabulary.
+    def round(self, seed: int, load: Load) -> Round:
+        """Serve a load once, with random prompts: the same for the same seed and vocabulary.
 
-        Started with `Throughput` settings only.
+        Args:
+            load: of at most the concurrency that the engine was started with.
 
         Raises:
             RuntimeError: the engine failed, now or when it started.
         """
-        load = {"input_tokens": self.settings.input_tokens, "output_tokens": self.settings.output_tokens}
-        return Round(**self._ask({"seed": seed, **load}))
+        return Round(**self._ask({"seed": seed, **load.model_dump(include=set(Load.model_fields))}))
 
     def continuations(self, windows: Sequence[Sequence[int]]) -> list[Continuation]:
         """The model's continuations of `windows`, with log-probabilities.

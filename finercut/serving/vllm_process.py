@@ -34,7 +34,7 @@ def _main() -> None:
     print(json.dumps({"kv_cache_tokens": cache.kv_cache_size_tokens, "hardware": _hardware()}), file=answers)
     while (request := requests.get()) is not None:
         if "seed" in request:
-            answer = asdict(_serve_load(llm, settings.concurrency, **request))
+            answer = asdict(_serve_load(llm, **request))
         elif "sample" in request:
             answer = _tokenizer_sample(sys.argv[1])
         else:
@@ -93,7 +93,7 @@ def _continue(llm: Any, windows: list[list[int]]) -> list[Continuation]:
     return found
 
 
-def _serve_load(llm: Any, concurrency: int, seed: int, input_tokens: int, output_tokens: int) -> Round:
+def _serve_load(llm: Any, seed: int, input_tokens: int, output_tokens: int, concurrency: int) -> Round:
     from vllm import SamplingParams
 
     draw = random.Random(seed)
