@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from finercut.evaluation.harness import LoadedTask, compare, load_tasks
 from finercut.evaluation.measure import measure
 from finercut.evaluation.records import EvaluateReport, Measured
+from finercut.evaluation.settings import Evaluate
 from finercut.model.directory import ModelDirectory
 from finercut.tokens import load_tokens
 
@@ -39,7 +40,9 @@ def run(params: Params) -> EvaluateReport:
     whole = Measured.read(paths.report("evaluate_whole"))
     _check_same(whole, tokens.held_out_sha256, tasks)
     paths.report("evaluate").unlink(missing_ok=True)
-    pruned = measure("pruned", model, tokens, params.evaluate)
+    before = _unhealed(model, params.evaluate)
+    unhealed = before and measure("pruned", before, tokens, params.evaluate)
+    pruned = measure("healed" if before else "pruned", model, tokens, params.evaluate)
     results = {task.name: compare(task, whole.tasks[task.name], pruned.tasks[task.name]) for task in tasks}
     retentions = [result.retention for result in results.values() if result.retention is not None]
     report = EvaluateReport(
@@ -55,12 +58,21 @@ def run(params: Params) -> EvaluateReport:
         pruned_perplexity_by_source=pruned.perplexity_by_source,
         whole_bits_per_byte=whole.bits_per_byte,
         pruned_bits_per_byte=pruned.bits_per_byte,
+        unhealed=unhealed,
         lm_eval_version=pruned.lm_eval_version,
         transformers_version=pruned.transformers_version,
         torch_version=pruned.torch_version,
     )
     report.write(paths.report("evaluate"))
     return report
+
+
+def _unhealed(final: ModelDirectory, settings: Evaluate) -> ModelDirectory | None:
+    """The pruned checkpoint, where healing changed it and it is to be measured."""
+    if not settings.unhealed:
+        return None
+    pruned = ModelDirectory(paths.PRUNED).written_by("prune")
+    return pruned if pruned.weights_sha256 != final.weights_sha256 else None
 
 
 def _check_same(whole: Measured, held_out_sha256: str, tasks: Sequence[LoadedTask]) -> None:

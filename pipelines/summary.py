@@ -38,15 +38,29 @@ def _removals() -> str:
 
 def _quality() -> str:
     report = EvaluateReport.read(paths.report("evaluate"))
+    unhealed = report.unhealed
+
+    def row(name: str, metric: str, whole: str, before: str, final: str, retention: str) -> list[str]:
+        return [name, metric, whole, *([before] if unhealed else []), final, retention]
+
     rows = [
-        [name, task.metric, f"{task.whole:.3f}", f"{task.pruned:.3f}", _percent(task.retention)]
+        row(
+            name,
+            task.metric,
+            f"{task.whole:.3f}",
+            f"{unhealed.tasks[name].value:.3f}" if unhealed else "",
+            f"{task.pruned:.3f}",
+            _percent(task.retention),
+        )
         for name, task in report.tasks.items()
     ]
+    perplexities = [report.whole_perplexity, unhealed.perplexity if unhealed else 0.0, report.pruned_perplexity]
     rows += [
-        ["mean", "", "", "", _percent(report.mean_retention)],
-        ["held-out text", "perplexity", f"{report.whole_perplexity:.2f}", f"{report.pruned_perplexity:.2f}", ""],
+        row("mean", "", "", "", "", _percent(report.mean_retention)),
+        row("held-out text", "perplexity", *(f"{value:.2f}" for value in perplexities), ""),
     ]
-    return table(["task", "metric", "whole", "pruned", "retention"], rows) + f"\n\n{report.note}"
+    header = row("task", "metric", "whole", "pruned", "healed" if unhealed else "pruned", "retention")
+    return table(header, rows) + f"\n\n{report.note}"
 
 
 def _speed() -> str:

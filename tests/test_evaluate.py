@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import random_llama
+from safetensors.torch import load_file, save_file
 
 from finercut.checkpoint.writing import write_pruned
 from finercut.evaluation import harness
@@ -42,7 +43,8 @@ def project(tmp_path, monkeypatch, tiny_model, tokens):
     shutil.copytree(tiny_model, paths.MODEL)
     paths.CALIBRATION.mkdir()
     write_tokens(paths.CALIBRATION, Tokens(tokens[:4], tokens[4:]), {})
-    write_pruned(paths.MODEL, REMOVED, paths.FINAL, {}, "")
+    write_pruned(paths.MODEL, REMOVED, paths.PRUNED, {}, "")
+    shutil.copytree(paths.PRUNED, paths.FINAL)
     return tmp_path
 
 
@@ -95,6 +97,21 @@ def test_the_whole_model_is_measured_once_for_all_that_is_compared_with_it(proje
     report = evaluate.run(quick)
     assert report.whole_perplexity == measured.perplexity
     assert report.tasks["finercut_agreement"].whole == measured.tasks["finercut_agreement"].value
+
+
+def test_what_healing_changed_is_measured_before_it_too(project):
+    quick = settings(tasks=[{"name": "finercut_agreement", "metric": "acc", "limit": 4}])
+    before = both(quick)
+    assert before.unhealed is None
+    file = paths.FINAL / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.down_proj.weight"].zero_()
+    save_file(weights, file, {"format": "pt"})
+    report = evaluate.run(quick)
+    assert report.unhealed.perplexity == before.pruned_perplexity != report.pruned_perplexity
+    assert report.unhealed.tasks["finercut_agreement"].value == before.tasks["finercut_agreement"].pruned
+    off = quick.evaluate.model_copy(update={"unhealed": False})
+    assert evaluate.run(quick.model_copy(update={"evaluate": off})).unhealed is None
 
 
 def test_figures_of_other_tasks_are_not_compared(project):

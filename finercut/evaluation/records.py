@@ -108,5 +108,8 @@ class EvaluateReport(Evaluation):
     pruned_perplexity_by_source: dict[str, float] = Field({})
     whole_bits_per_byte: float
     pruned_bits_per_byte: float
+    unhealed: Measured | None = None
+    """The pruned checkpoint before it was healed; `pruned` is the final one everywhere else. Null where nothing was
+    healed, or evaluate.unhealed is off."""
     lm_eval_version: str
     torch_version: str | None = None

@@ -27,3 +27,5 @@ class Evaluate(Section):
     dtype: AnyDtype
     """Of lm-eval and perplexity, as in search."""
     device: str
+    unhealed: bool = True
+    """Measure the pruned checkpoint too, where healing changed it: what selection kept, and what healing brought."""
