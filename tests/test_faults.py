@@ -273,13 +273,20 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
+def same_but_for_tokenizer_config(fetched: Path, published: Path) -> bool:
+    """`fetch` writes that file anew, with everything that transformers makes of it."""
+    ours, theirs = files_of(fetched), files_of(published)
+    settings = [json.loads(files.pop("tokenizer_config.json")) for files in (ours, theirs)]
+    return ours == theirs and settings[0].items() >= settings[1].items()
+
+
 def test_a_hub_that_stumbles_is_asked_again(tiny_model, tmp_path):
     hub = Hub({"org/tiny": Repository(COMMIT, files_of(tiny_model), status=503, n_failures=2)})
     with serve(hub):
         done = fetched(hub, tmp_path, "main")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("org/tiny: 503; trying again in") == 2
-    assert files_of(tmp_path / paths.MODEL) == files_of(tiny_model)
+    assert same_but_for_tokenizer_config(tmp_path / paths.MODEL, tiny_model)
 
 
 def test_without_a_hub_a_pinned_commit_comes_from_the_cache_and_a_branch_does_not(tiny_model, tmp_path):
@@ -295,7 +302,7 @@ def test_without_a_hub_a_pinned_commit_comes_from_the_cache_and_a_branch_does_no
     done = fetched(hub, tmp_path, COMMIT)
     assert done.returncode == 0, done.stderr
     assert "taking the commit from the Hugging Face cache" in done.stderr
-    assert files_of(tmp_path / paths.MODEL) == files_of(tiny_model)
+    assert same_but_for_tokenizer_config(tmp_path / paths.MODEL, tiny_model)
     assert not any(file.is_symlink() for file in (tmp_path / paths.MODEL).iterdir())
     assert json.loads((tmp_path / paths.report("fetch")).read_text())["revision"] == COMMIT
 
