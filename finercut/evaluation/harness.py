@@ -151,7 +151,7 @@ def score(
         name and score of each task, as soon as it is done
     """
     with _quiet():
-        padding = _padding_within(tokenizer, model.get_input_embeddings().weight.shape[0])
+        padding = _padding_within(tokenizer, model.config.get_text_config().vocab_size)
         served = HFLM(pretrained=model, tokenizer=padding, batch_size=batch_size, backend="causal")
     for task in tasks:
         with _quiet():
