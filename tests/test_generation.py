@@ -76,7 +76,7 @@ def test_a_draw_does_not_depend_on_which_tokens_are_sorted(top_p):
 def test_what_is_written_has_the_likelihood_the_whole_forward_gives_it(model):
     rows = torch.tensor([[0], [0], [7]])
     chances = torch.rand(20, 3, generator=torch.Generator().manual_seed(3))
-    ids, log_p = sample(model, rows, chances, torch.tensor([-1]), 0.8, 0.9)
+    ids, log_p = sample(model, rows.tolist(), chances, torch.tensor([-1]), 0.8, 0.9)
     assert ids.shape == log_p.shape == (3, 20)
     with torch.no_grad():
         logits = model(torch.cat([rows, ids], -1)).logits[:, :-1].float()
@@ -86,17 +86,27 @@ def test_what_is_written_has_the_likelihood_the_whole_forward_gives_it(model):
 
 def test_without_warmth_it_writes_what_transformers_writes(model):
     rows = torch.tensor([[5, 9, 30]])
-    ids, _ = sample(model, rows, torch.full((16, 1), 0.5), torch.tensor([-1]), 1e-4, 1.0)
+    ids, _ = sample(model, rows.tolist(), torch.full((16, 1), 0.5), torch.tensor([-1]), 1e-4, 1.0)
     greedy = model.generate(rows, max_new_tokens=16, min_new_tokens=16, do_sample=False)
     assert ids.tolist() == greedy[:, 3:].tolist()
+
+
+def test_padding_changes_nothing_that_is_written(model):
+    chances = torch.rand(12, 2, generator=torch.Generator().manual_seed(4))
+    starts = [[5, 9, 30], [7, 8, 11, 12, 13]]
+    ids, log_p = sample(model, starts, chances, torch.tensor([-1]), 1.0, 0.9)
+    for row, start in enumerate(starts):
+        alone = sample(model, [start], chances[:, row : row + 1], torch.tensor([-1]), 1.0, 0.9)
+        assert ids[row].tolist() == alone[0][0].tolist()
+        torch.testing.assert_close(log_p[row], alone[1][0], atol=1e-4, rtol=0)
 
 
 def test_it_ends_when_every_row_has_met_a_stop(model):
     rows = torch.tensor([[0], [0]])
     chances = torch.rand(30, 2, generator=torch.Generator().manual_seed(1))
-    whole, _ = sample(model, rows, chances, torch.tensor([-1]), 1.0, 1.0)
+    whole, _ = sample(model, rows.tolist(), chances, torch.tensor([-1]), 1.0, 1.0)
     stops = torch.tensor([int(whole[0, 4]), int(whole[1, 9])])
-    ids, _ = sample(model, rows, chances, stops, 1.0, 1.0)
+    ids, _ = sample(model, rows.tolist(), chances, stops, 1.0, 1.0)
     met = torch.isin(whole, stops)
     assert ids.shape[1] == max(int(row.int().argmax()) for row in met) + 1
     assert ids.tolist() == whole[:, : ids.shape[1]].tolist()

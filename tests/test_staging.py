@@ -128,7 +128,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [["prune"], ["register"], ["run"], ["run", "--params", "other.yaml"]])
 def test_while_another_process_works_here_every_command_that_writes_names_it_and_writes_nothing(here, command):
-    Path("other.yaml").write_text(Path("params.yaml").read_text().replace("n_samples: 15", "n_samples: 9"))
+    Path("other.yaml").write_text(Path("params.yaml").read_text().replace("n_samples: 10", "n_samples: 9"))
     before = Path("params.yaml").read_text()
     with holding() as other:
         said = CliRunner().invoke(main, command)

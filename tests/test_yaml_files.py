@@ -60,8 +60,8 @@ def test_a_scalar_means_what_it_means_to_dvc(tmp_path, scalar):
         ("exclude: null", "exclude: ~"),
         ("exclude: null", "exclude:"),
         ("metric: exact_match", "metric: on"),
-        ("n_samples: 15", "n_samples: 0o17"),
-        ("n_samples: 15", "n_samples: 015"),
+        ("n_samples: 10", "n_samples: 0o17"),
+        ("n_samples: 10", "n_samples: 015"),
         ("# Every", "\ufeff# Every"),
     ],
 )
@@ -91,8 +91,8 @@ def test_a_home_directory_is_expanded(monkeypatch):
         ("enforce_eager: true", "enforce_eager: yes", "throughput.enforce_eager: * boolean: write true or false"),
         ("version: 0.1.2", "version: 0.1", "fetch.source.version: * string: put it in quotes"),
         ("version: 0.1.2", "version: 2024-01-01", "fetch.source.version: * string: put it in quotes"),
-        ("n_samples: 15", "n_samples: '15'", "calibrate.n_samples: * integer: write it without quotes"),
-        ("n_samples: 15", "n_samples: 15e0", "calibrate.n_samples: * integer: write it without point and exponent"),
+        ("n_samples: 10", "n_samples: '10'", "calibrate.n_samples: * integer: write it without quotes"),
+        ("n_samples: 10", "n_samples: 10e0", "calibrate.n_samples: * integer: write it without point and exponent"),
         ("error_probability: 0.05", "error_probability: 5%", "search.error_probability: *: write a share as 0.25"),
     ],
 )

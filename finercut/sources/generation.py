@@ -8,6 +8,7 @@ dropped. The same settings, model and versions give the same documents.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import math
 import time
@@ -209,41 +210,60 @@ class _Transformers:
         seeds = [self.settings.seed * 1_000_003 + n_before + place for place in range(len(starts))]
         chances = [torch.rand(self.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         drafts: dict[int, Draft] = {}
-        for places in _of_one_length(starts):
-            rows = torch.tensor([starts[place] for place in places], device=self.model.device)
+        # Recurrent states take padding in.
+        together = [list(range(len(starts)))] if not self.model._is_stateful else _of_one_length(starts)
+        for places in together:
+            rows = [starts[place] for place in places]
             drafts |= zip(places, self._write(rows, torch.stack([chances[i] for i in places], -1)), strict=True)
         return [drafts[place] for place in sorted(drafts)]
 
-    def _write(self, rows: Tensor, chances: Tensor) -> Iterator[Draft]:
-        once = None if self.settings.prompts else int(rows[0, 0])
+    def _write(self, starts: Sequence[list[int]], chances: Tensor) -> Iterator[Draft]:
+        device = self.model.device
+        once = None if self.settings.prompts else starts[0][0]
         ends = getattr(self.model.generation_config, "eos_token_id", None)
-        stops = torch.tensor(sorted(_stops(once, self.tokenizer, ends)), device=rows.device)
+        stops = torch.tensor(sorted(_stops(once, self.tokenizer, ends)), device=device)
         ids, log_p = sample(
-            self.model, rows, chances.to(rows.device), stops, self.settings.temperature, self.settings.top_p
+            self.model, starts, chances.to(device), stops, self.settings.temperature, self.settings.top_p
         )
         ended = torch.isin(ids, stops)
-        for row, beginning in enumerate(rows.tolist()):
+        for row, beginning in enumerate(starts):
             n = int(ended[row].int().argmax()) if ended[row].any() else ids.shape[1]
             perplexity = math.exp(-float(log_p[row, :n].double().mean())) if n else math.inf
-            yield Draft(beginning, ids[row, :n].tolist(), ids[row, n : n + 1].tolist(), perplexity)
+            yield Draft(list(beginning), ids[row, :n].tolist(), ids[row, n : n + 1].tolist(), perplexity)
 
 
 @torch.inference_mode()
 def sample(
-    model: PreTrainedModel, rows: Tensor, chances: Tensor, stops: Tensor, temperature: float, top_p: float
+    model: PreTrainedModel,
+    starts: Sequence[list[int]],
+    chances: Tensor,
+    stops: Tensor,
+    temperature: float,
+    top_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Write on from `rows`, until each row has met one of `stops` or as many tokens are written as there are chances.
+    """Write on from `starts`, until each row has met one of `stops` or as many tokens are written as there are chances.
 
     Args:
-        rows: token ids, (batch, tokens)
+        starts: token ids; shorter ones are padded at the left, which a recurrent model must not be given
         chances: uniform numbers that decide each token, (tokens to write, batch)
 
     Returns:
         (batch, written) token ids, and their log-probabilities at temperature 1, nats.
     """
+    longest = max(map(len, starts))
+    n_padded = torch.tensor([longest - len(start) for start in starts], device=model.device)
+    rows = torch.tensor([[start[0]] * (longest - len(start)) + start for start in starts], device=model.device)
     ids, log_p, cache, done = [], [], None, torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    n_seen, padded = 0, bool(n_padded.any())
+    has_positions = "position_ids" in inspect.signature(model.forward).parameters
     for chance in chances:
-        output = model(rows, past_key_values=cache, use_cache=True)
+        places = torch.arange(n_seen + rows.shape[1], device=rows.device) - n_padded[:, None]
+        # Without padding a model chooses its fastest attention.
+        options = {"attention_mask": (places >= 0).long()} if padded else {}
+        if padded and has_positions:
+            options["position_ids"] = places[:, n_seen:].clamp(min=0)
+        output = model(rows, past_key_values=cache, use_cache=True, **options)
+        n_seen += rows.shape[1]
         cache = output.past_key_values
         logits = output.logits[:, -1].float()
         rows = draw(logits / temperature, chance, top_p)
