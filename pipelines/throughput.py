@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from finercut.checkpoint.records import ProveReport
+from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.serving import vllm_engine
 from finercut.serving.claim import check_servable
@@ -36,7 +37,7 @@ def run(params: Params) -> ThroughputReport:
         ValueError: the load does not fit the model.
         RuntimeError: a claim does not hold, or vLLM is missing or failed.
     """
-    settings = params.throughput
+    settings = _settled(params.throughput)
     engine = vllm_engine.installed()
     proved = ProveReport.read(paths.report("prove"))
     if not proved.holds:
@@ -94,6 +95,11 @@ def run(params: Params) -> ThroughputReport:
     )
     report.write(paths.report("throughput"))
     return report
+
+
+def _settled(settings: Throughput) -> Throughput:
+    dtype = dtype_of(settings.dtype, device_of("auto"))
+    return settings.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
 
 
 @dataclass(frozen=True)

@@ -224,12 +224,23 @@ def compare(task: LoadedTask, whole: Score, pruned: Score) -> TaskResult:
     )
 
 
+# Modules of lm-eval that advise those who write a program around it, as warnings.
+_ADVISING = ("lm_eval.api.task", "lm_eval.models.huggingface")
+_ADVICE = ("Custom kwargs can be passed", "`pretrained` model kwarg is not", "Passed an already-initialized model")
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    return not any(advice in record.getMessage() for advice in _ADVICE)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps lm-eval's notes, and off a terminal its progress bars, out of the log; its warnings go there."""
     theirs = logging.getLogger("lm_eval")
     level = theirs.level
     theirs.setLevel(logging.WARNING)
+    for name in _ADVISING:
+        logging.getLogger(name).addFilter(_no_advice)  # a second time changes nothing
     try:
         if sys.stderr.isatty():
             yield

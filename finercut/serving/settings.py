@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from finercut.system.settings import Dtype, Section
+from finercut.system.settings import AnyDtype, Dtype, Section
 
 
 class EngineSettings(Section):
@@ -37,6 +37,8 @@ class Load(Section):
 class Throughput(EngineSettings, Load):
     """The load that promotion and the gate go by, and how it is measured."""
 
+    dtype: AnyDtype
+    """As in search; the report says which it was."""
     more_loads: list[Load] = Field(default_factory=list)
     """Others that the same engines serve, to see what long prompts, long answers or many requests change."""
     n_warmups: PositiveInt
