@@ -86,6 +86,7 @@ SMALL: dict[str, Any] = {
 }
 # By type: what its default config lacks, or has otherwise than models that people use.
 MORE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": list(range(1, N_BLOCKS, 2))},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], N_BLOCKS // 2]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * (N_BLOCKS // 2)},

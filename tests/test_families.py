@@ -319,7 +319,7 @@ def _routed(model_type: str) -> list[int]:
         (
             "llama",
             {"quantization_config": {"quant_method": "awq"}},
-            r"quantised \(awq\), and transformers cannot dequantise that: take the model it was made from",
+            r"quantised \(awq\): take the model it was made from.* transformers cannot dequantise it",
         ),
         ("llama", {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ("llama", {"per_layer_config": {"1": {"intermediate_size": 8}}}, "does not read it"),

@@ -262,8 +262,8 @@ def _check_quantised(config: Any, kind: str, dequantised: bool) -> None:
     method = method_of(config)
     if not can_dequantise(method):
         raise ValueError(
-            f"{kind} that is quantised ({method}), and transformers cannot dequantise that: take the model it was made "
-            "from, and quantise after pruning"
+            f"{kind} that is quantised ({method}): take the model it was made from, and quantise after pruning; "
+            "transformers cannot dequantise it"
         )
     if not dequantised:
         raise ValueError(

@@ -99,8 +99,8 @@ def find_layout(model: PreTrainedModel) -> Layout:
         runs = [call for _, call in _watch(model, dict(enumerate(blocks)), tokens)]
         try:
             sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
-        except AttributeError:
-            # Some blocks ask their norms for more than an output: these stay.
+        except (AttributeError, ValueError):
+            # Norms that lie on the stream stay, and those that blocks ask for more than an output.
             layout = _cores_alone(layout)
             sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
         layout = replace(layout, sequential=all(sequential))
