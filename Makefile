@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-fast test-oldest format lock ui trials soak audit bench-search
+.PHONY: help setup demo test test-fast test-oldest format lock ui trials soak audit bench-search families
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -64,6 +64,10 @@ lock: setup ## Resolve the requirements anew, for CPU and CUDA
 
 ui: setup ## Browse the recorded runs at http://127.0.0.1:5000
 	mlflow ui
+
+families: setup ## Try every model type of the installed transformers and write docs/families-table.md (half an hour)
+	rm -f docs/families-table.md
+	python benchmarks/families.py docs/families-table.md
 
 bench-search: setup ## Compare the search's modes with the authors' way and brute force
 	python benchmarks/search.py

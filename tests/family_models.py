@@ -220,6 +220,77 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Multi-head latent attention with dense and sparse MLPs; blocks with and without experts and positions in turn.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            "intermediate_size_mlp": 80,
+            "interleave_moe_layer_step": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "layer_types": ["chunked_attention", "full_attention"] * 2,
+            "no_rope_layers": [1, 0, 1, 0],
+            "attention_chunk_size": WINDOW,
+            "head_dim": 16,
+        },
+    ),
+}
+
+_SHARED = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": WINDOW,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 400,
+    "head_dim": 16,
+    "attention_bias": True,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+_GEMMA_4 = {**_SHARED, "global_head_dim": 24, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+
+# Attentions that read the keys and values of others; every block is given something that depends on the tokens.
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3n": (
+        "gemma3n_text",
+        {**_SHARED, "laurel_rank": 8, "altup_num_inputs": 3, "activation_sparsity_pattern": [0.9] * 2 + [0.0] * 4},
+    ),
+    "gemma4": ("gemma4_text", {**_GEMMA_4, "use_double_wide_mlp": True}),
+    "gemma4 moe": (
+        "gemma4_text",
+        {
+            **_GEMMA_4,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+        },
+    ),
+    "gemma4_unified": ("gemma4_unified_text", _GEMMA_4 | {"hidden_size_per_layer_input": 0}),
+}
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 400,
     "hidden_size": 64,

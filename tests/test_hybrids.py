@@ -1,13 +1,15 @@
-"""Hybrids, whose blocks mix tokens in several ways, against transformers' own code with the same sublayers masked."""
+"""Models whose blocks differ, mix tokens in several ways or share keys and values, against the masked whole model."""
+
+import json
 
 import pytest
 import torch
-from family_models import HYBRIDS, random_model, run_without_finercut
+from family_models import HYBRIDS, OTHERS, SHARED, random_model, run_without_finercut
 
 from finercut.checkpoint.writing import write_pruned
 from finercut.model.costs import costs_of
 from finercut.model.directory import ModelDirectory
-from finercut.model.families import LAYOUT_KEY, Branch, fixed_sublayers, layout_of
+from finercut.model.families import LAYOUT_KEY, Branch, fixed_sublayers, is_declared, layout_of
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
 from finercut.model.probe import find_layout
@@ -19,9 +21,12 @@ STEPS = (10, 10, 1, 1, 2)
 """Tokens that a cache is given at once."""
 
 
-@pytest.fixture(scope="module", params=HYBRIDS, ids=lambda name: name.replace(" ", "-"))
+MODELS = HYBRIDS | OTHERS | SHARED
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda name: name.replace(" ", "-"))
 def whole(request, tmp_path_factory):
-    model_type, changes = HYBRIDS[request.param]
+    model_type, changes = MODELS[request.param]
     directory = tmp_path_factory.mktemp("hybrids") / "whole"
     random_model(model_type, **changes).save_pretrained(directory)
     return load_whole(directory, torch.float32)
@@ -97,13 +102,16 @@ def test_sublayers_cost_what_is_stored(whole, tmp_path):
     assert costs["parameters"].whole - costs["parameters"].of(removed) == left
     assert costs["sublayers"].whole == len(here)
     keeps = {s for s, n_bytes in costs["kv_cache"].by_sublayer.items() if n_bytes}
-    types = whole.config.layer_types
-    assert keeps == {s for s in here if s.kind == "attention" and types[s.block] in ("full_attention", "hybrid")}
+    types = getattr(whole.config, "layer_types", ["attention"] * 4)
+    n_with_keys = len(types) - getattr(whole.config, "num_kv_shared_layers", 0)
+    without = [i for i, kind in enumerate(types) if i >= n_with_keys or kind in ("conv", "linear_attention")]
+    assert keeps == {s for s in here if s.kind == "attention" and s.block not in without}
 
 
 def costs_of_noted(whole, source):
     """Of a directory into whose config `fetch` would have written the layout."""
-    setattr(source.config, LAYOUT_KEY, getattr(whole.config, LAYOUT_KEY))
+    if (layout := getattr(whole.config, LAYOUT_KEY, None)) is not None:
+        setattr(source.config, LAYOUT_KEY, layout)
     return costs_of(source)
 
 
@@ -137,6 +145,35 @@ def test_blocks_of_one_sublayer_have_that_one_only_and_one_attention_stays():
     assert len(fixed) == 6
 
 
+def test_attentions_whose_keys_others_read_stay(tmp_path):
+    model_type, changes = SHARED["gemma4"]
+    model = random_model(model_type, **changes)
+    assert {str(sublayer): why for sublayer, why in fixed_sublayers(model.config).items()} == {
+        "2.attention": "its keys and values are read by the attention of 4",
+        "3.attention": "its keys and values are read by the attention of 5",
+    }
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="the attention of block 2 is removed, whose keys and values that of 4 reads"):
+        write_pruned(tmp_path / "whole", [Sublayer(2, "attention")], tmp_path / "pruned", {}, "")
+
+
+def test_a_pruned_config_has_what_blocks_differ_in_beside_what_they_skip(tmp_path):
+    model_type, changes = SHARED["gemma4"]
+    random_model(model_type, **changes).save_pretrained(tmp_path / "whole")
+    removed = [Sublayer(1, "attention"), Sublayer(1, "mlp"), Sublayer(2, "mlp"), Sublayer(5, "attention")]
+    write_pruned(tmp_path / "whole", removed, tmp_path, {}, "")
+    blocks = json.loads((tmp_path / "config.json").read_text())["per_layer_config"]
+    full = {"head_dim": 24, "num_key_value_heads": 1}
+    assert blocks == {
+        "1": {**full, "skip": ["attention", "mlp"]},
+        "2": {"skip": ["mlp"]},
+        "3": full,
+        "5": {**full, "skip": ["attention"]},
+    }
+    # Of a type of block, whatever some of it skip.
+    assert load_pruned(tmp_path).config.per_layer_config["full_attention"].head_dim == 24
+
+
 def test_removing_every_attention_that_keeps_keys_is_refused(tmp_path):
     model_type, changes = HYBRIDS["lfm2"]
     random_model(model_type, **changes).save_pretrained(tmp_path / "whole")
@@ -160,18 +197,19 @@ for directory in map(Path, sys.argv[2:]):
 """
 
 
-def test_without_finercut_every_hybrid_loads_by_its_own_file(some_tokens, tmp_path):
+def test_without_finercut_each_loads_by_its_own_file(some_tokens, tmp_path):
     directories = []
-    for number, (model_type, changes) in enumerate(HYBRIDS.values()):
+    for number, (model_type, changes) in enumerate(MODELS.values()):
         model = random_model(model_type, **changes)
         model.save_pretrained(tmp_path / f"whole-{number}")
         directory = tmp_path / f"pruned-{number}"
         directory.mkdir()
-        setattr(model.config, LAYOUT_KEY, find_layout(model).to_dict())
+        if not is_declared(model.config):
+            setattr(model.config, LAYOUT_KEY, find_layout(model).to_dict())
         write_pruned(tmp_path / f"whole-{number}", removals(model)["every third sublayer"], directory, {}, "")
         directories.append(directory)
     run_without_finercut(WITHOUT_FINERCUT, tmp_path, some_tokens, directories)
-    for name, directory in zip(HYBRIDS, directories, strict=True):
+    for name, directory in zip(MODELS, directories, strict=True):
         with torch.no_grad():
             logits = load_pruned(directory, torch.float32)(some_tokens).logits
         assert torch.equal(torch.load(directory / "logits.pt"), logits), name

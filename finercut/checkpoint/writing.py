@@ -124,15 +124,15 @@ def pruned_config(
     """
     if not removed:
         raise ValueError("nothing to remove")
-    skip: dict[str, dict[str, list[str]]] = {}
+    blocks: dict[str, dict[str, Any]] = {str(i): of for i, of in modeling_finercut.own_settings(config).items()}
     for sublayer in sorted(removed):
-        skip.setdefault(str(sublayer.block), {"skip": []})["skip"].append(sublayer.kind)
+        blocks.setdefault(str(sublayer.block), {}).setdefault("skip", []).append(sublayer.kind)
     config_class = model_class.config_class
     settings = config.to_dict()
     # Sampling settings among them, as older models have: transformers takes them when it loads a config, and refuses to
     # save one with them. They are in the generation config.
     misplaced = config._get_generation_parameters()
-    for name in ("model_type", "transformers_version", LAYOUT_KEY, *misplaced):
+    for name in ("model_type", "transformers_version", "per_layer_config", LAYOUT_KEY, *misplaced):
         settings.pop(name, None)
     settings["architectures"] = [model_class.__name__]
     file = model_class.__module__.rpartition(".")[2]
@@ -141,4 +141,4 @@ def pruned_config(
         "AutoModelForCausalLM": f"{file}.{model_class.__name__}",
     }
     settings["finercut"] = {"layout": layout.to_dict(), **origin, "removals": [str(s) for s in removed]}
-    return config_class(**settings, per_layer_config=skip)
+    return config_class(**settings, per_layer_config=blocks)

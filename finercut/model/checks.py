@@ -6,7 +6,7 @@ import logging
 import re
 
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from finercut.model.configs import read_object
 from finercut.model.directory import ModelDirectory, one_line_errors
@@ -28,18 +28,26 @@ def check_model(model: ModelDirectory) -> None:
         read_object(file)
     language = model.language
     _ = model.tokenizer
-    for name in ("num_hidden_layers", "vocab_size", "max_position_embeddings"):
-        value = getattr(language, name, None)
-        if not isinstance(value, int):
-            raise ValueError(
-                f"the config of this {language.model_type} model gives no {name}: finercut does not know its kind"
-            )
-        if value < 1:
-            raise ValueError(f"the model's config gives {name} = {value}")
+    check_sizes(language)
     _check_index(model)
     _check_weights(model)
     _check_finite(model)
     check_supported(language)
+
+
+def check_sizes(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: the config of a language model lacks a size that later stages need, or one of them makes no sense.
+    """
+    for name in ("num_hidden_layers", "vocab_size", "max_position_embeddings"):
+        value = getattr(config, name, None)
+        if not isinstance(value, int):
+            raise ValueError(
+                f"the config of this {config.model_type} model gives no {name}: finercut does not know its kind"
+            )
+        if value < 1:
+            raise ValueError(f"the model's config gives {name} = {value}")
 
 
 def _check_index(model: ModelDirectory) -> None:

@@ -70,7 +70,7 @@ def costs_of_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
             kv_bytes[sublayer] = 0
             if branch and kind == "attention" and counting(config, [index]):
                 paths = [getattr(block, path.core) for path in branch.paths]
-                kv_bytes[sublayer] = _cached_numbers(config, paths) * element_bytes
+                kv_bytes[sublayer] = _cached_numbers(config.per_layer_config[index], paths) * element_bytes
     there = layout.sublayers(len(model.get_submodule(layout.blocks)))
     n_parameters = sum(p.numel() for p in model.parameters())
     return Costs(
@@ -87,6 +87,7 @@ def _cached_numbers(config: PreTrainedConfig, paths: Sequence[nn.Module]) -> int
     heads.
 
     Args:
+        config: of the block, where blocks differ.
         paths: the attention, and what runs beside it.
     """
     if latent := getattr(config, "kv_lora_rank", None):

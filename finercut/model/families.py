@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from finercut.sublayers import KINDS, Sublayer
@@ -141,10 +141,35 @@ def _opt(config: Any) -> Layout:
     )
 
 
+# Per-layer inputs, and what mixes Gemma 3n's four streams, stay in a block whose sublayers are gone.
+_GEMMA_3N = Layout(
+    blocks="model.layers",
+    attention=Branch("self_attn", after=("post_attention_layernorm",)),
+    mlp=Branch("mlp", before=("pre_feedforward_layernorm",), after=("post_feedforward_layernorm",)),
+    sequential=False,
+)
+
+
+# The stream is scaled at the end of a block.
+_GEMMA_4 = replace(SANDWICH_NORM, sequential=False)
+
+
+def _gemma4(config: Any) -> Layout:
+    if not config.enable_moe_block:
+        return _GEMMA_4
+    # Experts beside a dense MLP; the norm of their sum makes nothing of nothing.
+    experts = Branch("experts", before=("pre_feedforward_layernorm_2",), after=("post_feedforward_layernorm_2",))
+    dense = Branch("mlp", before=("pre_feedforward_layernorm",), after=("post_feedforward_layernorm_1",))
+    return replace(_GEMMA_4, mlp=replace(dense, beside=(experts, Branch("router", n_outputs=3))))
+
+
 # By the whole model's `model_type`: the layout, or what makes it from the config where that decides.
 FAMILIES: dict[str, Layout | Callable[[Any], Layout]] = {
     "gemma2": SANDWICH_NORM,
     "gemma3_text": SANDWICH_NORM,
+    "gemma3n_text": _GEMMA_3N,
+    "gemma4_text": _gemma4,
+    "gemma4_unified_text": _GEMMA_4,
     "gpt2": Layout("transformer.h", Branch("attn", before=("ln_1",)), Branch("mlp", before=("ln_2",))),
     "gpt_neox": _gpt_neox,
     "granite": PRE_NORM,
@@ -184,13 +209,17 @@ def fixed_sublayers(config: Any) -> dict[Sublayer, str]:
     Raises:
         ValueError: as `layout_of`.
     """
-    from finercut.model.modeling_finercut import counting
+    from finercut.model.modeling_finercut import counting, readers
 
     layout, n_blocks = layout_of(config), config.num_hidden_layers
     here = layout.sublayers(n_blocks)
     fixed = {Sublayer(i, kind): "the block has none" for i in range(n_blocks) for kind in KINDS}
     fixed = {sublayer: why for sublayer, why in fixed.items() if sublayer not in here}
-    attentions = [sublayer.block for sublayer in here if sublayer.kind == "attention"]
+    reading = readers(config)
+    for read in sorted(set(reading.values())):
+        blocks = ", ".join(str(reader) for reader, of in reading.items() if of == read)
+        fixed[Sublayer(read, "attention")] = f"its keys and values are read by the attention of {blocks}"
+    attentions = [s.block for s in here if s.kind == "attention" and s.block not in reading]
     lasting = counting(config, attentions)
     if lasting and len(lasting) < len(attentions):
         fixed[Sublayer(lasting[0], "attention")] = "it is the first by whose keys the cache counts tokens"
@@ -201,20 +230,19 @@ def is_declared(config: Any) -> bool:
     return hasattr(config, LAYOUT_KEY) or config.model_type in FAMILIES
 
 
-def check_supported(config: Any) -> None:
+def check_supported(config: Any, *, dequantised: bool = False) -> None:
     """
+    Args:
+        dequantised: whether weights that are quantised will be dequantised before they are used.
+
     Raises:
         ValueError: a model of that kind cannot be pruned; says why, and what to do where there is something.
     """
     kind = f"cannot prune a {config.model_type} model"
     if config.model_type.startswith("finercut_"):
         raise ValueError(f"{kind}: it is pruned already; take the whole model")
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise ValueError(
-            f"{kind} that is quantised ({getattr(method, 'value', method)}): take the model it was made from, and "
-            "quantise after pruning"
-        )
+    if getattr(config, "quantization_config", None):
+        _check_quantised(config, kind, dequantised)
     if config.model_type == "falcon_h1":
         raise ValueError(f"{kind}: transformers' code for loading it asks every block for its state space model")
     if config.is_encoder_decoder:
@@ -224,13 +252,24 @@ def check_supported(config: Any) -> None:
             f"{kind}: it is a language model ({config.get_text_config().model_type}) with other inputs around it; "
             "save the language model by itself first (docs/families.md) and take that"
         )
-    if getattr(config, "num_kv_shared_layers", None):
+    if config.is_heterogeneous and not type(config)().is_heterogeneous:
+        raise ValueError(f"{kind} with a per_layer_config of its own: transformers' code of that type does not read it")
+
+
+def _check_quantised(config: Any, kind: str, dequantised: bool) -> None:
+    from finercut.model.quantised import can_dequantise, method_of
+
+    method = method_of(config)
+    if not can_dequantise(method):
         raise ValueError(
-            f"{kind}: its last {config.num_kv_shared_layers} attentions read the keys and values of earlier ones, "
-            "which could not be removed on their own"
+            f"{kind} that is quantised ({method}): take the model it was made from, and quantise after pruning; "
+            "transformers cannot dequantise it"
         )
-    if config.is_heterogeneous:
-        raise ValueError(f"{kind} with a per_layer_config of its own: transformers does not act on it yet")
+    if not dequantised:
+        raise ValueError(
+            f"{kind} that is quantised ({method}): take the model it was made from, or write dequantise: true into "
+            "fetch.source to have its weights as bfloat16"
+        )
 
 
 def base_architecture(model_type: str) -> str:

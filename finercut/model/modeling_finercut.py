@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,28 @@ def removed_sublayers(config: transformers.PreTrainedConfig) -> list[tuple[int, 
     return [(i, kind) for i in range(len(blocks)) for kind in KINDS if kind in getattr(blocks[i], "skip", ())]
 
 
+def own_settings(config: transformers.PreTrainedConfig) -> dict[int, dict[str, Any]]:
+    """What `per_layer_config` says of blocks beside skips, where they differ in the whole model too."""
+    blocks = config.to_dict().get("per_layer_config", {}) if config.is_heterogeneous else {}
+    found = {int(i): {name: value for name, value in of.items() if name != "skip"} for i, of in blocks.items()}
+    return {i: of for i, of in found.items() if of}
+
+
+def readers(config: transformers.PreTrainedConfig) -> dict[int, int]:
+    """Blocks whose attention has no keys and values of its own, each with the block whose it reads: the last one of its
+    type that has them, as transformers defines `num_kv_shared_layers`."""
+    n_blocks = config.num_hidden_layers
+    first = n_blocks - (getattr(config, "num_kv_shared_layers", None) or 0)
+    if not 0 < first < n_blocks:
+        return {}
+    types = config.layer_types
+    return {i: max(j for j in range(first) if types[j] == types[i]) for i in range(first, n_blocks)}
+
+
 def kept_attentions(config: transformers.PreTrainedConfig) -> list[int]:
-    """Blocks that still have their attention: the n-th of them owns the n-th layer of the cache."""
+    """Blocks that still have their attention and whose attention has a cache: the n-th owns the n-th layer of it."""
     gone = {block for block, kind in removed_sublayers(config) if kind == "attention"}
+    gone.update(readers(config))
     layout = (config.finercut or {}).get("layout")
     blocks = range(config.num_hidden_layers)
     return [i for i in blocks if i not in gone and (layout is None or branch_of(layout, "attention", i))]
@@ -97,8 +117,8 @@ def kept_attentions(config: transformers.PreTrainedConfig) -> list[int]:
 
 def counting(config: transformers.PreTrainedConfig, blocks: list[int]) -> list[int]:
     """Of some blocks those whose cache knows how many tokens went by: keys and values do, recurrent states do not."""
-    types = getattr(config, "layer_types", None)
-    return [i for i in blocks if types is None or types[i] not in WITHOUT_LENGTH]
+    types, without = getattr(config, "layer_types", None), readers(config)
+    return [i for i in blocks if i not in without and (types is None or types[i] not in WITHOUT_LENGTH)]
 
 
 def cached_by(attention: nn.Module) -> list[nn.Module]:
@@ -126,19 +146,31 @@ def remove_sublayers(model: nn.Module) -> None:
         raise ValueError("every attention is removed; a model without one cannot tell positions apart")
     if counting(config, list(range(config.num_hidden_layers))) and not counting(config, kept):
         raise ValueError("every attention with keys and values is removed; the cache cannot count tokens without one")
+    for reader, read in readers(config).items():
+        if (read, "attention") in removed and (reader, "attention") not in removed:
+            raise ValueError(f"the attention of block {read} is removed, whose keys and values that of {reader} reads")
     # The same blocks for a model with and without its head.
     blocks = model.base_model.get_submodule(layout["blocks"].removeprefix(f"{model.base_model_prefix}."))
     for index, kind in removed:
         bypass(blocks[index], kind, branch_of(layout, kind, index))
-    for position, index in enumerate(kept):
-        renumber(blocks[index], branch_of(layout, "attention", index), position)
+    renumber(blocks, config, layout, {index: position for position, index in enumerate(kept)})
 
 
-def renumber(block: nn.Module, attention: dict[str, Any], position: int) -> None:
-    """Give a block's attention that layer of the cache."""
-    for path in (attention, *attention.get("beside", ())):
-        for module in cached_by(getattr(block, path["core"])):
-            module.layer_idx = position
+def renumber(blocks: Sequence[nn.Module], config: Any, layout: dict[str, Any], positions: Mapping[int, int]) -> None:
+    """Give attentions other layers of the cache.
+
+    Args:
+        positions: the layer by the block.
+    """
+    read = readers(config)
+    for index, block in enumerate(blocks):
+        attention = branch_of(layout, "attention", index)
+        for path in (attention, *attention.get("beside", ())) if attention else ():
+            for module in cached_by(getattr(block, path["core"])):
+                module.layer_idx = positions.get(index, module.layer_idx)
+                # Gemma 3n keeps keys and values that others read by the number of the attention.
+                if index in read and hasattr(module, "kv_shared_layer_index"):
+                    module.kv_shared_layer_index = positions[read[index]]
 
 
 @functools.cache
@@ -152,16 +184,42 @@ def _plain(config_class: type) -> type:
 def cache_config(config: Any, kept: list[int]) -> Any:
     """The config of a cache that has a layer for each attention of the blocks `kept`, and none else."""
     cached = copy.copy(config)
+    own = own_settings(config)
     cached.per_layer_config = None
     types = getattr(config, "layer_types", None)
     cached.__class__ = _plain(type(config))
     cached.num_hidden_layers = len(kept)
     cached.layer_types = None if types is None else [types[block] for block in kept]
+    if hasattr(config, "num_kv_shared_layers"):
+        cached.num_kv_shared_layers = 0
+    if own:
+        cached.per_layer_config = {position: own.get(block, {}) for position, block in enumerate(kept)}
     return cached
+
+
+class _PerLayer(Sequence):
+    """A config's `per_layer_config`, of which a type of block may be asked for although some of it skip sublayers."""
+
+    def __init__(self, of: Sequence, types: list[str] | None) -> None:
+        self._of, self._types = of, types
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._of[self._types.index(key) if isinstance(key, str) else key]
 
 
 class PrunedConfig:
     """What a pruned model's config adds to its base's: a cache sees the kept attentions only."""
+
+    @property
+    def per_layer_config(self) -> Sequence:
+        return _PerLayer(super().per_layer_config, getattr(self, "layer_types", None))
+
+    @per_layer_config.setter
+    def per_layer_config(self, settings: dict[Any, dict[str, Any]] | None) -> None:
+        super(PrunedConfig, type(self)).per_layer_config.fset(self, settings)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         config = super().get_text_config(decoder=decoder, encoder=encoder)

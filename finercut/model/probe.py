@@ -4,14 +4,14 @@ The blocks are a list of `num_hidden_layers` modules. One forward records each b
 output at the last token depends on the token before are the attention; the last other module with matrices, and those
 that are given the same, are the MLP; modules that feed only a core, or are fed only by it, belong to its sublayer.
 Blocks that call the same modules are alike: one of each sort is looked at. The result is verified: a block without its
-sublayers returns its input, and removing any sublayer equals masking it, with a cache and without.
+sublayers still hands on the stream, and removing any sublayer equals masking it, with a cache and without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from finercut.model.families import EXAMPLE, LAYOUT_KEY, Branch, Layout, Variant
 from finercut.model.masking import masked
-from finercut.model.modeling_finercut import branch_of, bypass, cache_config, cached_by, counting, renumber
+from finercut.model.modeling_finercut import branch_of, bypass, cache_config, cached_by, counting, readers, renumber
 from finercut.sublayers import KINDS, Sublayer
 
 N_TOKENS = 8
@@ -99,8 +99,8 @@ def find_layout(model: PreTrainedModel) -> Layout:
         runs = [call for _, call in _watch(model, dict(enumerate(blocks)), tokens)]
         try:
             sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
-        except AttributeError:
-            # Some blocks ask their norms for more than an output: these stay.
+        except (AttributeError, ValueError):
+            # Norms that lie on the stream stay, and those that blocks ask for more than an output.
             layout = _cores_alone(layout)
             sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
         layout = replace(layout, sequential=all(sequential))
@@ -244,7 +244,7 @@ def _without(block: nn.Module, number: int, kinds: Iterable[str], layout: Layout
 
 
 def _check_block(model: PreTrainedModel, number: int, call: _Call, layout: Layout) -> bool:
-    """That its sublayers only add to the stream; returns whether it is its attention followed by its MLP."""
+    """That it has a stream beside its sublayers; returns whether it is its attention followed by its MLP."""
     states = call.given
 
     def run(states: Tensor, *without: str) -> Tensor:
@@ -252,29 +252,31 @@ def _check_block(model: PreTrainedModel, number: int, call: _Call, layout: Layou
             return call.repeat(states)
 
     kinds = [kind for kind in KINDS if layout.branch(kind, number)]
-    if not _close(run(states, *kinds), states):
+    bare = run(states, *kinds)
+    # Norms on the stream, scales and smaller branches stay in a block whose sublayers are gone.
+    nothing_else = _close(bare, states)
+    if not nothing_else and _close(run(states.flip(-1), *kinds), bare):
         cores = " and ".join(path.core for kind in kinds for path in layout.branch(kind, number).paths)
         raise ValueError(
-            f"block {number} without {cores} does not hand on what it is given: "
-            "it has more sublayers, they do more than add to the stream, or norms lie on it"
+            f"block {number} without {cores} does not hand on what it is given: they do more than add to the stream"
         )
     for kind in kinds:
         with masked(model, [Sublayer(number, kind)], layout):
             if not _close(call.repeat(states), run(states, kind)):
                 raise ValueError(f"block {number} less its {kind} is not the block with that masked")
-    return _close(run(run(states, "mlp"), "attention"), run(states))
+    return nothing_else and _close(run(run(states, "mlp"), "attention"), run(states))
 
 
 def _check_cache(model: PreTrainedModel, blocks: Sequence[nn.Module], layout: Layout, tokens: Tensor) -> None:
     """That the attentions can be numbered anew once the first is gone, as pruned models do."""
     config = model.config
-    attentions = [i for i in range(len(blocks)) if layout.branch("attention", i)]
-    lasting = counting(config, attentions)
-    gone = next((i for i in attentions if lasting != [i] and attentions != [i]), None)
+    reading = readers(config)
+    caching = [i for i in range(len(blocks)) if layout.branch("attention", i) and i not in reading]
+    lasting = counting(config, caching)
+    gone = next((i for i in caching if lasting != [i] and caching != [i] and i not in reading.values()), None)
     if gone is None:
         return
-    kept = [i for i in attentions if i != gone]
-    branches = {i: asdict(layout.branch("attention", i)) for i in kept}
+    kept = [i for i in caching if i != gone]
     # Where the config does not tell the kinds of layers, a cache makes one for each attention that asks.
     told = getattr(config, "layer_types", None) is not None
 
@@ -286,22 +288,15 @@ def _check_cache(model: PreTrainedModel, blocks: Sequence[nn.Module], layout: La
         # Some state space models compute something else with a cache than without: that is the whole model's own.
         expected = in_parts(DynamicCache(config=config) if told else DynamicCache())
     with _without(blocks[gone], gone, ["attention"], layout):
-        before = {i: [m.layer_idx for m in _cached(blocks[i], branches[i])] for i in kept}
-        for position, i in enumerate(kept):
-            renumber(blocks[i], branches[i], position)
+        described = layout.to_dict()
+        renumber(blocks, config, described, {i: position for position, i in enumerate(kept)})
         try:
             cache = DynamicCache(config=cache_config(config, kept)) if told else DynamicCache()
             found = in_parts(cache)
         finally:
-            for i in kept:
-                for module, index in zip(_cached(blocks[i], branches[i]), before[i], strict=True):
-                    module.layer_idx = index
+            renumber(blocks, config, described, {i: i for i in kept})
     if len(cache.layers) != len(kept) or not _close(found, expected):
         raise ValueError(f"without the attention of block {gone} and with a KV cache it computes something else")
-
-
-def _cached(block: nn.Module, attention: dict[str, Any]) -> list[nn.Module]:
-    return [m for path in (attention, *attention["beside"]) for m in cached_by(getattr(block, path["core"]))]
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:

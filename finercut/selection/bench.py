@@ -182,6 +182,9 @@ class Bench(SharedSweep):
 
     def before(self, sublayer: Sublayer, window: int) -> Tensor:
         """(tokens, hidden) stream before a sublayer of the model as it stands."""
+        return self.blocks.stream(self._before(sublayer, window))
+
+    def _before(self, sublayer: Sublayer, window: int) -> Tensor:
         return self.trunk[self._start[sublayer]][window]
 
     def after(self, candidate: Candidate, window: int) -> Tensor:
@@ -189,8 +192,9 @@ class Bench(SharedSweep):
         unit = self.blocks.units[self._start[candidate.sublayers[-1]]]
         others = set(unit.sublayers) - set(candidate.sublayers)
         if not others:
-            return self.trunk[self._start[candidate.sublayers[-1]] + 1][window]
-        return self.blocks.run(unit, self.before(candidate.sublayers[0], window)[None], self.removed | others)[0]
+            return self.blocks.stream(self.trunk[self._start[candidate.sublayers[-1]] + 1][window])
+        before = self._before(candidate.sublayers[0], window)
+        return self.blocks.stream(self.blocks.run(unit, before[None], self.removed | others)[0])
 
 
 def measured(bench: Bench, order: Iterable[Candidate]) -> Iterator[Step]:

@@ -1,13 +1,18 @@
 """Runs a model sublayer by sublayer, by its own code.
 
 A block whose MLP is bypassed is its attention, and the other way round. What surrounds the blocks (embeddings, final
-norm, head) is the model with one stand-in for all of its blocks.
+norm, head) is the model with stand-ins for its blocks.
+
+Most models give a block nothing else that depends on the tokens. Where one does, a state carries it at the end of each
+token's stream: inputs that a model makes of the tokens for every block (Gemma 3n, Gemma 4), and keys and values that
+later blocks read.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -34,6 +39,32 @@ class Unit:
         return tuple(Sublayer(self.block, kind) for kind in self.kinds)
 
 
+Given = dict[int | str, Any]
+"""What a block is given besides the stream, by position after it or by name."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a state has what belongs to its tokens in some tensor."""
+
+    start: int
+    shape: tuple[int, ...]
+    """Of a token's part: the tensor's dimensions that are neither samples nor tokens."""
+    at: tuple[int, int] = (-3, -2)
+    """Which of the tensor's dimensions are the samples and the tokens."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + math.prod(self.shape)
+
+    def of(self, states: Tensor) -> Tensor:
+        """The tensor."""
+        return states[..., self.start : self.stop].unflatten(-1, self.shape).movedim((0, 1), self.at)
+
+    def put(self, states: Tensor, tensor: Tensor) -> None:
+        states[..., self.start : self.stop] = tensor.movedim(self.at, (0, 1)).flatten(2)
+
+
 class Blocks:
     """A model's blocks, run one unit at a time without any chosen sublayers."""
 
@@ -47,17 +78,23 @@ class Blocks:
         self._layout = layout.to_dict()
         self.blocks = list(model.get_submodule(layout.blocks))
         self._views: dict[tuple[int, frozenset[str]], nn.Module] = {}
-        self.width = 0
-        """Of the residual stream."""
         self.vocabulary = 0
         """Logits a token, as the head gives them."""
-        self._arguments = self._capture(tokens)
+        self._n_outputs: int | None = None
+        self._given: list[Given] = []
+        self._shared: int | str | None = None
+        """Which of a block's arguments later blocks find keys and values in."""
+        self.width = 0
+        """Numbers that a state has of each token."""
+        self._stream = self._capture(tokens)
+        self._shared_at = self._find_shared()
+        self._inputs = self._find_inputs(tokens)
         here = layout.sublayers(len(self.blocks))
         if layout.sequential:
             self.units = [Unit(sublayer.block, (sublayer.kind,)) for sublayer in here]
         else:
             blocks = [[s.kind for s in here if s.block == i] for i in range(len(self.blocks))]
-            self.units = [Unit(i, tuple(kinds)) for i, kinds in enumerate(blocks) if kinds]
+            self.units = [Unit(i, tuple(kinds)) for i, kinds in enumerate(blocks)]
 
     @property
     def widest(self) -> int:
@@ -76,50 +113,94 @@ class Blocks:
             self._views[key] = view
         return self._views[key]
 
+    def stream(self, states: Tensor) -> Tensor:
+        """The residual stream in states, (..., numbers), without what they carry."""
+        return states[..., : self._stream.stop]
+
     def run(self, unit: Unit, states: Tensor, removed: Iterable[Sublayer]) -> Tensor:
         """One unit on (batch, tokens, hidden) states; `removed` may name sublayers of other units too."""
         gone = frozenset(s.kind for s in removed if s.block == unit.block)
-        if len(unit.kinds) == 1:
+        if self.layout.sequential:
             if gone.issuperset(unit.kinds):
                 return states
             gone = frozenset(KINDS) - set(unit.kinds)
-        args, kwargs = self._arguments[unit.block]
-        return _states(self.view(unit.block, gone)(states, *args, **kwargs))
+        view, given = self.view(unit.block, gone), self._given[unit.block]
+        if not self._carries:
+            return _call(view, states, given)
+        given = given | {key: place.of(states) for key, place in self._inputs.get(unit.block, {}).items()}
+        before = {key: tuple(place.of(states) for place in places) for key, places in self._shared_at.items()}
+        if before:
+            given[self._shared] = dict(before)
+        after = states.clone()
+        self._stream.put(after, _call(view, self._stream.of(states), given))
+        for key, places in self._shared_at.items():
+            if (now := given[self._shared][key]) is not before[key]:
+                for place, tensor in zip(places, now, strict=True):
+                    place.put(after, tensor)
+        return after
+
+    @property
+    def _carries(self) -> bool:
+        return bool(self._shared_at or self._inputs or len(self._stream.shape) > 1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) ids -> (batch, tokens, hidden): the first block's input."""
-        catch = _StandIn(self.blocks[0], self._n_outputs)
-        self._run(self._around(catch), tokens)
-        return catch.states
+        if not self._carries:
+            catch = _StandIn(self.blocks[0], self._n_outputs)
+            self._run(self._around([catch]), tokens)
+            return catch.states
+        catches = self._stand_ins(tokens)
+        first = catches[0].states
+        states = first.new_zeros(*tokens.shape, self.width)
+        self._stream.put(states, first)
+        for block, inputs in self._inputs.items():
+            for key, place in inputs.items():
+                place.put(states, catches[block].given[key])
+        return states
 
     def logits(self, states: Tensor) -> Tensor:
         """(batch, tokens, hidden) after the last block -> (batch, tokens, vocab), all by the model's own code."""
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        return self._run(self._around(_StandIn(self.blocks[0], self._n_outputs, states)), ids).logits
+        if self._carries:
+            states = self._stream.of(states)
+        return self._run(self._around([_StandIn(self.blocks[0], self._n_outputs, states)]), ids).logits
 
     def _run(self, model: nn.Module, tokens: Tensor) -> Any:
         # Routers' logits are there for a loss only, and a model none of whose routers ran fails at it.
         routers = {"output_router_logits": False} if hasattr(self.model.config, "output_router_logits") else {}
         return model(tokens, use_cache=False, **routers)
 
-    def _around(self, only: nn.Module) -> nn.Module:
-        """The model with `only` in place of all of its blocks; shares its weights."""
+    def _around(self, instead: list[nn.Module]) -> nn.Module:
+        """The model with these in place of its blocks; shares its weights."""
         model = _shallow(self.model)
         *parents, last = self.layout.blocks.split(".")
         holder = model
         for name in parents:
             holder._modules[name] = _shallow(holder._modules[name])
             holder = holder._modules[name]
-        holder._modules[last] = nn.ModuleList([only])
+        holder._modules[last] = nn.ModuleList(instead)
         return model
 
-    def _capture(self, tokens: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
-        """The arguments that the model passes each block besides the states: masks, position embeddings."""
-        captured: list[tuple[tuple, dict[str, Any]]] = []
+    def _stand_ins(self, tokens: Tensor) -> list[_StandIn]:
+        """What the model gives every block, the same stream to each."""
+        catches = [_StandIn(block, self._n_outputs) for block in self.blocks]
+        self._run(self._around(catches), tokens)
+        return catches
+
+    def _capture(self, tokens: Tensor) -> _Place:
+        """Run the model, and keep what it gives each block besides the stream: masks, position embeddings.
+
+        Returns:
+            where a state has the stream.
+
+        Raises:
+            ValueError: the stream is not (..., samples, tokens, hidden).
+        """
+        shapes: list[tuple[int, ...]] = []
 
         def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            captured.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-            self.width = (args[0] if args else kwargs["hidden_states"]).shape[-1]
+            shapes.append((args[0] if args else kwargs["hidden_states"]).shape)
+            self._given.append(_given(args[1:], kwargs))
             self._n_outputs = len(output) if isinstance(output, tuple) else None
 
         hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.blocks]
@@ -128,7 +209,69 @@ class Blocks:
         finally:
             for hook in hooks:
                 hook.remove()
-        return captured
+        *before, n_samples, n_tokens, hidden = shapes[0]
+        if (n_samples, n_tokens) != tokens.shape:
+            raise ValueError(
+                f"cannot search a {self.model.config.model_type} model: for tokens of shape {tuple(tokens.shape)} its "
+                f"stream has the shape {tuple(shapes[0])}"
+            )
+        return self._placed((*before, hidden))
+
+    def _placed(self, shape: tuple[int, ...], at: tuple[int, int] = (-3, -2)) -> _Place:
+        """A place for what comes next in a state."""
+        place = _Place(self.width, shape, at)
+        self.width = place.stop
+        return place
+
+    def _find_shared(self) -> dict[Any, tuple[_Place, ...]]:
+        """Where a state has keys and values that later blocks read: (samples, heads, tokens, numbers) each. Attentions
+        put them into a mapping that all blocks are given."""
+        for key, value in self._given[0].items():
+            if isinstance(value, MutableMapping) and value:
+                self._shared = key
+                return {
+                    name: tuple(self._placed((tensor.shape[1], tensor.shape[3]), (0, 2)) for tensor in tensors)
+                    for name, tensors in value.items()
+                }
+        return {}
+
+    def _find_inputs(self, tokens: Tensor) -> dict[int, dict[int | str, _Place]]:
+        """Where a state has what else depends on the tokens that a block is given, by the block and its argument.
+
+        Raises:
+            ValueError: that is not a vector for each token.
+        """
+        found: dict[int, dict[int | str, _Place]] = {}
+        others = self._stand_ins((tokens + 1) % self.vocabulary)
+        for block, (given, other) in enumerate(zip(self._given, others, strict=True)):
+            for key, value in given.items():
+                if key == self._shared or _same(value, other.given.get(key)):
+                    continue
+                if not (torch.is_tensor(value) and value.is_floating_point() and value.shape[:-1] == tokens.shape):
+                    raise ValueError(
+                        f"cannot search a {self.model.config.model_type} model: its blocks are given something that "
+                        f"depends on the tokens beside the stream, and is not a vector for each ({key})"
+                    )
+                found.setdefault(block, {})[key] = self._placed(value.shape[-1:])
+        return found
+
+
+def _given(args: tuple, kwargs: dict[str, Any]) -> Given:
+    return {**dict(enumerate(args)), **{name: value for name, value in kwargs.items() if name != "hidden_states"}}
+
+
+def _call(block: nn.Module, states: Tensor, given: Given) -> Tensor:
+    args = [value for key, value in given.items() if isinstance(key, int)]
+    return _states(block(states, *args, **{key: value for key, value in given.items() if isinstance(key, str)}))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether all tensors in two arguments are."""
+    if torch.is_tensor(one):
+        return torch.is_tensor(other) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return isinstance(other, (tuple, list)) and all(map(_same, one, other))
+    return True
 
 
 def _states(output: Any) -> Tensor:
@@ -148,7 +291,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 class _StandIn(nn.Module):
-    """Stands in for all blocks: records its input, and returns `states` if it has any."""
+    """Stands in for a block, or for all: records what it is given, and returns `states` if it has any."""
 
     def __init__(self, block: nn.Module, n_outputs: int | None, states: Tensor | None = None) -> None:
         """
@@ -160,11 +303,13 @@ class _StandIn(nn.Module):
         object.__setattr__(self, "block", block)  # Not a submodule: its weights are not run.
         self.n_outputs = n_outputs
         self.states = states
+        self.given: Given = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.given = _given(args, kwargs)
         if self.states is None:
             self.states = hidden_states
         return self.states if self.n_outputs is None else (self.states, *[None] * (self.n_outputs - 1))

@@ -239,7 +239,7 @@ class Sweep:
 
     def _distance(self, states: Tensor, whole: Tensor) -> Tensor:
         """(..., tokens, hidden) -> (..., tokens): of the mean over units, one unit's part."""
-        whole = whole.double()
+        states, whole = self.blocks.stream(states), self.blocks.stream(whole).double()
         squared = (states.double() - whole).square().sum(-1)
         return squared / whole.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny) / len(self.blocks.units)
 
@@ -250,8 +250,8 @@ class Sweep:
             states, removed = batch
             states.copy_(self.blocks.run(unit, states, removed))
 
-        # A sublayer that is gone changes nothing; a block that is run as one may have norms on the stream.
-        whole = len(unit.kinds) > 1
+        # A sublayer that is gone changes nothing; a block that is run as one may have more than its sublayers.
+        whole = not self.blocks.layout.sequential
         self.workers.map(run, [b for b in batches if len(b[0]) and (whole or not b[1].issuperset(unit.sublayers))])
 
     def _depth(self, candidate: Candidate) -> int:

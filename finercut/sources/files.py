@@ -38,10 +38,11 @@ class Code:
     to_trust: str
 
 
-def copy(path: Path, directory: Path, code: Code, link: bool = False) -> list[str]:
+def copy(path: Path, directory: Path, code: Code, dequantised: bool, link: bool = False) -> list[str]:
     """Fill `directory` with the model in `path`; returns the names of the files taken.
 
     Args:
+        dequantised: whether quantised weights will be dequantised; they are refused otherwise.
         link: hard-link the weights where the file system can; for a cache whose weights nobody edits in place.
     """
     taken = choose(names_in(path), str(path), code.trusted, path / INDEX)
@@ -51,7 +52,7 @@ def copy(path: Path, directory: Path, code: Code, link: bool = False) -> list[st
     for name in taken:
         if not (path / name).resolve().is_relative_to(root):
             raise ValueError(f"{path / name} is a link to a file outside {path}: put the file itself there")
-    check_config(path / "config.json", str(path), code)
+    check_config(path / "config.json", str(path), code, dequantised)
     for name in taken:
         (directory / name).parent.mkdir(exist_ok=True)
         # Never config.json, which later steps write to: a link would carry that into the cache.
@@ -115,7 +116,7 @@ def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> li
     return sorted([*weights, *scripts, *templates, *known])
 
 
-def check_config(file: Path, where: str, code: Code) -> None:
+def check_config(file: Path, where: str, code: Code, dequantised: bool) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from finercut.model.directory import ModelDirectory
@@ -140,6 +141,6 @@ def check_config(file: Path, where: str, code: Code) -> None:
     if code.trusted:
         raise ValueError(f"transformers has {model_type} itself, no code of {where} is run: take trust_remote_code out")
     try:
-        check_supported(ModelDirectory(file.parent).config)
+        check_supported(ModelDirectory(file.parent).config, dequantised=dequantised)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

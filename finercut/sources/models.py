@@ -12,6 +12,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from finercut.model import quantised
+from finercut.model.directory import ModelDirectory
 from finercut.model.remote_code import code_sha256, note_trusted
 from finercut.model.tensors import INDEX
 from finercut.sources import revisions
@@ -50,6 +52,9 @@ def fetch_model(source: PackageModel | HubModel | LocalModel, directory: Path, w
     if source.trust_remote_code:
         # Of a directory what was asked for, not what arrived: its files may have changed while they were copied.
         note_trusted(directory, source.trust_remote_code if local else code_sha256(directory))
+    if source.dequantise and (method := quantised.method_of(ModelDirectory(directory).config)):
+        logger.info("fetch: %s weights are dequantised to bfloat16", method)
+        quantised.dequantise(directory)
     return origin
 
 
@@ -83,7 +88,7 @@ def _from_hub(source: HubModel, directory: Path) -> Origin:
         if kept is None:
             raise
         logger.warning("%s; taking the commit from the Hugging Face cache", error)
-        copy(kept, directory, _hub_code(source, source.revision), link=True)
+        copy(kept, directory, _hub_code(source, source.revision), source.dequantise, link=True)
         return Origin(source.repository, source.revision)
     code = _hub_code(source, commit)
     # Into the Hugging Face cache, where an interrupted download goes on and nothing is downloaded twice.
@@ -91,9 +96,9 @@ def _from_hub(source: HubModel, directory: Path) -> Origin:
         index = hf_hub_download(source.repository, INDEX, revision=commit) if needs_index(names) else INDEX
         taken = choose(names, source.repository, code.trusted, Path(index))
         config = hf_hub_download(source.repository, "config.json", revision=commit)
-        check_config(Path(config), source.repository, code)
+        check_config(Path(config), source.repository, code, source.dequantise)
         snapshot = snapshot_download(source.repository, revision=commit, allow_patterns=taken)
-    copy(Path(snapshot), directory, code, link=True)
+    copy(Path(snapshot), directory, code, source.dequantise, link=True)
     return Origin(source.repository, commit)
 
 
@@ -115,5 +120,6 @@ def _from_local(source: LocalModel, directory: Path) -> Origin:
             f"the Python files in {path} are not those that fetch.source.trust_remote_code names: read them, then "
             f"write trust_remote_code: {found}"
         )
-    taken = copy(path, directory, Code(source.trust_remote_code is not None, f"trust_remote_code: {found}"))
+    code = Code(source.trust_remote_code is not None, f"trust_remote_code: {found}")
+    taken = copy(path, directory, code, source.dequantise)
     return Origin(str(path), revisions.of_model(directory, taken))

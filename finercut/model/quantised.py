@@ -1,0 +1,105 @@
+"""Quantised models: which ones transformers can dequantise, and their weights as bfloat16."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from finercut.model.configs import read_object, write_object
+from finercut.model.directory import ModelDirectory, one_line_errors
+from finercut.model.tensors import INDEX, safetensors_files
+
+
+def method_of(config: PreTrainedConfig) -> str | None:
+    """How the weights are quantised, by transformers' name; None if they are not."""
+    quantisation: Any = getattr(config, "quantization_config", None)
+    if not quantisation:
+        return None
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+    return str(getattr(method, "value", method))
+
+
+def can_dequantise(method: str) -> bool:
+    """Whether transformers dequantises weights of that kind while it loads them."""
+    settings = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    return settings is not None and "dequantize" in inspect.signature(settings).parameters
+
+
+def dequantise(directory: Path) -> None:
+    """Replace the weights of a quantised model by what they stand for, in bfloat16. The model is in memory meanwhile.
+
+    Raises:
+        ValueError: they cannot be read, or do not fit the config.
+    """
+    model = ModelDirectory(directory)
+    _check_scales(model)
+    if block := model.settings["quantization_config"].get("weight_block_size"):
+        _complete_grids(model, block)
+    old, config = safetensors_files(directory), model.config
+    with one_line_errors(f"the quantised weights in {directory} cannot be read"):
+        config.quantization_config["dequantize"] = True
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.bfloat16,
+            local_files_only=True,
+            trust_remote_code=model.trusted,
+            output_loading_info=True,
+        )
+        if wrong := sorted(name for kind in ("missing_keys", "unexpected_keys") for name in info[kind]):
+            raise ValueError(f"{wrong[0]} is missing, or not expected ({len(wrong)} so)")
+        # One that was loaded would be saved as it was stored.
+        with torch.device("meta"):
+            plain = type(loaded)(loaded.config)
+        names = plain.state_dict().keys()
+        plain.load_state_dict({n: t for n, t in loaded.state_dict().items() if n in names}, assign=True)
+        plain.save_pretrained(directory / "dequantised")
+    # No file is written in place: those of a cache are links to it.
+    for file in (*old, directory / INDEX):
+        file.unlink(missing_ok=True)
+    for file in (directory / "dequantised").glob("model*.safetensors*"):
+        file.rename(directory / file.name)
+    shutil.rmtree(directory / "dequantised")
+    settings = read_object(directory / "config.json")
+    dropped = ("quantization_config", "torch_dtype")
+    kept = {name: value for name, value in settings.items() if name not in dropped}
+    write_object(directory / "config.json", kept | {"dtype": "bfloat16"})
+
+
+def _check_scales(model: ModelDirectory) -> None:
+    """8-bit floating-point weights have scales: transformers would take those that lack theirs as they are."""
+    scaled = {name.rpartition(".")[0] for name in model.tensors if "scale" in name}
+    for name, stored in model.tensors.items():
+        if stored.dtype.startswith("F8") and "scale" not in name and name.rpartition(".")[0] not in scaled:
+            raise ValueError(f"the quantised weights in {model} are not complete: {name} has no scale")
+
+
+def _complete_grids(model: ModelDirectory, block: Sequence[int]) -> None:
+    """Repeat the scales of weights whose last block is cut, such as DeepSeek-V3's of 576 rows in blocks of 128:
+    transformers takes all blocks of a weight to be of one size.
+
+    Args:
+        block: rows and columns that have one scale.
+    """
+    for file in safetensors_files(model.path):
+        tensors = load_file(file)
+        changed = {}
+        for name, scale in tensors.items():
+            weight = model.tensors.get(name.removesuffix("_scale_inv"))
+            if not name.endswith("_scale_inv") or weight is None or scale.dim() != 2:
+                continue
+            for dimension, (size, n_together) in enumerate(zip(weight.shape, block, strict=True)):
+                if size % n_together:
+                    scale = scale.repeat_interleave(n_together, dimension).narrow(dimension, 0, size)
+                    changed[name] = scale.contiguous()
+        if changed:
+            file.unlink()  # which may be a link to a cache's
+            save_file(tensors | changed, file, {"format": "pt"})
