@@ -509,25 +509,53 @@ def show_summary() -> None:
 
 
 @main.command()
-@click.argument("what", metavar="[models:/NAME@ALIAS]", required=False)
-@click.option("--output", type=click.Path(path_type=Path), default=paths.PAGE, show_default=True)
-def report(what: str | None, output: Path) -> None:
+@click.argument("what", metavar="[PATH_OR_URI]", required=False)
+@click.option("--output", type=click.Path(path_type=Path), help="The file.  [default: in reports/, named after WHAT]")
+def report(what: str | None, output: Path | None) -> None:
     """Write one page that answers whether the model is worth it, from reports/ or a registered version.
 
     A single HTML file that needs no network: figures of whole, pruned and healed model, the gate's checks, what was
-    removed and in which order, every task with its error, and what is needed to do it again.
+    removed and in which order, every task with its error, and what is needed to do it again. `finercut run` makes it
+    as its last stage.
 
     \b
     finercut report
     finercut report models:/finercut-smollm2-135m@challenger --output challenger.html
+    finercut report ../another-clone
 
     \b
     Reads     reports/, artifacts/trajectory.jsonl, params.yaml; or the version's evidence
-    Writes    reports/report.html
+    Writes    reports/report.html; of others reports/NAME.html
     """
     from . import pages
 
+    output = output or pages.default(what)
     pages.write(what, output)
+    click.echo(f"{output} is written")
+
+
+@main.command()
+@click.argument("one", metavar="PATH_OR_URI")
+@click.argument("other", metavar="PATH_OR_URI")
+@click.option("--output", type=click.Path(path_type=Path), default=paths.COMPARISON, show_default=True)
+def compare(one: str, other: str, output: Path) -> None:
+    """Compare two registered versions or workspaces: figures, tasks, what was removed, settings.
+
+    \b
+    finercut compare models:/finercut-smollm2-135m@champion models:/finercut-smollm2-135m@challenger
+    finercut compare . ../another-clone
+
+    \b
+    Reads     what finercut report does, of both
+    Writes    reports/compare.html
+    """
+    from . import pages, summary
+
+    found = pages.compare(one, other, output)
+    for shown in (found.figures, found.tasks):
+        click.echo(summary.table(shown.header, [[cell.text for cell in row] for row in shown.rows]) + "\n")
+    for doubt in found.doubts:
+        click.echo(doubt)
     click.echo(f"{output} is written")
 
 

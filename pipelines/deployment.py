@@ -66,7 +66,7 @@ def deploy(webhook: str | None = None) -> str:
         accelerators = set()
         for deployment in deployments:
             declared = _declared(client, deployment["name"])
-            _refuse_unknown_parameters(client, declared)
+            _complete_form(client, declared)
             accelerators |= _accelerators(declared)
         for name in sorted(accelerators):
             _create_limit(client, name)
@@ -187,9 +187,15 @@ def _accelerators(deployment: DeploymentResponse) -> set[str]:
     return {name for parameters in given if (name := parameters.get("accelerator"))}
 
 
-def _refuse_unknown_parameters(client: SyncPrefectClient, deployment: DeploymentResponse) -> None:
-    """Let the server refuse a run with a parameter that the flow does not have; its own schema would let it begin."""
+def _complete_form(client: SyncPrefectClient, deployment: DeploymentResponse) -> None:
+    """Give the form titles in words, and let the server refuse a parameter that the flow does not have.
+
+    Prefect's own schema names the arguments, and would let a run with others begin.
+    """
     schema = deployment.parameter_openapi_schema | {"additionalProperties": False}
+    schema["properties"] = {
+        name: field | {"title": name.replace("_", " ").capitalize()} for name, field in schema["properties"].items()
+    }
     client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
 
 

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from uuid import UUID
 
+import httpx
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
+from prefect.exceptions import PrefectException
+from prefect.runtime import deployment
 from pydantic import JsonValue
 
 from finercut.registry import runs, server
@@ -33,6 +47,10 @@ from . import collect as collection
 from . import dag, frontier, paths, register, reports, settings, summary
 from .params import Params, load
 
+# How far a stage is, in lines it prints: `search: 3/15 removed ...`, `heal: step 3/12, ...`.
+PROGRESS = re.compile(r"\w+: (?:step )?(\d+)/(\d+)\b")
+# A Prefect server that does not answer costs an artifact, and not the hours of the stage.
+UNTOLD = (httpx.HTTPError, PrefectException, RuntimeError)
 # DVC's advice after every stage, which is for people who run it by hand.
 DVC_HINTS = ("To track the changes", "git add dvc.lock", "To enable auto staging", "dvc config core", "Use `dvc push`")
 
@@ -55,15 +73,16 @@ def compress(
     execution holds the workspace from the choice of params to the collection.
 
     Args:
-        params_file: makes params.yaml what this file is in the last commit; none: params.yaml as it lies there
-        overrides: fields of params_file to change for this run, {"prune.budget.amount": 0.3}
-        pull: take what is missing from the DVC remote instead of computing it
-        push: store every result in the DVC remote before the model is registered
-        collect: at the end, free the disk of what `collect` in params.yaml does not keep
-        accelerator: the Prefect concurrency limit to hold, so that one run at a time uses the accelerator
-        budgets: compress to each of these in place of `prune.budget`, and register one that passes the gate
-        unit: of the budgets; none: that of `prune.budget`
-        rule: which of those that pass: leanest, the one that saves most; best, the one that keeps most accuracy
+        params_file: The settings, as they are in the last commit. None: params.yaml as it lies in the workspace.
+        overrides: Fields of the params file to change for this run, such as {"prune.budget.amount": 0.3}.
+        pull: Take results from the DVC remote where it has them, instead of computing them.
+        push: Store every result in the DVC remote before the model is registered.
+        collect: At the end, free the disk of what the section collect of params.yaml does not keep.
+        accelerator: The Prefect concurrency limit to hold, so that one run at a time uses the accelerator.
+        budgets: Compress to each of these in place of prune.budget, and register one that passes the gate.
+        unit: Of the budgets. None: the unit of prune.budget.
+        rule: Which budget of those that pass is registered. leanest: the one that saves most. best: the one that keeps
+            most accuracy.
 
     Raises:
         ValueError: an override of no params_file, or of a field that does not exist or does not allow it.
@@ -104,11 +123,14 @@ def _execute(
         The registration, the gate's checks, and the id of the MLflow run, which has `tags`.
     """
     stages = dag.stages()
-    mlflow_run = runs.open_run(
-        params.flow.experiment,
-        params.model_dump(mode="json", by_alias=True),
-        dag.revision() | {"prefect.flow_run_id": str(FlowRunContext.get().flow_run.id)} | tags,
-    )
+    flow_run_id = FlowRunContext.get().flow_run.id
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(flow_run_id, name=params.title)
+    tags = {"prefect.flow_run_id": str(flow_run_id), **tags}
+    if deployment.id:
+        tags |= {"mlflow.source.name": f"{compress.name}/{deployment.name}", "mlflow.source.type": "JOB"}
+    command = "finercut frontier" if MLFLOW_PARENT_RUN_ID in tags else "finercut run"
+    mlflow_run = register.open_run(params, tags, command)
     with tempfile.TemporaryDirectory() as folder:
         log_file = Path(folder) / "log.txt"
         with (
@@ -119,6 +141,7 @@ def _execute(
             for stage in stages:
                 _reproduce.with_options(
                     name=stage.name,
+                    task_run_name=f"{stage.name}: {params.title}",
                     retries=params.flow.retries.get(stage.name, 0),
                     retry_delay_seconds=params.flow.retry_delay_s,
                 )(stage, mlflow_run, params.flow.timeout_s.get(stage.name), pull, log_file, _edited(stage, params))
@@ -134,7 +157,8 @@ def _execute(
 
 def _gate(params: Params, mlflow_run: runs.Run) -> list[Check]:
     checks = register.judge(params)
-    mlflow_run.log_tags({"gate": "passed" if all(check.passed for check in checks) else "refused"})
+    register.conclude(checks, mlflow_run)
+    _publish(summary.result(checks), mlflow_run)
     return checks
 
 
@@ -147,7 +171,7 @@ def _edited(stage: dag.Stage, params: Params) -> bool:
 
 
 # DVC is the cache. Prefect's own timeouts cannot interrupt a thread that waits for a process, so the deadline is ours.
-@task(task_run_name="{stage.name}", cache_policy=NO_CACHE, persist_result=False)
+@task(cache_policy=NO_CACHE, persist_result=False)
 def _reproduce(
     stage: dag.Stage, mlflow_run: runs.Run, timeout_s: float | None, pull: bool, log_file: Path, edited: bool
 ) -> None:
@@ -159,18 +183,65 @@ def _reproduce(
     options = ["--single-item", *(["--pull"] if pull else [])]
     if edited:
         get_run_logger().info("%s: its source has changed since", stage.name)
+    progress = _Progress(stage.name)
     try:
         force = ["--force"] if edited else []
-        lines = _dvc(stage.name, ["repro", *options, *force, stage.name], mlflow_run, timeout_s, log_file)
+        lines = _dvc(stage.name, ["repro", *options, *force, stage.name], mlflow_run, timeout_s, log_file, progress)
         if reason := reports.unreadable(stage.name):
             get_run_logger().info("%s: runs again, for %s", stage.name, reason)
             lines = _dvc(stage.name, ["repro", *options, "--force", stage.name], mlflow_run, timeout_s, log_file)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{stage.name}: stopped after {timeout_s:g} s, the limit in flow.timeout_s") from error
     ran = any(line.startswith("Running stage") for line in lines)
+    progress.show(1, 1)
+    seconds = time.monotonic() - started
     mlflow_run.log_tags({f"stage.{stage.name}": "ran" if ran else "cached"})
-    mlflow_run.log_metrics({f"stage/{stage.name}_s": time.monotonic() - started})
+    mlflow_run.log_metrics({f"stage/{stage.name}_s": seconds})
     mlflow_run.log_reports(stage.reports)
+    if figures := summary.figures(stage.reports):
+        outcome = f"ran, {seconds:.0f} s" if ran else "from DVC's cache"
+        with suppress(*UNTOLD):
+            create_markdown_artifact(f"{stage.name}: {outcome}\n\n{figures}", key=_key(stage.name))
+
+
+@dataclass
+class _Progress:
+    """A stage's progress as an artifact of its task, from the lines it prints."""
+
+    stage: str
+    artifact: UUID | None = None
+    lost: bool = False
+
+    def read(self, line: str) -> None:
+        if found := PROGRESS.match(line):
+            done, of = map(int, found.groups())
+            if self.artifact is None and not self.lost:
+                self._create()
+            self.show(done, of)
+
+    def _create(self) -> None:
+        with self._not_fatal():
+            key = f"{_key(self.stage)}-progress"
+            self.artifact = create_progress_artifact(0.0, key=key, description=f"How far {self.stage} is")
+
+    def show(self, done: int, of: int) -> None:
+        """Nothing where no line said any progress."""
+        if self.artifact is not None and not self.lost:
+            with self._not_fatal():
+                update_progress_artifact(self.artifact, 100 * min(done / of, 1.0) if of else 0.0)
+
+    @contextmanager
+    def _not_fatal(self) -> Iterator[None]:
+        """Asked once: each question can cost the stage a minute."""
+        try:
+            yield
+        except UNTOLD:
+            self.lost = True
+
+
+def _key(stage: str) -> str:
+    """Of a stage's artifacts in Prefect, which takes letters, digits and dashes."""
+    return f"finercut-{stage.replace('_', '-')}"
 
 
 @task(name="push", task_run_name="push", cache_policy=NO_CACHE, persist_result=False)
@@ -179,7 +250,14 @@ def _push(mlflow_run: runs.Run, log_file: Path) -> None:
     _dvc("push", ["push", "--run-cache"], mlflow_run, None, log_file)
 
 
-def _dvc(name: str, arguments: list[str], mlflow_run: runs.Run, timeout_s: float | None, log_file: Path) -> list[str]:
+def _dvc(
+    name: str,
+    arguments: list[str],
+    mlflow_run: runs.Run,
+    timeout_s: float | None,
+    log_file: Path,
+    progress: _Progress | None = None,
+) -> list[str]:
     """Run a DVC command, its lines going to Prefect's log and, under `name`, to `log_file`; they are returned.
 
     Raises:
@@ -195,6 +273,8 @@ def _dvc(name: str, arguments: list[str], mlflow_run: runs.Run, timeout_s: float
         line = redacted(line)
         logger.info(line)
         lines.append(line)
+        if progress is not None:
+            progress.read(line)
         with log_file.open("a", encoding="utf-8") as file:
             file.write(f"{name}: {line}\n")
 
@@ -250,7 +330,8 @@ def run_group(
             if line.strip():
                 on_line(line.rstrip())
 
-    reader = threading.Thread(target=pump, daemon=True)
+    # With this thread's context, by which Prefect knows whose artifacts they are.
+    reader = threading.Thread(target=contextvars.copy_context().run, args=(pump,), daemon=True)
     try:
         reader.start()
         return process.wait(timeout_s)
@@ -265,9 +346,9 @@ def _register_task(params: Params, mlflow_run: runs.Run) -> RegisterReport:
     try:
         report = register.run(params, mlflow_run)
     except register.Refused:
-        _publish_summary()
+        _publish(summary.markdown(), mlflow_run)
         raise
-    _publish_summary()
+    _publish(summary.markdown(), mlflow_run)
     return report
 
 
@@ -310,13 +391,25 @@ def _collect_task(params: Params, mlflow_run: runs.Run) -> int:
     return collected.n_bytes
 
 
-def _publish_summary() -> None:
-    create_markdown_artifact(summary.markdown(), key="finercut-summary", description="What this execution came to")
+def _publish(markdown: str, mlflow_run: runs.Run) -> None:
+    page, address = str(paths.PAGE), _address(mlflow_run)
+    if address:
+        page = f"[{page}]({address}/artifacts/{page})"
+    create_markdown_artifact(
+        f"{markdown}\nEverything about it on one page: {page}\n",
+        key="finercut-summary",
+        description="What this execution came to",
+    )
 
 
 def _link(mlflow_run: runs.Run) -> None:
     """The MLflow run, one click away; a local store has no page to link to."""
+    if address := _address(mlflow_run):
+        create_link_artifact(address, link_text="MLflow run", key="finercut-mlflow-run")
+
+
+def _address(mlflow_run: runs.Run) -> str | None:
     uri = server.without_credentials(server.tracking_uri())
-    if uri.startswith(("http://", "https://")):
-        page = f"{uri.rstrip('/')}/#/experiments/{mlflow_run.experiment_id}/runs/{mlflow_run.run_id}"
-        create_link_artifact(page, link_text="MLflow run", key="finercut-mlflow-run")
+    if not uri.startswith(("http://", "https://")):
+        return None
+    return f"{uri.rstrip('/')}/#/experiments/{mlflow_run.experiment_id}/runs/{mlflow_run.run_id}"

@@ -19,7 +19,7 @@ from finercut.registry.records import Check, RegisterReport
 from finercut.report.frontier import FrontierReport, Point, Rule, choose, picture
 from finercut.serving.records import ThroughputReport
 
-from . import dag, paths, register, settings, summary
+from . import paths, register, settings, summary
 from .params import Params, load
 
 logger = logging.getLogger("finercut")
@@ -67,11 +67,9 @@ def run(
     with _restored_on_error(before):
         for amount in sorted(budgets):  # all are allowed, before the first is run
             take(amount)
-        parent = runs.open_run(
-            params.flow.experiment,
-            params.model_dump(mode="json", by_alias=True),
-            dag.revision() | {"frontier": ", ".join(map(str, budgets))},
-        )
+        amounts = ", ".join(map(str, budgets))
+        title = f"{params.model}: frontier of {unit}, {amounts}"
+        parent = register.open_run(params, {"frontier": amounts}, "finercut frontier", title)
     with runs.recorded(parent):
         tags = {"mlflow.parentRunId": parent.run_id}
         with _restored_on_error(before):
@@ -87,6 +85,7 @@ def run(
             report.write(paths.report("frontier"))
             picture(report, paths.FRONTIER_PICTURE)
             parent.log_reports([paths.report("frontier"), paths.FRONTIER_PICTURE])
+            parent.describe(markdown())
             if chosen is None:
                 raise register.Refused(
                     f"no point of the frontier passes the gate: {'; '.join(_line(point, unit) for point in points)}"

@@ -1,11 +1,12 @@
-"""Writes the page about one execution: the one in this workspace, or a registered version's."""
+"""Writes the page about one execution, and the one that compares two: of workspaces, or of registered versions."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
-from finercut.report import inputs, page
+from finercut.report import comparison, inputs, page
 from finercut.system.staging import staged_file
 
 from . import paths
@@ -14,19 +15,49 @@ from . import paths
 def write(what: str | None, output: Path) -> None:
     """
     Args:
-        what: models:/NAME@ALIAS or models:/NAME/VERSION; None for this workspace
+        what: models:/NAME@ALIAS, models:/NAME/VERSION or a directory; None for this workspace
 
     Raises:
         ValueError: a report is missing or of another form, or `what` names no version.
         RuntimeError: MLflow does not have the version.
     """
-    if what is None:
-        found = inputs.read([paths.REPORTS, paths.TRAJECTORY.parent, paths.PARAMS.parent], "this workspace")
-    else:
-        found = _of_version(what)
+    found = _of_directory(Path(), "this workspace") if what is None else _read(what)
+    _write(page.html(found), output)
+
+
+def default(what: str | None) -> Path:
+    """Where the page of `what` goes: not onto this workspace's, which is the output of a stage."""
+    return paths.PAGE if what is None else paths.REPORTS / f"{re.sub(r'[^A-Za-z0-9.]+', '-', _name(what))}.html"
+
+
+def compare(one: str, other: str, output: Path) -> comparison.Comparison:
+    """Write the page about two, each named as in `write`.
+
+    Raises:
+        ValueError, RuntimeError: as `write`.
+    """
+    found = comparison.Comparison((_name(one), _name(other)), (_read(one), _read(other)))
+    _write(comparison.html(found), output)
+    return found
+
+
+def _write(html: str, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(output) as partial:
-        partial.write_text(page.html(found), encoding="utf-8")
+        partial.write_text(html, encoding="utf-8")
+
+
+def _read(what: str) -> inputs.Inputs:
+    return _of_directory(Path(what), what) if Path(what).is_dir() else _of_version(what)
+
+
+def _name(what: str) -> str:
+    return Path(what).resolve().name if Path(what).is_dir() else what
+
+
+def _of_directory(root: Path, whose: str) -> inputs.Inputs:
+    """Of a workspace, or of a version that was downloaded."""
+    return inputs.read([root / paths.REPORTS, root / paths.TRAJECTORY.parent, root / "evidence", root], whose)
 
 
 def _of_version(uri: str) -> inputs.Inputs:

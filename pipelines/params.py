@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import date
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, ValidationError
@@ -12,16 +12,18 @@ from pydantic import Field, PositiveFloat, ValidationError
 from finercut.checkpoint.settings import Heal, Prove, Prune
 from finercut.evaluation.settings import Evaluate
 from finercut.registry.settings import Collect, Promote, Register
-from finercut.selection.settings import Search
+from finercut.selection.settings import Budget, Search
 from finercut.serving.settings import Throughput
-from finercut.sources.settings import Calibrate, Fetch
+from finercut.sources.settings import Calibrate, Fetch, HubModel, LocalModel
 from finercut.system import redaction, yaml_files
 from finercut.system.settings import Section
 from finercut.system.yaml_files import Entry
 
 from . import paths
 
-Stage = Literal["fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput"]
+Stage = Literal[
+    "fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput", "report"
+]
 # Errors beyond these are only counted.
 N_ERRORS_SHOWN = 5
 # Booleans in YAML 1.1, text in YAML 1.2.
@@ -51,6 +53,24 @@ class Params(Section):
     promote: Promote
     collect: Collect
     flow: Flow
+
+    @property
+    def model(self) -> str:
+        """The whole model's name, for people."""
+        source = self.fetch.source
+        if isinstance(source, HubModel):
+            return source.repository.rpartition("/")[2]
+        return source.path.resolve().name if isinstance(source, LocalModel) else PurePath(source.file).stem
+
+    @property
+    def title(self) -> str:
+        """Model and budget: what an execution is called."""
+        return f"{self.model} less {shown(self.prune.budget)}"
+
+
+def shown(budget: Budget) -> str:
+    unit = budget.unit.replace("kv_cache", "KV cache")
+    return f"{100 * budget.amount:g} % of {unit}" if budget.amount < 1 else f"{budget.amount:g} {unit}"
 
 
 def load(path: Path = paths.PARAMS) -> Params:

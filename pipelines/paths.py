@@ -25,6 +25,7 @@ REMOVALS_PICTURE = REPORTS / "removals.png"
 FRONTIER_PICTURE = REPORTS / "frontier.png"
 
 PAGE = REPORTS / "report.html"
+COMPARISON = REPORTS / "compare.html"
 
 WORK = Path(".finercut")
 """What is neither input nor output of a stage, so that DVC leaves it alone: `lock`, held by the process that works in

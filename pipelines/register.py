@@ -7,7 +7,10 @@ changes the registry. If a version of the same name holds this checkpoint alread
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from huggingface_hub import ModelCard
 
 from finercut.checkpoint.records import ProveReport, PruneReport
 from finercut.evaluation.records import EvaluateReport
@@ -19,7 +22,7 @@ from finercut.serving.records import ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport
 from finercut.system.records import Environment
 
-from . import dag, paths, reports
+from . import dag, paths, reports, summary
 from .params import Params
 
 logger = logging.getLogger("finercut")
@@ -46,13 +49,30 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
         raise RuntimeError(f"not reproduced since something changed: {', '.join(stale)}; run `finercut run`")
     if mlflow_run is not None:
         return _register(params, checks, stages, mlflow_run)
-    mlflow_run = runs.open_run(params.flow.experiment, params.model_dump(mode="json", by_alias=True), dag.revision())
+    mlflow_run = open_run(params, {}, "finercut register")
     with runs.recorded(mlflow_run):
         for stage in stages:
             mlflow_run.log_reports(stage.reports)
         for path in PIPELINE_FILES:
             mlflow_run.log_file(path, "pipeline")
         return _register(params, checks, stages, mlflow_run)
+
+
+def open_run(params: Params, tags: Mapping[str, str], source: str, title: str | None = None) -> runs.Run:
+    """An MLflow run of an execution with these params.
+
+    Args:
+        source: the command
+        title: None is the params'
+    """
+    mlflow_run = runs.open_run(
+        params.flow.experiment,
+        params.model_dump(mode="json", by_alias=True),
+        dag.revision() | {"mlflow.source.name": source, "mlflow.source.type": "LOCAL"} | tags,
+        title or params.title,
+    )
+    mlflow_run.describe(f"`{source}`: {summary.plan(params)}")
+    return mlflow_run
 
 
 def judge(params: Params) -> list[Check]:
@@ -63,6 +83,13 @@ def judge(params: Params) -> list[Check]:
         throughput=ThroughputReport.read(paths.report("throughput")),
         **params.register_.limits,
     )
+
+
+def conclude(checks: Sequence[Check], mlflow_run: runs.Run) -> None:
+    """Say on the run's page what the execution came to: figures that decide, and the gate."""
+    mlflow_run.log_metrics(_deciding())
+    mlflow_run.log_tags({"gate": "passed" if all(check.passed for check in checks) else "refused"})
+    mlflow_run.describe(summary.result(checks))
 
 
 def _register(params: Params, checks: list[Check], stages: list[dag.Stage], mlflow_run: runs.Run) -> RegisterReport:
@@ -80,7 +107,8 @@ def _register(params: Params, checks: list[Check], stages: list[dag.Stage], mlfl
         report = _report("already registered" if known else "registered", found, checks, name, mlflow_run)
     report.write(paths.report("register"))
     mlflow_run.log_file(paths.report("register"), "reports")
-    mlflow_run.log_tags({"gate": "refused" if failed else "passed", "register": report.status})
+    mlflow_run.log_tags({"register": report.status})
+    conclude(checks, mlflow_run)
     if failed:
         raise Refused(f"{name} is not registered: {'; '.join(failed)}")
     logger.info("%s: %s", report.status, report.model_uri)
@@ -106,7 +134,7 @@ def _new_version(
     stages: list[dag.Stage], checks: list[Check], name: str, md5: str, mlflow_run: runs.Run
 ) -> versions.Registered:
     written = [path for stage in stages for path in stage.reports]
-    metrics: dict[str, float] = {}
+    metrics = _deciding()
     for path in written:
         if path.suffix == ".json":
             metrics |= runs.numbers(path)
@@ -114,14 +142,36 @@ def _new_version(
     files, tags = [*written, *PIPELINE_FILES], dag.revision() | _provenance(checks)
     measured_with = Environment.read(paths.ENVIRONMENT).model_dump() if paths.ENVIRONMENT.is_file() else {}
     libraries = {library: found for library, found in measured_with.items() if found}
-    return versions.register(mlflow_run, name, paths.FINAL, files, metrics, tags, md5, libraries)
+    description = _description(mlflow_run, paths.REMOVALS_PICTURE in written)
+    return versions.register(mlflow_run, name, paths.FINAL, files, metrics, tags, md5, libraries, description)
+
+
+def _description(mlflow_run: runs.Run, with_picture: bool) -> str:
+    """The checkpoint's card, under the figures that decide and the picture of what was removed."""
+    found = paths.FINAL / "README.md"
+    card = ModelCard(found.read_text(encoding="utf-8"), ignore_metadata_errors=True).text if found.is_file() else ""
+    # Relative to the page of MLflow's server that shows it, wherever that is.
+    picture = f"get-artifact?path={paths.REMOVALS_PICTURE}&run_uuid={mlflow_run.run_id}"
+    parts = [summary.deciding(), f"![What was removed]({picture})" if with_picture else "", card.strip()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _deciding() -> dict[str, float]:
+    """The figures by which versions are chosen: metrics of the run and of the model, tags of the version."""
+    prune = PruneReport.read(paths.report("prune"))
+    evaluate = EvaluateReport.read(paths.report("evaluate"))
+    retention = {} if evaluate.mean_retention is None else {"mean_retention": evaluate.mean_retention}
+    return {
+        **{f"share.{cost}": share for cost, share in prune.shares.items()},
+        **retention,
+        "perplexity_ratio": evaluate.perplexity_ratio,
+        "speed_up": ThroughputReport.read(paths.report("throughput")).speed_up,
+    }
 
 
 def _provenance(checks: list[Check]) -> dict[str, str]:
     fetch = FetchReport.read(paths.report("fetch"))
     prune = PruneReport.read(paths.report("prune"))
-    evaluate = EvaluateReport.read(paths.report("evaluate"))
-    throughput = ThroughputReport.read(paths.report("throughput"))
     return {
         "parent": fetch.source,
         "parent.revision": fetch.revision,
@@ -130,10 +180,8 @@ def _provenance(checks: list[Check]) -> dict[str, str]:
         "divergence": SearchReport.read(paths.report("search")).divergence,
         "pruned.sha256": prune.sha256,
         "removals": ", ".join(prune.removed),
-        **{f"share.{cost}": f"{share:.4f}" for cost, share in prune.shares.items()},
-        "mean_retention": str(evaluate.mean_retention),
-        "perplexity_ratio": f"{evaluate.perplexity_ratio:.4f}",
-        "speed_up": f"{throughput.speed_up:.4f}",
+        # Of one length, because MLflow compares tags as text.
+        **{name: f"{value:.4f}" for name, value in _deciding().items()},
         "gate": "passed",
         "gate.checks": "; ".join(c.reason for c in checks),
     }

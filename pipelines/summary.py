@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from finercut.checkpoint.records import PruneReport
 from finercut.evaluation.records import EvaluateReport
 from finercut.registry.records import Check, RegisterReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import FetchReport
+from finercut.system.records import flatten
 
 from . import paths
+from .params import Params, shown
 
 
 def markdown() -> str:
@@ -19,20 +23,85 @@ def markdown() -> str:
     Raises:
         FileNotFoundError: a stage has not run.
     """
-    sections = (_removals(), _quality(), _speed(), _gate())
+    report = RegisterReport.read(paths.report("register"))
+    outcome = f"Gate: {report.status} {report.model_uri or report.name}"
+    where = f"MLflow run {report.run_id} at {report.tracking_uri}"
+    sections = (_removals(), _quality(), _speed(), f"{outcome}\n\n{_checks(report.checks)}\n\n{where}")
     return "\n\n".join(sections) + "\n"
+
+
+def result(checks: Sequence[Check]) -> str:
+    """The same before anything is registered."""
+    passed = all(check.passed for check in checks)
+    gate = f"Gate: {'passed' if passed else 'not passed'}\n\n{_checks(checks)}"
+    return "\n\n".join([_removals(), gate, _quality(), _speed()])
+
+
+def plan(params: Params) -> str:
+    """What an execution is going to do, in one sentence."""
+    search, heal = params.search, params.heal
+    healing = "heals nothing" if heal.method == "none" else f"heals by {heal.method}"
+    return (
+        f"removes {shown(params.prune.budget)} from {params.model}, chosen by {search.method} ({search.divergence}), "
+        f"and {healing}. The figures come when all stages have ended."
+    )
+
+
+def figures(reports: Iterable[Path]) -> str:
+    """What the JSON files among them say, as tables; empty where there is none."""
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in reports if path.suffix == ".json"]
+    return "\n\n".join(_tables(report) for report in read if report)
+
+
+def _tables(report: Mapping[str, object]) -> str:
+    """One of what has a single value, and one of each list or mapping of records."""
+    single, several = {}, {}
+    for name, value in report.items():
+        records = value if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, list) else {}
+        if records and all(isinstance(record, Mapping) for record in records.values()):
+            several[name] = {str(key): flatten(record, " ") for key, record in records.items()}
+        else:
+            single |= {key: leaf for key, leaf in flatten({name: value}, " ").items() if leaf not in (None, [], "")}
+    found = [table(["figure", "value"], [[name, _cell(value)] for name, value in single.items()])] if single else []
+    for name, records in several.items():
+        columns = list(dict.fromkeys(column for record in records.values() for column in record))
+        rows = [[key, *(_cell(record.get(column)) for column in columns)] for key, record in records.items()]
+        found.append(table([name, *columns], rows))
+    return "\n\n".join(found)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def deciding() -> str:
+    """What is saved, and what of speed and quality is left, as a table of one row."""
+    prune = PruneReport.read(paths.report("prune"))
+    evaluate = EvaluateReport.read(paths.report("evaluate"))
+    throughput = ThroughputReport.read(paths.report("throughput"))
+    costs = [cost.replace("kv_cache", "KV cache") for cost in prune.shares]
+    saved = [f"-{_percent(share)}" for share in prune.shares.values()]
+    return table(
+        [*costs, "output tokens/s", "mean retention", "perplexity"],
+        [
+            [
+                *saved,
+                f"x {throughput.speed_up:.2f}",
+                _percent(evaluate.mean_retention),
+                f"x {evaluate.perplexity_ratio:.2f}",
+            ]
+        ],
+    )
 
 
 def _removals() -> str:
     fetch, prune = FetchReport.read(paths.report("fetch")), PruneReport.read(paths.report("prune"))
-    throughput = ThroughputReport.read(paths.report("throughput"))
-    shown = table(
-        [*(cost.replace("kv_cache", "KV cache") for cost in prune.shares), "output tokens/s"],
-        [[*(f"-{_percent(share)}" for share in prune.shares.values()), f"x {throughput.speed_up:.2f}"]],
-    )
     return (
         f"# {fetch.source}: {prune.n_removed_sublayers} of {prune.n_sublayers} sublayers removed\n\n"
-        f"{', '.join(prune.removed)}\n\n{shown}"
+        f"{', '.join(prune.removed)}\n\n{deciding()}"
     )
 
 
@@ -107,11 +176,8 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _gate() -> str:
-    report = RegisterReport.read(paths.report("register"))
-    checks = "\n".join(f"- {'passed' if c.passed else 'FAILED'}: {c.reason}" for c in report.checks)
-    outcome = f"Gate: {report.status} {report.model_uri or report.name}"
-    return f"{outcome}\n\n{checks}\n\nMLflow run {report.run_id} at {report.tracking_uri}"
+def _checks(checks: Sequence[Check]) -> str:
+    return "\n".join(f"- {'passed' if c.passed else 'FAILED'}: {c.reason}" for c in checks)
 
 
 def _percent(share: float | None) -> str:

@@ -203,4 +203,5 @@ if __name__ == "__main__":
     else:
         speed_up = float(Path("speed_up.txt").read_text())
         throughput(speed_up=speed_up).write(paths.report("throughput"))
+    print(f"{sys.argv[1]}: 1/2 sublayers")
     print(f"toy stage {sys.argv[1]} done")

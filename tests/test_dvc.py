@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from finercut.report import inputs
 from pipelines import dag, environment, fetch, paths, reports
 from pipelines.cli import STAGES
 from pipelines.params import Params
@@ -37,7 +38,7 @@ BY_NAME = {
 ORDER = ["fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput"]
 # Their sections of params.yaml bear other names.
 SECTIONS = {"evaluate_whole": "evaluate"}
-MODULES = {"heal": "steps"}
+MODULES = {"heal": "steps", "report": "pages"}
 
 each_stage = pytest.mark.parametrize("stage", ORDER)
 
@@ -97,11 +98,11 @@ def files_of(stage: str) -> set[str]:
         and isinstance(node.args[0], ast.Constant)
     }
     # Of the shared module for steps, what the step at hand reads.
-    unused = {str(paths.CALIBRATION), str(paths.SELECTION), str(paths.MODEL)} if stage in MODULES else set()
+    unused = {str(paths.CALIBRATION), str(paths.SELECTION), str(paths.MODEL)} if stage == "heal" else set()
     return (named | reports) - {str(paths.WORK), str(paths.REPORTS)} - unused
 
 
-@each_stage
+@pytest.mark.parametrize("stage", [*ORDER, "report"])
 def test_the_code_of_a_stage_lies_in_the_rooms_it_depends_on(stage):
     if stage == "fetch":
         return
@@ -146,7 +147,13 @@ def test_every_step_of_the_chain_is_a_stage_that_writes_its_checkpoint():
 
 def test_stages_run_in_the_order_of_what_they_read(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert [stage.name for stage in dag.stages()] == ["environment", *ORDER]
+    assert [stage.name for stage in dag.stages()] == ["environment", *ORDER, "report"]
+
+
+def test_the_page_is_made_again_when_anything_changes_that_it_shows():
+    report = DECLARED["report"]
+    assert {f"reports/{stage}.json" for stage in ORDER} <= {*report["deps"]}
+    assert sorted(report["params"]) == sorted(inputs.SECTIONS)
 
 
 def test_nothing_is_timed_before_the_claims_are_known_to_hold():
@@ -251,7 +258,7 @@ def test_a_comment_in_every_module_does_not_make_fetch_stale(reproduced):
         ("finercut/serving/vllm_engine.py", ["prove", "throughput"]),
         ("finercut/evaluation/harness.py", ["evaluate", "evaluate_whole"]),
         ("finercut/sources/texts.py", ["calibrate"]),
-        ("finercut/registry/gate.py", []),
+        ("finercut/registry/gate.py", ["report"]),
         ("finercut/system/staging.py", []),
         ("pipelines/flow.py", []),
     ],

@@ -27,7 +27,18 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("finercut", "pipelines", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "pyproject.toml")
 # vLLM starts four times, each taking the better part of a minute on two cores.
 pytestmark = pytest.mark.timeout(1800)
-STAGES = ("fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput")
+STAGES = (
+    "fetch",
+    "calibrate",
+    "search",
+    "prune",
+    "heal",
+    "prove",
+    "evaluate_whole",
+    "evaluate",
+    "throughput",
+    "report",
+)
 NAME = "finercut-tiny"
 
 
@@ -156,6 +167,10 @@ def test_a_model_goes_from_fetch_to_a_registered_version(project, monkeypatch):
     assert "3 x (48 + 2)" in summary.markdown()
     assert project.report(RegisterReport, "register").status == "registered"
     assert (project.root / "reports/removals.png").is_file()
+    run_id = project.report(RegisterReport, "register").run_id
+    page = mlflow.artifacts.load_text(f"runs:/{run_id}/reports/report.html")
+    assert page == (project.root / "reports/report.html").read_text()
+    assert "2 of 8 sublayers removed" in page
 
 
 def test_the_registered_version_can_be_downloaded_and_generates_what_the_checkpoint_does(project):
@@ -191,9 +206,9 @@ def test_running_again_computes_and_registers_nothing(project, monkeypatch):
 @pytest.mark.parametrize(
     ("section", "change", "stale"),
     [
-        ("prune", {"budget": {"unit": "sublayers", "amount": 3}}, ["prune", "search"]),
-        ("evaluate", {"seed": 1}, ["evaluate", "evaluate_whole"]),
-        ("register", {"min_speed_up": 0.5}, []),
+        ("prune", {"budget": {"unit": "sublayers", "amount": 3}}, ["prune", "report", "search"]),
+        ("evaluate", {"seed": 1}, ["evaluate", "evaluate_whole", "report"]),
+        ("register", {"min_speed_up": 0.5}, ["report"]),
     ],
 )
 def test_a_change_of_params_concerns_its_own_stage(project, monkeypatch, section, change, stale):

@@ -197,7 +197,7 @@ def test_a_search_outlives_mlflow_delivers_what_it_kept_and_says_what_is_lost(pr
     go_on(search, 4)
     with mlflow_server(tmp_path, port):
         go_on(search, 5)
-        history = client.get_metric_history(run_id, "live/search.divergence")
+        history = client.get_metric_history(run_id, "live search/divergence")
     go_on(search, 6)
     _, told = search.communicate("\n", timeout=120)
     assert search.returncode == 0, told

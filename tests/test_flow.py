@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from holder import holding
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from toy import ROOT, STAGES, make_toy, write
 
 from finercut.registry.ledger import Ledger
@@ -85,6 +87,11 @@ def test_an_execution_is_one_finished_run_with_every_figure_and_a_registered_ver
     assert run.info.run_id == report.run_id
     assert run.info.status == "FINISHED"
     assert {name: run.data.tags[f"stage.{name}"] for name in STAGES} == dict.fromkeys(STAGES, "ran")
+    assert run.info.run_name == "SmolLM2-135M-Instruct.Q4_1 less 13.8 % of parameters"
+    assert run.data.tags["mlflow.note.content"].startswith("# toy: 2 of 8 sublayers removed")
+    assert (run.data.tags["mlflow.user"], run.data.tags["mlflow.source.name"]) == (getpass.getuser(), "finercut run")
+    kind = mlflow.MlflowClient().get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
     assert run.data.tags["git.dirty"] == "false"
     assert run.data.metrics["throughput/speed_up"] == 1.25
     assert run.data.metrics["evaluate/tasks/finercut_copying/pruned"] == 0.6
@@ -103,9 +110,33 @@ def test_an_execution_is_one_finished_run_with_every_figure_and_a_registered_ver
     } <= stored
     version = client.get_model_version_by_alias(toy["register"]["name"], "challenger")
     assert version.tags["removals"] == "2.attention, 3.mlp"
+    deciding = {"share.parameters": 0.2, "mean_retention": 0.75, "perplexity_ratio": 1.5, "speed_up": 1.25}
+    assert {name: version.tags[name] for name in deciding} == {name: f"{value:.4f}" for name, value in deciding.items()}
+    (logged,) = client.search_logged_models([run.info.experiment_id], "metrics.`share.parameters` > 0.1")
+    assert {m.key: m.value for m in logged.metrics if m.key in deciding} == deciding
+    assert "x 1.25" in version.description
+    assert "challenger" in client.get_registered_model(toy["register"]["name"]).description
     assert version.tags["mlflow.source.git.commit"] == dag.revision()["mlflow.source.git.commit"]
     stored = {a.path for a in client.list_logged_model_artifacts(version.source.removeprefix("models:/"), "evidence")}
     assert {"evidence/dvc.lock", "evidence/evaluate.json"} <= stored
+
+
+def test_prefect_shows_each_run_by_model_and_budget_with_the_figures_and_progress_of_its_stages(executed):
+    _, report = executed
+    run = mlflow.MlflowClient().get_run(report.run_id)
+    flow_run, _ = task_runs(run)
+    assert flow_run.name == run.info.run_name
+    with get_client(sync_client=True) as client:
+        of_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+        told = {artifact.key: artifact for artifact in client.read_artifacts(flow_run_filter=of_run)}
+        tasks = {task.id: task.name for task in client.read_task_runs(flow_run_filter=of_run)}
+    assert "| whole_parameters " in told["finercut-prune"].data
+    assert "| finercut_copying | acc " in told["finercut-evaluate"].data
+    progress = told["finercut-prune-progress"]
+    assert (progress.type, progress.data) == ("progress", 100.0)
+    for artifact in (told["finercut-prune"], progress):
+        assert tasks[artifact.task_run_id] == f"prune: {flow_run.name}"
+    assert "reports/report.html" in told["finercut-summary"].data
 
 
 def test_a_second_execution_runs_nothing_logs_every_figure_again_and_makes_no_version_but_a_challenger(executed):
@@ -178,7 +209,8 @@ def task_runs(run):
     """Of a run of MLflow: its flow run in Prefect, and the states of its tasks."""
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(run.data.tags["prefect.flow_run_id"])
-        return flow_run, {t.name: t.state.name for t in client.read_task_runs() if t.flow_run_id == flow_run.id}
+        tasks = [t for t in client.read_task_runs() if t.flow_run_id == flow_run.id]
+        return flow_run, {t.name.partition(":")[0]: t.state.name for t in tasks}
 
 
 def leave_searches(n):

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import example_reports
 import pytest
+from click.testing import CliRunner
 
+from finercut.evaluation.records import Score
 from finercut.report import inputs, page
+from finercut.serving.records import Spread
 from pipelines import pages, paths
+from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput")
@@ -42,7 +46,7 @@ def test_the_page_has_the_figures_of_the_reports_and_asks_for_no_file(project):
         "2.attention: removed at step 1",
         "3.mlp: removed at step 2",
     ]
-    assert not re.search(r"(?:src|href)=|url\(|https?://", text)
+    assert not re.search(r'(?:src|href)="(?!#)|url\((?!#)|https?://', text)
 
 
 def test_the_gate_is_judged_by_the_limits_of_the_executions_own_params(project):
@@ -60,7 +64,29 @@ def test_a_healed_model_has_a_column_of_its_own(project):
     healed.write(paths.report("heal"))
     text = shown()
     assert "<th>whole</th><th>pruned</th><th>healed</th>" in text
-    assert '<td data-value="15.0">15.00</td><td data-value="12.0">12.00</td>' in text
+    assert 'data-value="15.0">15.00</td><td data-value="12.0">12.00</td>' in text
+
+
+def test_what_was_measured_of_the_pruned_model_and_under_other_loads_is_shown(project):
+    example_reports.heal().model_copy(update={"method": "refit"}).write(paths.report("heal"))
+    score = Score(value=0.5, stderr=0.01, n_samples=100, n_available=100, n_fewshot=0, higher_is_better=True)
+    unhealed = example_reports.evaluate_whole().model_copy(
+        update={"perplexity": 17.0, "tasks": {"finercut_copying": score}}
+    )
+    example_reports.evaluate(unhealed=unhealed).write(paths.report("evaluate"))
+    served = example_reports.throughput().whole
+    rate = Spread(median=1.125, low=1.1, high=1.15)
+    load = {"input_tokens": 512, "output_tokens": 8, "concurrency": 1, "whole": served, "pruned": served}
+    example_reports.throughput(more_loads=[{**load, "speed_up": 1.125, "speed_up_spread": rate}]).write(
+        paths.report("throughput")
+    )
+    text = shown()
+    assert '<td data-value="10.0">10.00</td><td data-value="17.0">17.00</td><td data-value="15.0">15.00</td>' in text
+    assert '<td data-value="0.5">0.500\N{NO-BREAK SPACE}± 0.010</td><td data-value="0.6">0.600</td>' in text
+    assert '<td data-value="512">512</td>' in text
+    assert "x 1.12 [1.10, 1.15]" in text
+    assert "<svg" in text
+    assert shown() == text, "the same figures are the same bytes"
 
 
 def test_what_others_wrote_is_text_and_no_markup(project):
@@ -81,3 +107,45 @@ def test_a_version_of_0_1_has_a_page(tmp_path):
         shutil.copytree(old / part / "evidence", tmp_path, dirs_exist_ok=True)
     text = page.html(inputs.read([tmp_path], "version 1"))
     assert "the claim of prune" in text
+
+
+@pytest.fixture
+def two(project):
+    """The workspace and another, whose model has a sublayer more, is faster and was timed on other hardware."""
+    other = project / "other"
+    shutil.copytree("reports", other / "reports")
+    shutil.copy("params.yaml", other)
+    pruned = example_reports.prune()
+    more = {"removed": [*pruned.removed, "3.attention"], "shares": pruned.shares | {"parameters": 0.25}}
+    pruned.model_copy(update=more).write(other / paths.report("prune"))
+    task = example_reports.evaluate().tasks["finercut_copying"]
+    worse = task.model_copy(update={"pruned": 0.4, "retention": 0.5})
+    example_reports.evaluate(tasks={"finercut_copying": worse}, mean_retention=0.5).write(
+        other / paths.report("evaluate")
+    )
+    example_reports.throughput(speed_up=1.5, hardware="another").write(other / paths.report("throughput"))
+    return other
+
+
+def test_two_executions_are_compared_by_the_figures_of_their_reports(two):
+    said = CliRunner().invoke(main, ["compare", ".", "other"])
+    assert said.exit_code == 0, said.stderr
+    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.stdout.splitlines() if "|" in line]
+    rows = {row[0]: row[1:] for row in told}
+    assert rows["parameters saved"] == ["20.0\N{NO-BREAK SPACE}%", "25.0\N{NO-BREAK SPACE}%", "+5.0 points"]
+    assert rows["speed-up"] == ["x 1.25", "x 1.50", "+20.0\N{NO-BREAK SPACE}%"]
+    assert rows["finercut_copying"][1:3] == ["0.600", "0.400"]
+    assert rows["finercut_copying"][-1] == "-25.0 ± 0.0 points"
+    assert "speed does not compare: other hardware\n" in said.stdout
+    page = paths.COMPARISON.read_text(encoding="utf-8")
+    assert "by both: 2.attention, 3.mlp" in page
+    assert "by other alone: 3.attention" in page
+    assert 'data-value="1.5">x 1.50</td>' in page
+    assert not re.search(r'(?:src|href)="(?!#)|url\((?!#)|https?://', page)
+
+
+def test_a_path_that_is_nothing_is_one_line(project):
+    said = CliRunner().invoke(main, ["compare", ".", "nowhere"])
+    assert said.exit_code == 1
+    (line,) = said.stderr.splitlines()
+    assert line.startswith("finercut compare: 'nowhere' names no version")

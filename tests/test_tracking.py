@@ -33,7 +33,7 @@ def test_points_reach_the_open_run_under_live_names(mlflow_store, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", run.run_id)
     live.log_metrics({"search.divergence": 0.5}, step=1)
     live.log_metrics({"search.divergence": 0.75}, step=2)
-    history = run.client.get_metric_history(run.run_id, "live/search.divergence")
+    history = run.client.get_metric_history(run.run_id, "live search/divergence")
     assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 0.75)]
     assert run.client.get_run(run.run_id).info.status == "RUNNING"
 

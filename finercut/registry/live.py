@@ -34,7 +34,9 @@ _series: dict[str, _Series] = {}
 
 
 def log_metrics(metrics: Mapping[str, float], step: int) -> None:
-    """Add one point to each of the live series `live/<name>` of the run in MLFLOW_RUN_ID; without one, do nothing.
+    """Add one point to each of the live series of the run in MLFLOW_RUN_ID; without one, do nothing.
+
+    `search.divergence` is the series `live search/divergence`: MLflow groups charts by what precedes the slash.
 
     A tracking server that fails must not cost hours of search: the first failure is a warning, points are kept, and
     they are delivered once it answers again. The flow logs the complete series, under other names, when the stage has
@@ -49,7 +51,7 @@ def log_metrics(metrics: Mapping[str, float], step: int) -> None:
 
     series = _series.setdefault(run_id, _Series())
     now = int(time.time() * 1000)
-    series.points += [Metric(f"live/{name}", value, now, step) for name, value in metrics.items()]
+    series.points += [Metric(f"live {name.replace('.', '/', 1)}", value, now, step) for name, value in metrics.items()]
     if time.monotonic() >= series.next_try:
         _deliver(run_id, series)
 

@@ -13,7 +13,7 @@ from finercut.registry.records import Check
 from finercut.system.records import Record
 
 # Speed-ups compare only where all of these agree.
-_LOAD = (
+LOAD = (
     "input_tokens",
     "output_tokens",
     "concurrency",
@@ -29,8 +29,8 @@ _LOAD = (
     "torch_version",
 )
 # Scores compare only where these agree, perplexities where those of their own do.
-_SCORES = ("dtype", "lm_eval_version", "transformers_version", "seed")
-_PERPLEXITY = ("dtype", "transformers_version")
+SCORES = ("dtype", "lm_eval_version", "transformers_version", "seed")
+PERPLEXITY = ("dtype", "transformers_version")
 # What version 0.1 did not record, and params.yaml does not say.
 _UNKNOWN_IN_0_1 = ("transformers_version",)
 # Standard errors within which two retentions are no different.
@@ -95,7 +95,7 @@ def _retention(challenger: Evidence, champion: Evidence, margin: float) -> Check
         reason = "no task was given to both in the same way: evaluate one that the champion was evaluated on"
         return Check(name="retention", value=None, passed=False, reason=reason)
     reached, best = (statistics.mean(tasks[name].retention for name in common) for tasks in (ours, theirs))
-    if others := _differing(challenger.evaluate, champion.evaluate, _SCORES):
+    if others := differing(challenger.evaluate, champion.evaluate, SCORES):
         return _not_compared("retention", reached, best, others)
     errors = [tasks[name].retention_stderr for tasks in (ours, theirs) for name in common]
     noise = N_SIGMA * math.hypot(*errors) / len(common)
@@ -109,7 +109,7 @@ def _same_way(ours: TaskFigures, theirs: TaskFigures) -> bool:
 
 def _perplexity(challenger: Evidence, champion: Evidence, margin: float) -> Check:
     reached, best = challenger.evaluate.perplexity_ratio, champion.evaluate.perplexity_ratio
-    others = _differing(challenger.evaluate, champion.evaluate, _PERPLEXITY)
+    others = differing(challenger.evaluate, champion.evaluate, PERPLEXITY)
     if challenger.calibrate.held_out_sha256 != champion.calibrate.held_out_sha256:
         others = ["held-out tokens", *others]
     if others:
@@ -119,7 +119,7 @@ def _perplexity(challenger: Evidence, champion: Evidence, margin: float) -> Chec
 
 def _speed_up(challenger: Evidence, champion: Evidence, margin: float) -> Check:
     ours, theirs = challenger.throughput, champion.throughput
-    if others := _differing(ours, theirs, _LOAD):
+    if others := differing(ours, theirs, LOAD):
         return _not_compared("speed_up", ours.speed_up, theirs.speed_up, others)
     spreads = (ours.speed_up_spread, theirs.speed_up_spread)
     noise = sum(spread.half_width for spread in spreads if spread is not None)
@@ -127,7 +127,7 @@ def _speed_up(challenger: Evidence, champion: Evidence, margin: float) -> Check:
     return _judged("speed_up", ours.speed_up, best, best * (1 - margin), noise, "under the same load", at_least=True)
 
 
-def _differing(ours: Record, theirs: Record, names: Sequence[str]) -> list[str]:
+def differing(ours: Record, theirs: Record, names: Sequence[str]) -> list[str]:
     """Of these settings, those that differ; what only one of the two recorded differs, unless version 0.1 never did."""
     pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
     return [

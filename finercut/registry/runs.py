@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import getpass
 import json
 import logging
 import math
@@ -19,11 +20,17 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient, set_tracking_uri
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_USER
+from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
 from finercut.registry.server import impatient, mlflow_errors, reach_database, tracking_uri, without_credentials
+from finercut.system.records import flatten
 from finercut.system.redaction import redacted
 
 logger = logging.getLogger("finercut")
+
+# Which of its views MLflow opens an experiment in: the one for training. It would guess the one for GenAI.
+EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,10 @@ class Run:
     def log_tags(self, tags: Mapping[str, str]) -> None:
         with mlflow_errors("set tags"):
             self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def describe(self, markdown: str) -> None:
+        """Set the description on the run's page."""
+        self.log_tags({MLFLOW_RUN_NOTE: markdown[:MAX_TAG_VAL_LENGTH]})
 
     def log_metrics(self, metrics: Mapping[str, float], model_id: str | None = None) -> None:
         now = int(time.time() * 1000)
@@ -86,19 +97,11 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def flatten(nested: Mapping[str, object], separator: str) -> dict[str, object]:
-    """The leaves by their joined keys; lists are leaves."""
-    flat: dict[str, object] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}{separator}{name}": leaf for name, leaf in flatten(value, separator).items()}
-        else:
-            flat[key] = value
-    return flat
-
-
-def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, str]) -> Run:
+def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, str], name: str | None = None) -> Run:
     """Start a run with its parameters (flattened) and tags.
+
+    Args:
+        name: None lets MLflow make one up.
 
     Raises:
         RuntimeError: the server does not answer (within seconds), or the experiment was deleted.
@@ -116,7 +119,8 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
             client.search_logged_models([experiment_id], max_results=1)
         with mlflow_errors("find a model registry"):
             client.search_registered_models(max_results=1)
-        run_id = client.create_run(experiment_id, tags=dict(tags)).info.run_id
+        tags = {MLFLOW_USER: getpass.getuser(), **tags}
+        run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
         flat = flatten(params, ".").items()
         client.log_batch(run_id, params=[Param(name, _shown(value)) for name, value in flat])
     logger.info("MLflow run %s at %s, experiment %s", run_id, shown, experiment)
@@ -132,12 +136,16 @@ def _experiment_id(client: MlflowClient, name: str, shown_uri: str) -> str:
     if found is None:
         served = urlsplit(tracking_uri()).scheme in ("http", "https", "databricks")
         # Without a server MLflow would take a folder relative to whichever directory a later reader is in.
-        return client.create_experiment(name, None if served else Path("mlruns").absolute().as_uri())
+        location = None if served else Path("mlruns").absolute().as_uri()
+        return client.create_experiment(name, location, tags=EXPERIMENT_KIND)
     if found.lifecycle_stage != "active":
         raise RuntimeError(
             f"the MLflow experiment {name!r} at {shown_uri} is deleted; restore it with "
             f"`mlflow experiments restore -x {found.experiment_id}` or name another as flow.experiment"
         )
+    for tag, value in EXPERIMENT_KIND.items():
+        if tag not in found.tags:
+            client.set_experiment_tag(found.experiment_id, tag, value)
     return found.experiment_id
 
 

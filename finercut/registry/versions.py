@@ -27,6 +27,13 @@ from finercut.registry.server import impatient, mlflow_errors, tracking_uri
 CHALLENGER = "challenger"
 # A version has it from the moment it exists, and exists only once everything is uploaded.
 PRUNED_MD5 = "finercut.pruned_md5"
+# Of registered models that have none.
+DESCRIPTION = (
+    "Versions of one model that finercut pruned, each with its checkpoint and all evidence. `challenger` is the newest "
+    "that passed the gate, `champion` the one that was promoted; `finercut status` says why others were not."
+)
+# Characters of a description: the column of MLflow's database.
+LONGEST_DESCRIPTION = 5000
 
 
 @dataclass(frozen=True)
@@ -199,6 +206,7 @@ def register(
     tags: Mapping[str, str],
     pruned_md5: str,
     libraries: Mapping[str, str] | None = None,
+    description: str = "",
 ) -> Registered:
     """Make `checkpoint` a new version of `name`.
 
@@ -207,11 +215,12 @@ def register(
 
     Args:
         libraries: versions of torch and transformers that produced the evidence; of others, the installed ones
+        description: Markdown; what exceeds LONGEST_DESCRIPTION is cut off
     """
     with mlflow_errors(f"register {name}"):
         model_id = _upload(run, name, checkpoint, evidence, tags, libraries or {})
         run.log_metrics(metrics, model_id)
-        return _new_version(run, name, model_id, {**tags, PRUNED_MD5: pruned_md5})
+        return _new_version(run, name, model_id, {**tags, PRUNED_MD5: pruned_md5}, description[:LONGEST_DESCRIPTION])
 
 
 def challenge(run: Run, name: str, version: str) -> None:
@@ -267,13 +276,20 @@ def _public_version(found: str) -> str:
     return found.partition("+")[0]
 
 
-def _new_version(run: Run, name: str, model_id: str, tags: Mapping[str, str]) -> Registered:
+def _new_version(run: Run, name: str, model_id: str, tags: Mapping[str, str], description: str) -> Registered:
     try:
-        run.client.create_registered_model(name)
+        run.client.create_registered_model(name, description=DESCRIPTION)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+        if not run.client.get_registered_model(name).description:
+            run.client.update_registered_model(name, DESCRIPTION)
     created = run.client.create_model_version(
-        name, source=f"models:/{model_id}", run_id=run.run_id, tags=dict(tags), model_id=model_id
+        name,
+        source=f"models:/{model_id}",
+        run_id=run.run_id,
+        tags=dict(tags),
+        description=description,
+        model_id=model_id,
     )
     return Registered(str(created.version), f"models:/{name}/{created.version}")

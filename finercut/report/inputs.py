@@ -65,6 +65,11 @@ class Inputs:
     """SECTIONS of params.yaml."""
 
     @property
+    def model(self) -> str:
+        """The whole model's name, without where it is from."""
+        return self.fetch.source.rpartition("/")[2].removesuffix(".gguf")
+
+    @property
     def healed(self) -> bool:
         """Whether the final checkpoint's weights differ from the pruned one's."""
         return self.heal is not None and self.heal.method != "none"

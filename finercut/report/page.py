@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from finercut.report import charts
 from finercut.report.inputs import Inputs
 from finercut.serving.records import Spread
 from finercut.sublayers import KINDS, Sublayer, parse
@@ -31,6 +32,26 @@ class Square:
 
 
 def html(inputs: Inputs) -> str:
+    return render(
+        "page.html.jinja",
+        inputs=inputs,
+        checks=inputs.checks,
+        figures=_figures(inputs),
+        blocks=removal_map(inputs),
+        steps=_steps(inputs),
+        tasks=_tasks(inputs),
+        loads=_loads(inputs),
+        divergence=charts.divergence(inputs),
+        scores=charts.scores(inputs),
+        hashes=_hashes(inputs),
+        versions=_versions(inputs),
+        settings=json.dumps(inputs.settings, indent=2),
+        percent=percent,
+        retention_error=retention_error(inputs),
+    )
+
+
+def render(template: str, **values: object) -> str:
     environment = Environment(
         loader=PackageLoader("finercut.report", ""),
         autoescape=True,
@@ -38,38 +59,30 @@ def html(inputs: Inputs) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja").render(
-        inputs=inputs,
-        checks=inputs.checks,
-        figures=_figures(inputs),
-        blocks=_map(inputs),
-        steps=_steps(inputs),
-        tasks=_tasks(inputs),
-        hashes=_hashes(inputs),
-        versions=_versions(inputs),
-        settings=json.dumps(inputs.settings, indent=2),
-        percent=_percent,
-        retention_error=_retention_error(inputs),
-    )
+    return environment.get_template(template).render(values)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
-def _number(value: float | None, digits: int = 3) -> Cell:
+def number(value: float | None, digits: int = 3) -> Cell:
     return Cell("–") if value is None else Cell(f"{value:.{digits}f}", value)
 
 
-def _count(value: int) -> Cell:
+def count(value: int) -> Cell:
     return Cell(f"{value:,}", value)
 
 
-def _change(whole: float, final: float) -> Cell:
-    return Cell(f"{100 * (final / whole - 1):+.1f}\N{NO-BREAK SPACE}%", final / whole - 1) if whole else Cell("–")
+def change(before: Cell, after: Cell) -> Cell:
+    """As a share of what it was; a dash where one of the two is no number."""
+    if not (isinstance(before.value, int | float) and isinstance(after.value, int | float) and before.value):
+        return Cell("–")
+    share = after.value / before.value - 1
+    return Cell(f"{100 * share:+.1f}\N{NO-BREAK SPACE}%", share)
 
 
-def _spread(spread: Spread, scale: float, digits: int) -> Cell:
+def spread_cell(spread: Spread, scale: float, digits: int) -> Cell:
     low, median, high = (f"{scale * x:.{digits}f}" for x in (spread.low, spread.median, spread.high))
     return Cell(f"{median} [{low}, {high}]", spread.median)
 
@@ -77,63 +90,70 @@ def _spread(spread: Spread, scale: float, digits: int) -> Cell:
 def _figures(inputs: Inputs) -> list[tuple[str, list[Cell]]]:
     """Rows of whole, pruned, healed where there is one, and what the final checkpoint changes.
 
-    The evaluation and the engines measure the final checkpoint: where it was healed, the pruned column has only what
-    pruning and healing recorded of it.
+    The engines time the final checkpoint alone: where it was healed, the pruned column has no speed.
     """
     prune, evaluate, timed, heal = inputs.prune, inputs.evaluate, inputs.throughput, inputs.heal
+    unhealed = evaluate.unhealed
 
     def row(name: str, whole: Cell, final: Cell, pruned: Cell | None = None) -> tuple[str, list[Cell]]:
-        change = Cell("–")
-        if isinstance(whole.value, int | float) and isinstance(final.value, int | float):
-            change = _change(whole.value, final.value)
         middle = [pruned or Cell("–")] if inputs.healed else []
-        return name, [whole, *middle, final, change]
+        return name, [whole, *middle, final, change(whole, final)]
 
     def timing(name: str, of: Callable[..., Spread], scale: float, digits: int) -> tuple[str, list[Cell]]:
-        return row(name, _spread(of(timed.whole), scale, digits), _spread(of(timed.pruned), scale, digits))
+        return row(name, spread_cell(of(timed.whole), scale, digits), spread_cell(of(timed.pruned), scale, digits))
 
     pruned = {
-        "parameters": _count(prune.pruned_parameters),
-        "bytes": _count(prune.pruned_bytes),
-        "kv": _count(prune.pruned_kv_bytes_per_token),
+        "parameters": count(prune.pruned_parameters),
+        "bytes": count(prune.pruned_bytes),
+        "kv": count(prune.pruned_kv_bytes_per_token),
     }
     rows = [
-        row("parameters", _count(prune.whole_parameters), pruned["parameters"], pruned["parameters"]),
-        row("checkpoint, bytes", _count(prune.whole_bytes), pruned["bytes"], pruned["bytes"]),
-        row("KV cache, bytes a token", _count(prune.whole_kv_bytes_per_token), pruned["kv"], pruned["kv"]),
-        row("weights in the engine, GiB", _number(timed.whole.weights_gib, 2), _number(timed.pruned.weights_gib, 2)),
-        row("tokens the KV memory holds", _count(timed.whole.kv_cache_tokens), _count(timed.pruned.kv_cache_tokens)),
+        row("parameters", count(prune.whole_parameters), pruned["parameters"], pruned["parameters"]),
+        row("checkpoint, bytes", count(prune.whole_bytes), pruned["bytes"], pruned["bytes"]),
+        row("KV cache, bytes a token", count(prune.whole_kv_bytes_per_token), pruned["kv"], pruned["kv"]),
+        row("weights in the engine, GiB", number(timed.whole.weights_gib, 2), number(timed.pruned.weights_gib, 2)),
+        row("tokens the KV memory holds", count(timed.whole.kv_cache_tokens), count(timed.pruned.kv_cache_tokens)),
         timing("output tokens/s", lambda engine: engine.output_tokens_per_s, 1, 1),
         timing("TTFT, ms", lambda engine: engine.ttft_s, 1000, 1),
         timing("TPOT, ms", lambda engine: engine.tpot_s, 1000, 2),
-        row("perplexity, held-out", _number(evaluate.whole_perplexity, 2), _number(evaluate.pruned_perplexity, 2)),
-        row("bits a byte, held-out", _number(evaluate.whole_bits_per_byte), _number(evaluate.pruned_bits_per_byte)),
+        row(
+            "perplexity, held-out",
+            number(evaluate.whole_perplexity, 2),
+            number(evaluate.pruned_perplexity, 2),
+            number(unhealed and unhealed.perplexity, 2),
+        ),
+        row(
+            "bits a byte, held-out",
+            number(evaluate.whole_bits_per_byte),
+            number(evaluate.pruned_bits_per_byte),
+            number(unhealed and unhealed.bits_per_byte),
+        ),
     ]
     if inputs.healed:
         rows += [
             row(
                 "perplexity, float32",
                 Cell("–"),
-                _number(heal.perplexity_after, 2),
-                _number(heal.perplexity_before, 2),
+                number(heal.perplexity_after, 2),
+                number(heal.perplexity_before, 2),
             ),
             row(
                 "js from whole, held-out",
                 Cell("0"),
-                _number(heal.divergence_after, 4),
-                _number(heal.divergence_before, 4),
+                number(heal.divergence_after, 4),
+                number(heal.divergence_before, 4),
             ),
         ]
     return rows
 
 
-def _retention_error(inputs: Inputs) -> float:
+def retention_error(inputs: Inputs) -> float:
     """Standard error of the mean retention, with the tasks' errors independent."""
     errors = [t.retention_stderr for t in inputs.evaluate.tasks.values() if t.retention is not None]
     return math.hypot(*errors) / len(errors) if errors else 0.0
 
 
-def _map(inputs: Inputs) -> list[dict[str, Square]]:
+def removal_map(inputs: Inputs) -> list[dict[str, Square]]:
     """A column a block, from input to output."""
     known = {sublayer: step for step in inputs.steps for sublayer in parse(step.sublayer).sublayers}
     order: dict[Sublayer, int] = {}
@@ -162,11 +182,11 @@ def _steps(inputs: Inputs) -> list[list[Cell]]:
         ratio = step.held_out_divergence / step.divergence if step.divergence else None
         rows.append(
             [
-                _count(step.step),
+                count(step.step),
                 Cell(step.sublayer, step.sublayer),
                 Cell(f"{step.divergence:.4g}", step.divergence),
                 Cell(f"{step.held_out_divergence:.4g}", step.held_out_divergence),
-                _number(ratio, 2),
+                number(ratio, 2),
                 Cell(name, name),
                 margin,
             ]
@@ -178,20 +198,38 @@ def _tasks(inputs: Inputs) -> list[list[Cell]]:
     def score(value: float, stderr: float | None) -> Cell:
         return Cell(f"{value:.3f}" + (f"\N{NO-BREAK SPACE}± {stderr:.3f}" if stderr is not None else ""), value)
 
+    unhealed = inputs.evaluate.unhealed
+
+    def before(name: str) -> list[Cell]:
+        found = unhealed and unhealed.tasks.get(name)
+        return [score(found.value, found.stderr) if found else Cell("–")] if inputs.healed else []
+
     rows = [
         [
             Cell(name, name),
             Cell(task.metric, task.metric),
             score(task.whole, task.whole_stderr),
+            *before(name),
             score(task.pruned, task.pruned_stderr),
             Cell("–")
             if task.retention is None
-            else Cell(f"{_percent(task.retention)} ± {100 * task.retention_stderr:.1f}", task.retention),
+            else Cell(f"{percent(task.retention)} ± {100 * task.retention_stderr:.1f}", task.retention),
             Cell(f"{task.n_samples} of {task.n_available}", task.n_samples),
         ]
         for name, task in inputs.evaluate.tasks.items()
     ]
-    return sorted(rows, key=lambda row: row[4].value if isinstance(row[4].value, float) else math.inf)
+    return sorted(rows, key=lambda row: row[-2].value if isinstance(row[-2].value, float) else math.inf)
+
+
+def _loads(inputs: Inputs) -> list[list[Cell]]:
+    """The other loads that the engines served."""
+    rows = []
+    for load in inputs.throughput.more_loads:
+        speed_up = f"x {load.speed_up:.2f} [{load.speed_up_spread.low:.2f}, {load.speed_up_spread.high:.2f}]"
+        tokens = [spread_cell(served.output_tokens_per_s, 1, 1) for served in (load.whole, load.pruned)]
+        requests = [count(load.concurrency), count(load.input_tokens), count(load.output_tokens)]
+        rows.append([*requests, *tokens, Cell(speed_up, load.speed_up)])
+    return rows
 
 
 def _hashes(inputs: Inputs) -> dict[str, str]:

