@@ -76,15 +76,22 @@ class Blocks:
             self._views[key] = view
         return self._views[key]
 
-    def run(self, unit: Unit, states: Tensor, removed: Iterable[Sublayer]) -> Tensor:
-        """One unit on (batch, tokens, hidden) states; `removed` may name sublayers of other units too."""
+    def module(self, unit: Unit, removed: Iterable[Sublayer]) -> nn.Module | None:
+        """What runs for a unit: its block, reduced to the unit's kept sublayers. None where there is none that runs."""
         gone = frozenset(s.kind for s in removed if s.block == unit.block)
         if len(unit.kinds) == 1:
             if gone.issuperset(unit.kinds):
-                return states
+                return None
             gone = frozenset(KINDS) - set(unit.kinds)
+        return self.view(unit.block, gone)
+
+    def run(self, unit: Unit, states: Tensor, removed: Iterable[Sublayer]) -> Tensor:
+        """One unit on (batch, tokens, hidden) states; `removed` may name sublayers of other units too."""
+        module = self.module(unit, removed)
+        if module is None:
+            return states
         args, kwargs = self._arguments[unit.block]
-        return _states(self.view(unit.block, gone)(states, *args, **kwargs))
+        return _states(module(states, *args, **kwargs))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) ids -> (batch, tokens, hidden): the first block's input."""
