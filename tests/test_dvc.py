@@ -26,7 +26,12 @@ DECIDES_NOTHING = re.compile(
 )
 # Named by strings: what vLLM imports, and the steps on checkpoints.
 BY_NAME = {
-    "heal": ["finercut/checkpoint/heal.py", "finercut/healing/distill.py", "finercut/healing/refit.py"],
+    "heal": [
+        "finercut/checkpoint/heal.py",
+        "finercut/healing/distill.py",
+        "finercut/healing/reconstruct.py",
+        "finercut/healing/refit.py",
+    ],
     "prune": ["finercut/checkpoint/prune.py"],
     "prove": ["finercut/checkpoint/prune.py", "finercut/checkpoint/heal.py", "finercut/serving/vllm_models.py"],
     "throughput": [

@@ -19,12 +19,13 @@ from finercut.checkpoint.lineage import lineage_of
 from finercut.checkpoint.settings import Heal
 from finercut.checkpoint.steps import Inputs, Proof
 from finercut.checkpoint.writing import differing_tensors
-from finercut.healing import distill, refit
+from finercut.healing import distill, reconstruct, schedule
 from finercut.healing.fidelity import compare, fidelity, logits_of
-from finercut.healing.settings import Distill, Refit
+from finercut.healing.settings import Distill, Reconstruct, Refit
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
+from finercut.selection import depth, refit
 from finercut.selection.divergence import js
 from finercut.sublayers import Sublayer
 from finercut.tokens import Tokens
@@ -57,6 +58,24 @@ def distilling(**changes):
 def refitting(**changes):
     settings = {"method": "refit", "ridges": [0.01, 0.1, 1.0], "fractions": [0.5, 1.0], "batch_tokens": 8 * N}
     return Refit(**settings | {"dtype": "float32", "device": "cpu"} | changes)
+
+
+def reconstructing(**changes):
+    settings = {"method": "reconstruct", "sublayers": "all", "ridges": [0.01, 0.1, 1.0], "steps": 20, "warm_up": 0.1}
+    settings |= {"batch_tokens": 8 * N, "learning_rate": 3e-3, "eval_every": 5, "fractions": [0.5, 1.0], "seed": 0}
+    return Reconstruct(**settings | {"dtype": "float32", "device": "cpu"} | changes)
+
+
+def fit(model, batch, removed, ridges=(0.01, 0.1, 1.0), stored=lambda name: None):
+    """The refitted values, which the model now has."""
+    found = depth.Depth(model, batch, removed, 8 * N, stored)
+    return found.run(refit.ClosedForm(found, ridges))
+
+
+def reconstructed(model, batch, removed, stored=lambda name: None, **changes):
+    """The same after training."""
+    found = depth.Depth(model, batch, removed, 8 * N, stored)
+    return found.run(reconstruct.Reconstruction(found, reconstructing(**changes)))
 
 
 def windows(n, seed):
@@ -120,8 +139,8 @@ def test_fidelity_is_the_mean_js_and_the_perplexity_of_the_text(tiny_model, prun
 
 @pytest.mark.parametrize(
     "settings",
-    [distilling(), distilling(trainable="lora", learning_rate=5e-3), refitting()],
-    ids=["distill", "lora", "refit"],
+    [distilling(), distilling(trainable="lora", learning_rate=5e-3), refitting(), reconstructing()],
+    ids=["distill", "lora", "refit", "reconstruct"],
 )
 def test_a_healed_checkpoint_is_closer_to_the_whole_model_and_its_claim_holds(
     run, pruned, tiny_model, tokens_to_heal, proof, settings
@@ -139,7 +158,9 @@ def test_a_healed_checkpoint_is_closer_to_the_whole_model_and_its_claim_holds(
 
 
 @pytest.mark.parametrize(
-    "settings", [distilling(), distilling(trainable="lora", learning_rate=5e-3), refitting()], ids=repr
+    "settings",
+    [distilling(), distilling(trainable="lora", learning_rate=5e-3), refitting(), reconstructing()],
+    ids=["distill", "lora", "refit", "reconstruct"],
 )
 def test_only_reported_tensors_of_blocks_change_and_the_others_not_by_a_bit(run, pruned, settings):
     report, healed, _ = run(settings)
@@ -185,10 +206,11 @@ def test_a_divergence_that_rises_leaves_the_parent(run, pruned, proof, caplog):
     assert heal.claim(pruned, healed, proof).holds
 
 
-def test_a_refit_to_other_text_than_the_held_out_leaves_the_parent(run, pruned, tokens_to_heal):
-    # Two windows of one token: what they ask for is wrong everywhere else.
+@pytest.mark.parametrize("method", [refitting, reconstructing])
+def test_a_fit_to_other_text_than_the_held_out_leaves_the_parent(run, pruned, tokens_to_heal, method):
+    # Windows of one token: what they ask for is wrong everywhere else.
     narrow = dataclasses.replace(tokens_to_heal, healing=torch.full((8, N), 7))
-    report, healed, _ = run(refitting(ridges=[1e-2], fractions=[1.0]), tokens=narrow)
+    report, healed, _ = run(method(ridges=[1e-2], fractions=[1.0]), tokens=narrow)
     assert report.changed == []
     assert healed.weights_sha256 == pruned.weights_sha256
 
@@ -291,8 +313,8 @@ def test_windows_are_all_seen_before_any_is_seen_again():
 
 
 def test_the_learning_rate_rises_and_falls():
-    assert [round(distill.rate(done, 0.2), 6) for done in (0.0, 0.1, 0.2, 0.6, 1.0, 1.2)] == [0, 0.5, 1, 0.5, 0, 0]
-    assert distill.rate(0.0, 0.0) == 1
+    assert [round(schedule.rate(done, 0.2), 6) for done in (0.0, 0.1, 0.2, 0.6, 1.0, 1.2)] == [0, 0.5, 1, 0.5, 0, 0]
+    assert schedule.rate(0.0, 0.0) == 1
 
 
 class Killed(Exception):
@@ -356,9 +378,22 @@ def test_a_loss_that_is_no_number_is_one_error_and_no_checkpoint(run, tmp_path, 
     assert list((tmp_path / "healed").iterdir()) == []
 
 
-def test_a_batch_smaller_than_a_window_is_refused(run):
+@pytest.mark.parametrize("method", [distilling, reconstructing])
+def test_a_batch_smaller_than_a_window_is_refused(run, method):
     with pytest.raises(ValueError, match="heal.batch_tokens = 10 is less than a window of 24 tokens"):
-        run(distilling(batch_tokens=10))
+        run(method(batch_tokens=10))
+
+
+def test_fewer_tokens_than_one_step_are_refused(run):
+    with pytest.raises(ValueError, match="heal.tokens = 95 is less than one step of 96: raise it, or"):
+        run(distilling(tokens=95))
+
+
+def test_windows_that_would_judge_themselves_are_refused_before_a_model_is_loaded(run, tokens_to_heal, monkeypatch):
+    monkeypatch.setattr(distill, "load_pruned", lambda *_, **__: pytest.fail("loaded"))
+    repeated = torch.cat([tokens_to_heal.healing, tokens_to_heal.held_out[1:3]])
+    with pytest.raises(ValueError, match="2 of 66 windows to heal on are held-out windows too"):
+        run(distilling(), tokens=dataclasses.replace(tokens_to_heal, healing=repeated))
 
 
 def test_the_teacher_inside_lora_is_the_whole_model_before_and_after_training(tiny_model, pruned, tokens_to_heal):
@@ -416,7 +451,7 @@ def test_a_refit_is_the_ridge_solution_of_numpy(tiny_model):
     weights = 1 / (target**2).sum(1)
     first = np.arange(batch.numel()) % N == 0
     weights = np.where(
-        first, 0, np.minimum(weights, refit.MOST_WEIGHT * np.sort(weights[~first])[(~first).sum() // 2 - 1])
+        first, 0, np.minimum(weights, depth.MOST_WEIGHT * np.sort(weights[~first])[(~first).sum() // 2 - 1])
     )
     ridge = 0.3
     diagonal = (weights[:, None] * a**2).sum(0)
@@ -425,31 +460,34 @@ def test_a_refit_is_the_ridge_solution_of_numpy(tiny_model):
     rows = np.vstack([np.sqrt(weights)[:, None] * a, np.diag(np.sqrt(penalty))])
     right = np.vstack([np.sqrt(weights)[:, None] * (target - before), np.sqrt(penalty)[:, None] * own.T])
     expected = np.linalg.lstsq(rows, right, rcond=None)[0].T
-    fitted = refit.fit(model, batch, removed, refitting(ridges=[ridge]))
+    fitted = fit(model, batch, removed, [ridge])
     found = fitted["model.layers.0.mlp.down_proj.weight"].numpy()
     assert np.abs(expected - own).max() > 1e-2
     np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def at(norms, model, batch, gone):
+    """What goes into some norms of a model with sublayers masked."""
+    caught = {}
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(lambda _, a, n=n: caught.update({n: a[0]})) for n in norms
+    ]
+    with torch.no_grad(), masked(model, gone):
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    return caught
 
 
 def test_a_refit_lowers_what_is_missing_at_every_gap_on_its_own_tokens(tiny_model):
     removed = [Sublayer(1, "attention"), Sublayer(2, "mlp")]
     batch = windows(32, 3)
     whole, fitted = load_whole(tiny_model), load_whole(tiny_model)
-    refit.fit(fitted, batch, removed, refitting())
+    fit(fitted, batch, removed)
     norms = [f"model.layers.{i}.{name}" for i, name in ((1, "post_attention_layernorm"), (3, "input_layernorm"))]
-
-    def at(model, gone):
-        caught = {}
-        hooks = [
-            model.get_submodule(n).register_forward_pre_hook(lambda _, a, n=n: caught.update({n: a[0]})) for n in norms
-        ]
-        with torch.no_grad(), masked(model, gone):
-            model(batch)
-        for hook in hooks:
-            hook.remove()
-        return caught
-
-    target, before, after = at(whole, []), at(whole, removed), at(fitted, removed)
+    target, before, after = (
+        at(norms, model, batch, gone) for model, gone in ((whole, []), (whole, removed), (fitted, removed))
+    )
     for norm in norms:
         missing = [
             ((target[norm] - found[norm]).norm(dim=-1) / target[norm].norm(dim=-1))[:, 1:].mean()
@@ -459,7 +497,7 @@ def test_a_refit_lowers_what_is_missing_at_every_gap_on_its_own_tokens(tiny_mode
 
 
 def test_nothing_before_the_first_gap_is_fitted(tiny_model):
-    fitted = refit.fit(load_whole(tiny_model), windows(64, 3), [Sublayer(2, "attention")], refitting())
+    fitted = fit(load_whole(tiny_model), windows(64, 3), [Sublayer(2, "attention")])
     assert {name.split(".")[2] for name in fitted} <= {"1", "2", "3"}
     assert "model.layers.1.mlp.down_proj.weight" in fitted
     assert "model.layers.1.self_attn.o_proj.weight" not in fitted
@@ -477,7 +515,7 @@ def test_what_follows_sees_the_rounded_weights(tiny_model):
     batch = windows(16, 3)
     model = load_whole(tiny_model)
     stored = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
-    fitted = refit.fit(model, batch, [Sublayer(1, "attention")], refitting(), stored.get)
+    fitted = fit(model, batch, [Sublayer(1, "attention")], stored=stored.get)
     assert {value.dtype for value in fitted.values()} == {torch.bfloat16}
     for name, value in fitted.items():
         assert torch.equal(model.get_parameter(name), value.float())
@@ -503,7 +541,7 @@ def test_every_kind_of_family_has_something_to_fit_and_gains_by_it(case):
     whole, fitted = (random_model(model_type, **changes) for _ in range(2))
     with masked(fitted, removed):
         before = fidelity(logits_of(whole), logits_of(fitted), held_out)
-    found = refit.fit(fitted, batch, removed, refitting())
+    found = fit(fitted, batch, removed)
     assert any(FITTED[case] in name for name in found)
     with masked(fitted, removed):
         after = fidelity(logits_of(whole), logits_of(fitted), held_out)
@@ -512,13 +550,125 @@ def test_every_kind_of_family_has_something_to_fit_and_gains_by_it(case):
 
 def test_parallel_blocks_are_refused_with_what_to_do():
     model_type, changes = CASES["gpt_neox"]
-    with pytest.raises(ValueError, match="cannot fit a gpt_neox model, whose blocks are not .* take distill"):
-        refit.fit(random_model(model_type, **changes), windows(4, 3), [Sublayer(1, "mlp")], refitting())
+    with pytest.raises(
+        ValueError, match="cannot fit a gpt_neox model, whose blocks are not .* take heal.method reconstruct"
+    ):
+        refit.fit(random_model(model_type, **changes), windows(4, 3), [Sublayer(1, "mlp")], [0.1], 8 * N)
 
 
 def test_one_window_is_refused(tiny_model):
     with pytest.raises(ValueError, match="two windows at least"):
-        refit.fit(load_whole(tiny_model), windows(1, 3), [Sublayer(1, "mlp")], refitting())
+        fit(load_whole(tiny_model), windows(1, 3), [Sublayer(1, "mlp")])
+
+
+# Reconstruction
+
+
+def test_a_reconstruction_is_what_a_plain_loop_of_adam_finds(tiny_model):
+    # 1.attention is removed: 0.mlp is the first that is trained, with nothing drifted before it.
+    removed, steps = [Sublayer(1, "attention")], 6
+    batch = windows(32, 3)
+    model = load_whole(tiny_model)
+    names = ["model.layers.0.post_attention_layernorm", "model.layers.1.post_attention_layernorm"]
+    before, target = at(names, model, batch, []).values()
+    weights = 1 / target.square().sum(-1)
+    weights = weights.clamp_max(depth.MOST_WEIGHT * weights[:, 1:].median())
+    weights[:, 0] = 0
+    layer = load_whole(tiny_model).model.layers[0]
+    mine = [*layer.mlp.parameters(), *layer.post_attention_layernorm.parameters()]
+    optimizer = torch.optim.Adam(mine)
+
+    def missing(part):
+        x, t, w = (value[part].detach() for value in (before, target, weights))
+        return (w * (x + layer.mlp(layer.post_attention_layernorm(x)) - t).square().sum(-1)).sum()
+
+    # The first quarter judges.
+    judging, fitting = slice(8), slice(8, None)
+    at_first = [missing(part).item() for part in (judging, fitting)]
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * (step + 0.5) / steps))
+        optimizer.zero_grad()
+        (missing(fitting) / at_first[1]).backward()
+        optimizer.step()
+    explained = 1 - missing(judging).item() / at_first[0]
+    assert explained > 0.02
+    settings = {"ridges": [], "steps": steps, "eval_every": steps, "learning_rate": 1e-3, "warm_up": 0.0}
+    found = depth.Depth(model, batch, removed, 24 * N)
+    reconstruction, told = reconstruct.Reconstruction(found, reconstructing(batch_tokens=24 * N, **settings)), []
+
+    def telling(place):
+        told.append(reconstruction(place))
+        return told[-1]
+
+    values = found.run(telling)
+    assert told[0].explained == pytest.approx(explained, rel=1e-3)
+    for name in ("mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
+        expected = layer.get_submodule(name).weight.detach()
+        torch.testing.assert_close(values[f"model.layers.0.{name}.weight"], expected, rtol=0, atol=2e-5)
+        assert (expected - load_whole(tiny_model).model.layers[0].get_submodule(name).weight).abs().max() > 2e-3
+
+
+def test_only_sublayers_beside_a_gap_are_trained_on_request(tiny_model):
+    removed = [Sublayer(1, "mlp"), Sublayer(2, "attention")]
+    everywhere = reconstructed(load_whole(tiny_model), windows(64, 3), removed, ridges=[], sublayers="all")
+    beside = reconstructed(load_whole(tiny_model), windows(64, 3), removed, ridges=[], sublayers="gaps")
+    of = [{(int(name.split(".")[2]), "mlp" in name) for name in one if "_proj" in name} for one in (everywhere, beside)]
+    assert of[0] == {(1, False), (2, True), (3, False), (3, True)}
+    assert of[1] == {(1, False), (2, True)}
+
+
+def test_a_training_that_finds_nothing_better_leaves_the_refit(run):
+    _, refitted, _ = run(refitting())
+    _, trained, _ = run(reconstructing(learning_rate=3.0), name="trained")
+    assert trained.weights_sha256 == refitted.weights_sha256
+
+
+def test_a_reconstruction_whose_loss_is_no_number_is_one_error(run, tmp_path):
+    with pytest.raises(RuntimeError, match=r"^reconstruct: the loss of 1.attention is (nan|inf) in step 2: lower heal"):
+        run(reconstructing(learning_rate=1e30, warm_up=0.0))
+    assert list((tmp_path / "healed").iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [refitting(), reconstructing()], ids=["refit", "reconstruct"])
+def test_an_interrupted_fit_continues_to_the_same_bytes(run, tmp_path, monkeypatch, settings):
+    _, straight, told = run(settings)
+    fit, fitted = refit.ClosedForm.__call__, []
+
+    def killed(method, place):
+        if len(fitted) == 2:
+            raise Killed
+        fitted.append(place.name)
+        return fit(method, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refit.ClosedForm, "__call__", killed)
+        with pytest.raises(Killed):
+            run(settings, name="killed")
+    assert fitted == ["1.attention", "2.mlp"]
+    (folder,) = (tmp_path / "work").iterdir()
+    _, resumed, sent = run(settings, name="resumed")
+    assert sent == told[2:]
+    assert resumed.weights_sha256 == straight.weights_sha256
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("case", "trained"), [("gpt_neox", "attention.dense"), ("mixtral", "mlp.experts")])
+def test_parallel_blocks_and_experts_are_reconstructed(case, trained):
+    model_type, changes = CASES[case]
+    removed = [Sublayer(1, "attention"), Sublayer(2, "mlp")]
+    batch, held_out = windows(32, 3), windows(4, 4)
+    whole, fitted = (random_model(model_type, **changes) for _ in range(2))
+    stored = {name: p.detach().bfloat16() for name, p in fitted.named_parameters()}
+    with masked(fitted, removed):
+        before = fidelity(logits_of(whole), logits_of(fitted), held_out)
+    found = reconstructed(fitted, batch, removed, stored.get)
+    assert any(trained in name for name in found)
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert all(torch.equal(fitted.get_parameter(name), value.float()) for name, value in found.items())
+    assert not any(p.requires_grad for p in fitted.parameters() if p.grad is not None)
+    with masked(fitted, removed):
+        after = fidelity(logits_of(whole), logits_of(fitted), held_out)
+    assert after.divergence < 0.95 * before.divergence
 
 
 def test_params_choose_the_method(tmp_path):
@@ -526,7 +676,8 @@ def test_params_choose_the_method(tmp_path):
 
     kinds = TypeAdapter(Heal)
     assert kinds.validate_python({"method": "none"}).method == "none"
-    assert kinds.validate_python(distilling().model_dump()) == distilling()
+    for settings in (distilling(), refitting(), reconstructing()):
+        assert kinds.validate_python(settings.model_dump()) == settings
     for wrong in ({"method": "none", "tokens": 1}, {"method": "pray"}, refitting().model_dump() | {"ridges": []}):
         with pytest.raises(ValidationError):
             kinds.validate_python(wrong)

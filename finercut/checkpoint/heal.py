@@ -37,7 +37,8 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
 
     Raises:
         FileNotFoundError: no tokens, or no whole model.
-        ValueError: the method cannot be used with these settings or this model.
+        ValueError: the method cannot be used with these settings or this model, or healing and held-out windows
+            overlap.
         RuntimeError: the training diverged.
     """
     if isinstance(settings, Unhealed):
@@ -48,6 +49,7 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
     tokens.check_vocabulary(parent.language.vocab_size)
     whole = inputs.whole.written_by("fetch")
     windows, sha256 = _windows(tokens)
+    _check_disjoint(windows, tokens.held_out)
     task = Task(whole, parent, windows, tokens.held_out, inputs.work, inputs.on_metrics)
     healed = importlib.import_module(f"finercut.healing.{settings.method}").heal(task, settings)
     changed, candidates = [], [parent]
@@ -151,6 +153,16 @@ def _windows(tokens: Tokens) -> tuple[Tensor, str]:
         len(tokens.calibration),
     )
     return tokens.calibration, tokens.calibration_sha256
+
+
+def _check_disjoint(windows: Tensor, held_out: Tensor) -> None:
+    judging = set(map(tuple, held_out.tolist()))
+    shared = sum(tuple(window) in judging for window in windows.tolist())
+    if shared:
+        raise ValueError(
+            f"{shared} of {len(windows)} windows to heal on are held-out windows too, which judge the result: take "
+            "sources that repeat no text, and run `finercut calibrate` again"
+        )
 
 
 def _empty(directory: Path) -> None:

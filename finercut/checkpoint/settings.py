@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat
 
-from finercut.healing.settings import Distill, Refit, Unhealed
+from finercut.healing.settings import Distill, Reconstruct, Refit, Unhealed
 from finercut.selection.settings import Budget
 from finercut.system.settings import Section
 
@@ -15,7 +15,7 @@ class Prune(Section):
     budget: Budget
 
 
-Heal = Annotated[Unhealed | Refit | Distill, Field(discriminator="method")]
+Heal = Annotated[Unhealed | Refit | Reconstruct | Distill, Field(discriminator="method")]
 """How the pruned checkpoint is repaired."""
 
 

@@ -6,7 +6,6 @@ stop and which state is taken.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -19,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-import finercut
 from finercut.healing.fidelity import Logits, fidelity, logits_of
+from finercut.healing.schedule import order, rate
 from finercut.healing.settings import Distill
 from finercut.healing.task import Healed, Task, one_device
 from finercut.model.devices import dtype_of
@@ -49,19 +47,24 @@ def heal(task: Task, settings: Distill) -> Healed:
     """Train, continuing where an interrupted run of the same inputs and settings stopped.
 
     Raises:
-        ValueError: a batch smaller than a window, or a device that is not here.
+        ValueError: a batch smaller than a window, fewer tokens than a batch, or a device that is not here.
         RuntimeError: loss or logits that are not finite.
     """
     n_tokens = task.windows.shape[1]
     if settings.batch_tokens < n_tokens:
         raise ValueError(f"heal.batch_tokens = {settings.batch_tokens} is less than a window of {n_tokens} tokens")
+    step = settings.batch_tokens // n_tokens * n_tokens
+    if settings.tokens < step:
+        raise ValueError(
+            f"heal.tokens = {settings.tokens} is less than one step of {step}: raise it, or lower heal.batch_tokens"
+        )
     device = one_device(settings.device)
     dtype = dtype_of(settings.dtype, device)
     with quiet():
         pair = (_lora if settings.trainable == "lora" else _blocks)(task, settings, device, dtype)
         before = fidelity(pair.teacher, logits_of(pair.student), task.held_out.to(device))
         logger.info("heal: before, held-out divergence %.4f, perplexity %.2f", before.divergence, before.perplexity)
-        folder = task.work / _key(task, settings, dtype, device)
+        folder = task.folder(settings, dtype, device)
         trainer = _trainer(task, settings, pair, before.divergence, device, dtype, folder)
         trainer.train(resume_from_checkpoint=_last(folder))
         shutil.rmtree(folder, ignore_errors=True)
@@ -151,13 +154,11 @@ def _lora(task: Task, settings: Distill, device: torch.device, dtype: torch.dtyp
 
 
 class _Windows(torch.utils.data.Dataset):
-    """`n` windows: all of them in a random order, then all again in another one."""
+    """`n` windows, in random order."""
 
     def __init__(self, windows: Tensor, n: int, seed: int) -> None:
         self.windows = windows
-        generator = torch.Generator().manual_seed(seed)
-        passes = [torch.randperm(len(windows), generator=generator) for _ in range(math.ceil(n / len(windows)))]
-        self.order = torch.cat(passes)[:n].tolist()
+        self.order = order(len(windows), n, seed)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -217,13 +218,6 @@ class _Trainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-
-def rate(done: float, warm_up: float) -> float:
-    """The learning rate as a share of its highest, where a share `done` of the training is over."""
-    if done < warm_up:
-        return done / warm_up
-    return (1 + math.cos(math.pi * min(1.0, (done - warm_up) / (1 - warm_up)))) / 2
 
 
 class _Clock(TrainerCallback):
@@ -320,7 +314,7 @@ def _trainer(
 ) -> _Trainer:
     n_tokens = task.windows.shape[1]
     n_batch = settings.batch_tokens // n_tokens
-    n_steps = max(1, settings.tokens // (n_batch * n_tokens))
+    n_steps = settings.tokens // (n_batch * n_tokens)
     n_micro = _most_at_once(n_batch, n_tokens * task.whole.language.vocab_size)
     windows = _Windows(task.windows, n_steps * n_batch, settings.seed)
     passes = len(windows) / len(task.windows)
@@ -373,24 +367,6 @@ def _most_at_once(n_windows: int, logits_per_window: int) -> int:
         n for n in range(1, n_windows + 1) if n_windows % n == 0 and n * logits_per_window <= LOGITS_AT_ONCE
     ]
     return max(fitting, default=1)
-
-
-def _key(task: Task, settings: Distill, dtype: torch.dtype, device: torch.device) -> str:
-    """Of all that decides the result: a run is continued only by the same one."""
-    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    decides = {
-        "settings": settings.model_dump(mode="json"),
-        "models": [task.whole.weights_sha256, task.pruned.weights_sha256, task.pruned.settings],
-        "windows": [_sha256(w.numpy().tobytes()) for w in (task.windows, task.held_out)],
-        "shapes": [list(w.shape) for w in (task.windows, task.held_out)],
-        "computed": [str(dtype), device.type, torch.__version__, transformers.__version__, finercut.__version__],
-        "code": _sha256(b"".join(code)),
-    }
-    return _sha256(json.dumps(decides, sort_keys=True).encode())[:16]
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _last(folder: Path) -> str | None:

@@ -35,6 +35,38 @@ class Refit(Section):
     """auto, cpu, cuda."""
 
 
+class Reconstruct(Section):
+    """Train kept sublayers one by one, in order of depth, so that the residual stream behind each is the whole model's
+    again: the refit first, then all weights of the sublayer by gradient."""
+
+    method: Literal["reconstruct"]
+    sublayers: Literal["gaps", "all"]
+    """Which are trained: those right before and right behind a gap, or all from the first gap on. The others are
+    refitted only."""
+    ridges: list[PositiveFloat]
+    """Of the refit that each sublayer starts from; empty: from the pruned model's weights."""
+    steps: PositiveInt
+    """Of the optimizer, for each sublayer."""
+    batch_tokens: PositiveInt
+    """Tokens of one step, and that go through a sublayer at once."""
+    learning_rate: PositiveFloat
+    """Of Adam, at its highest; falls to zero by a cosine."""
+    warm_up: Annotated[float, Field(ge=0, lt=1)]
+    """Share of a sublayer's steps in which the learning rate rises."""
+    eval_every: PositiveInt
+    """Steps between evaluations on windows that are not trained on; a sublayer takes the best evaluated state, if it is
+    better than the refit."""
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
+    """Candidates for how much of the whole change is applied; chosen on held-out tokens."""
+    seed: Annotated[int, Field(ge=0)]
+    """Of the order of the windows."""
+    dtype: TrainingDtype
+    """Of the matrix products; trained weights are float32. auto: bfloat16 where the device multiplies in it, else
+    float32."""
+    device: str
+    """auto, cpu, cuda: one device."""
+
+
 class Distill(Section):
     """Train the pruned model to predict what the whole model predicts."""
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
+import finercut
 from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
+from finercut.system.settings import Section
+
+# The rooms whose code decides the result.
+DECIDING = ("healing", "selection")
 
 OnMetrics = Callable[[Mapping[str, float], int], None]
 """Takes figures by name, and the step they belong to."""
@@ -27,6 +35,24 @@ class Task:
     work: Path
     """Folder for what an interrupted run continues from."""
     on_metrics: OnMetrics
+
+    def folder(self, settings: Section, dtype: torch.dtype, device: torch.device) -> Path:
+        """For what an interrupted run continues from; the name says all that decides the result: no other run does."""
+        root = Path(finercut.__file__).parent
+        code = [file.read_bytes() for room in DECIDING for file in sorted((root / room).glob("*.py"))]
+        decides = {
+            "settings": settings.model_dump(mode="json"),
+            "models": [self.whole.weights_sha256, self.pruned.weights_sha256, self.pruned.settings],
+            "windows": [_sha256(w.numpy().tobytes()) for w in (self.windows, self.held_out)],
+            "shapes": [list(w.shape) for w in (self.windows, self.held_out)],
+            "computed": [str(dtype), device.type, torch.__version__, transformers.__version__, finercut.__version__],
+            "code": _sha256(b"".join(code)),
+        }
+        return self.work / _sha256(json.dumps(decides, sort_keys=True).encode())[:16]
+
+    def stored(self, name: str) -> Tensor | None:
+        """A parameter of the pruned model as its checkpoint stores it; None where it does under another name."""
+        return self.pruned.tensor(name) if name in self.pruned.tensors else None
 
 
 @dataclass(frozen=True)
@@ -47,3 +73,7 @@ def one_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index != 0:
         raise ValueError(f"cannot heal on {device}: only on the first GPU; choose with CUDA_VISIBLE_DEVICES")
     return device
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

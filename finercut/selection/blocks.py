@@ -117,14 +117,21 @@ class Blocks:
         """The residual stream in states, (..., numbers), without what they carry."""
         return states[..., : self._stream.stop]
 
-    def run(self, unit: Unit, states: Tensor, removed: Iterable[Sublayer]) -> Tensor:
-        """One unit on (batch, tokens, hidden) states; `removed` may name sublayers of other units too."""
+    def module(self, unit: Unit, removed: Iterable[Sublayer]) -> nn.Module | None:
+        """What runs for a unit: its block, reduced to the unit's kept sublayers. None where there is none that runs."""
         gone = frozenset(s.kind for s in removed if s.block == unit.block)
         if self.layout.sequential:
             if gone.issuperset(unit.kinds):
-                return states
+                return None
             gone = frozenset(KINDS) - set(unit.kinds)
-        view, given = self.view(unit.block, gone), self._given[unit.block]
+        return self.view(unit.block, gone)
+
+    def run(self, unit: Unit, states: Tensor, removed: Iterable[Sublayer]) -> Tensor:
+        """One unit on (batch, tokens, hidden) states; `removed` may name sublayers of other units too."""
+        view = self.module(unit, removed)
+        if view is None:
+            return states
+        given = self._given[unit.block]
         if not self._carries:
             return _call(view, states, given)
         given = given | {key: place.of(states) for key, place in self._inputs.get(unit.block, {}).items()}
