@@ -132,7 +132,7 @@ class Blocks:
         if view is None:
             return states
         given = self._given[unit.block]
-        if not self._carries:
+        if not self.carries:
             return _call(view, states, given)
         given = given | {key: place.of(states) for key, place in self._inputs.get(unit.block, {}).items()}
         before = {key: tuple(place.of(states) for place in places) for key, places in self._shared_at.items()}
@@ -147,12 +147,13 @@ class Blocks:
         return after
 
     @property
-    def _carries(self) -> bool:
+    def carries(self) -> bool:
+        """Whether states have more than the residual stream: what blocks are given or share beside it."""
         return bool(self._shared_at or self._inputs or len(self._stream.shape) > 1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) ids -> (batch, tokens, hidden): the first block's input."""
-        if not self._carries:
+        if not self.carries:
             catch = _StandIn(self.blocks[0], self._n_outputs)
             self._run(self._around([catch]), tokens)
             return catch.states
@@ -168,7 +169,7 @@ class Blocks:
     def logits(self, states: Tensor) -> Tensor:
         """(batch, tokens, hidden) after the last block -> (batch, tokens, vocab), all by the model's own code."""
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        if self._carries:
+        if self.carries:
             states = self._stream.of(states)
         return self._run(self._around([_StandIn(self.blocks[0], self._n_outputs, states)]), ids).logits
 

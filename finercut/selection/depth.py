@@ -89,7 +89,7 @@ class Depth:
                 next sublayer is fitted. None: as in the model.
 
         Raises:
-            ValueError: a single window.
+            ValueError: a single window, or blocks that hand on more than the residual stream.
         """
         if len(windows) < 2:
             raise ValueError(
@@ -102,6 +102,11 @@ class Depth:
         self.stored = stored
         with torch.no_grad():
             self.blocks = Blocks(model, self.layout, windows[:1])
+        if self.blocks.carries:
+            raise ValueError(
+                f"blocks of a {model.config.model_type} model hand on more than the residual stream, to which alone "
+                "sublayers can be fitted: set heal.method to distill"
+            )
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.windows = windows
         self.n_at_once = max(1, batch_tokens // windows.shape[1])
