@@ -13,7 +13,6 @@ from finercut.model.probe import find_layout
 from finercut.selection.greedy import search
 from finercut.sublayers import Sublayer, candidates
 
-
 # OPT's norms lie on the stream there: what runs before its cores is left in the blocks, where it is not declared.
 FOUND = [name for name in CASES if name != "opt post-norm"]
 
