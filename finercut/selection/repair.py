@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from finercut.model.families import layout_of
 from finercut.selection.bench import Bench
+from finercut.selection.depth import Depth
 from finercut.selection.records import Refitted
 from finercut.selection.refit import check, fit
 from finercut.selection.settings import Refitting
@@ -28,16 +29,15 @@ class Repair:
             windows: to fit to: token ids, (samples, tokens).
 
         Raises:
-            ValueError: a single window, sublayers that run in parallel, or a model on several devices.
+            ValueError: a model or windows that a refit cannot do with, or a model on several devices.
         """
         check(layout_of(model.config), model.config.model_type)
-        if len(windows) < 2:
-            raise ValueError("search.refit needs two windows at least: raise calibrate.n_healing_samples")
         if hasattr(model, "hf_device_map"):
             raise ValueError("search.refit needs the model on one device: set search.device to a GPU that holds it")
         self.model = model
         self.windows = windows.to(model.device)
         self.settings = settings
+        Depth(model, self.windows, (), settings.batch_tokens)  # refuses now what it would after the first removal
         self.removed: Sequence[Sublayer] = ()
         self._own: dict[str, Tensor] = {}
         self._fitted: dict[str, Tensor] = {}
