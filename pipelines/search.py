@@ -37,6 +37,7 @@ from finercut.selection.evolution import Generation
 from finercut.selection.examples import Examples, read_examples
 from finercut.selection.goal import Goal
 from finercut.selection.records import SearchReport
+from finercut.selection.repair import Repair
 from finercut.selection.settings import NOT_NESTED, STEPWISE, Budget, Search
 from finercut.selection.trajectory import Provenance, Removal, Step, Trajectory
 from finercut.sources.records import FetchReport
@@ -111,6 +112,7 @@ def prepared(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Job:
         seed=settings.seed if settings.method in ("random", "evolutionary") else None,
         evolution=settings.evolution.model_dump_json() if settings.method == "evolutionary" else None,
         task_sha256=None if examples is None else examples.sha256,
+        refit=settings.refit and f"{settings.refit.model_dump_json()} on {tokens.healing_sha256}",
         continuations=_continuations(settings),
         model_source=fetched.source,
         model_revision=fetched.revision,
@@ -226,6 +228,14 @@ class Job:
             return None
         return Continuations(self.tokens.held_out, settings.continuations, settings.continuation_tokens)
 
+    def repair(self) -> Repair | None:
+        """
+        Raises:
+            ValueError: see `Repair`.
+        """
+        refit = self.settings.refit
+        return None if refit is None else Repair(self.load(), self.tokens.healing, refit)
+
     @property
     def micro_batch_tokens(self) -> int | None:
         wanted = self.settings.micro_batch_tokens
@@ -334,6 +344,7 @@ def _greedy(job: Job) -> Selected:
             error_probability=settings.error_probability,
             first_windows=provenance.first_windows,
             earlier=found.removals,
+            repair=job.repair(),
             ranks=ranks,
             progress=bar.refresh,
             **job.measured_with | ({} if settings.method == "greedy" else {"continuations": None}),
@@ -428,6 +439,12 @@ def _inputs(settings: Search, budget: Budget) -> tuple[Search, FetchReport, Toke
     settings = settings.model_copy(update={"protect": sorted({*settings.protect, *map(str, fixed)})})
     goal = Goal(settings, budget, costs_of(whole), fetched.n_blocks)
     goal.check()
+    if settings.refit is not None and (tokens.healing is None or distributed.started()):
+        raise ValueError(
+            "search.refit fits to healing windows, and there are none: set calibrate.n_healing_samples"
+            if tokens.healing is None
+            else "search.refit works in one process: start it without torchrun"
+        )
     examples = None
     if settings.task is not None:
         examples = read_examples(Path(settings.task), whole.tokenizer, fetched.max_position_embeddings)
@@ -489,14 +506,16 @@ def work_saved(removal: Removal) -> float:
 def _tell(removal: Removal, n_removals: int, seconds: float, resumed_after: int) -> None:
     n_open = sum(map(len, (removal.values, removal.abandoned, removal.stale, removal.dropped)))
     eta_s = seconds / (removal.step - resumed_after) * max(0, n_removals - removal.step)
+    refitted = removal.refitted
     logger.info(
-        "search: %d/%d removed %s, divergence %.4f, held-out %.4f, %d of %d candidates evaluated, %.0f %% of brute "
+        "search: %d/%d removed %s, divergence %.4f, held-out %.4f%s, %d of %d candidates evaluated, %.0f %% of brute "
         "force saved, about %.0f s left",
         removal.step,
         n_removals,
         removal.sublayer,
         removal.divergence,
         removal.held_out_divergence,
+        f" (refitted {refitted.divergence:.4f}, {refitted.held_out_divergence:.4f})" if refitted else "",
         removal.evaluations,
         n_open,
         100 * work_saved(removal),
@@ -584,6 +603,7 @@ def _report(finished: Trajectory, settings: Search, n_candidates: int, found: Se
         task_file_sha256=None if settings.task is None else _file_sha256(settings.task),
         stopped=found.stopped,
         controls=last.controls,
+        final_refitted=last.refitted if isinstance(last, Removal) else None,
         mode=settings.mode,
         least_margin=min(margins, default=None),
         largest_fall=max((r.largest_fall for r in found.removals), default=0.0),

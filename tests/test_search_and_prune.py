@@ -23,7 +23,7 @@ from finercut.selection.trajectory import read_trajectory
 from finercut.sources.records import FetchReport
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
-from pipelines import params, paths, prune, search, stability
+from pipelines import params, paths, prune, search, stability, steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,6 +103,23 @@ def test_a_longer_search_continues_a_shorter_one(project):
     shutil.rmtree(paths.WORK)
     search.run(settings())
     assert paths.TRAJECTORY.read_bytes() == longer
+
+
+def test_a_search_that_refits_says_what_pruning_and_then_healing_by_refit_come_to(project):
+    few = torch.randint(3, 30, (54, 24), generator=torch.Generator().manual_seed(0))
+    write_tokens(_fresh(paths.CALIBRATION), Tokens(few[:4], few[4:6], few[6:]), {})
+    how = {"ridges": [0.01, 0.1, 1.0], "batch_tokens": 256}
+    changes = {"search__removals": 3, "search__refit": how, "prune__budget": {"unit": "sublayers", "amount": 3}}
+    found = search.run(with_changes(**changes))
+    assert found.method == "greedy_refitted"
+    ran = with_changes(**changes)
+    healing = {"method": "refit", "fractions": [1.0], "dtype": "float32", "device": "cpu"}
+    ran = params.Params.model_validate(ran.model_dump(by_alias=True) | {"heal": healing | how})
+    prune.run(ran)
+    healed = steps.run_and_report("heal", ran)
+    assert healed.divergence_before == pytest.approx(found.final_held_out_divergence, rel=1e-4)
+    assert healed.divergence_after == pytest.approx(found.final_refitted.held_out_divergence, rel=1e-3)
+    assert healed.divergence_after < 0.95 * healed.divergence_before
 
 
 # Slow enough to be killed between two removals.
@@ -530,6 +547,10 @@ def test_stability_of_what_does_not_depend_on_the_windows_is_refused(project, ch
         ({"search__swaps": 1, "search__removals": 5}, "set removals to auto"),
         ({"search__method": "gromov", "search__candidates": "blocks", "search__removals": 5}, "set removals to auto"),
         ({"search__swaps": 1, "search__exclude": 0.4}, "exclude goes neither with swaps"),
+        ({"search__refit": {}, "search__mode": "lazy"}, "refit goes with method greedy, mode exact and no swaps"),
+        ({"search__refit": {}, "search__n_processes": 2}, "set n_processes to 1"),
+        ({"search__refit": {}, "search__stop": {"agreement": 0.5}}, "stop judges the model without its refit"),
+        ({"search__refit": {}}, "search.refit fits to healing windows, and there are none"),
         ({"search__method": "evolutionary", "search__removals": 5}, "set removals to auto"),
         ({"search__method": "evolutionary", "search__exclude": 0.4}, "exclude belongs to methods that go step by step"),
         (

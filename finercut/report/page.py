@@ -178,7 +178,8 @@ def _steps(inputs: Inputs) -> list[list[Cell]]:
     rows = []
     for step in inputs.steps:
         name, value = step.next_best or ("–", None)
-        margin = Cell("–") if value is None else Cell(f"{value - step.divergence:.4g}", value - step.divergence)
+        # With a refit between removals, candidates are measured in another model than `divergence`.
+        margin = None if value is None else value - step.values.get(step.sublayer, step.divergence)
         ratio = step.held_out_divergence / step.divergence if step.divergence else None
         rows.append(
             [
@@ -188,7 +189,7 @@ def _steps(inputs: Inputs) -> list[list[Cell]]:
                 Cell(f"{step.held_out_divergence:.4g}", step.held_out_divergence),
                 number(ratio, 2),
                 Cell(name, name),
-                margin,
+                Cell("–") if margin is None else Cell(f"{margin:.4g}", margin),
             ]
         )
     return rows

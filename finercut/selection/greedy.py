@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from finercut.selection.controls import Continuations
 from finercut.selection.distributed import ALONE, Ranks
 from finercut.selection.per_cost import PerCost, carried_over
 from finercut.selection.race import MODES, Known, Race
+from finercut.selection.repair import Repair
 from finercut.selection.sweep import SEGMENT_TOKENS
 from finercut.selection.trajectory import Removal
 from finercut.sublayers import (
@@ -44,6 +46,7 @@ def search(
     allows: Callable[[Sequence[Candidate], Candidate], bool] | None = None,
     targets: tuple[Tensor, Tensor] | None = None,
     continuations: Continuations | None = None,
+    repair: Repair | None = None,
     earlier: Iterable[Removal] = (),
     mode: str = "exact",
     error_probability: float = 0.05,
@@ -74,6 +77,8 @@ def search(
         allows: whether a candidate may go after those that are gone; all may by default.
         targets: of the divergence task, see `Bench`.
         continuations: what is written after each removal for its controls; None for nothing.
+        repair: refits the model between removals, exact mode only. The model has the whole one's weights again when the
+            iterator is closed.
         earlier: removals of the same search made before; it continues after them.
         mode: what candidates are given up for before they are evaluated to the end, see `Race`: exact, lazy, racing;
             or brute, for nothing.
@@ -111,7 +116,14 @@ def search(
     lost = [s for candidate in gone for s in candidate.sublayers]
     given = {"targets": targets, "continuations": continuations, "micro_batch_tokens": micro_batch_tokens}
     sources = {"calibration_sources": calibration_sources, "held_out_sources": held_out_sources}
-    with Bench(model, calibration, held_out, divergence, removed=lost, ranks=ranks, **given, **sources) as bench:
+    with ExitStack() as stack:
+        bench = stack.enter_context(
+            Bench(model, calibration, held_out, divergence, removed=lost, ranks=ranks, **given, **sources)
+        )
+        if repair is not None:
+            stack.callback(repair.undo)
+            if earlier:
+                repair.apply(bench, gone, earlier[-1].divergence)
         known: Known = {}
         now = [0.0] * len(calibration)  # the divergence on each window
         for removal in earlier:
@@ -134,15 +146,24 @@ def search(
                 progress()
             best = _least(race, step)
             n_sublayers = len(bench.sublayers)
+            if repair is not None:
+                repair.undo()
             bench.remove(best.sublayers)
             gone.append(best)
             known, now = _known_after(best, dict(known) | race.now_known(), now, per)
+            measured: dict[str, Any] = {}
+            if repair is not None:
+                bench.rerun()
+                measured["divergence"] = bench.divergence_now()
             held_out_divergence, held_out_by_source, controls = bench.held_out_controls()
+            if repair is not None:
+                measured["refitted"] = repair.apply(bench, gone, measured["divergence"])
             yield _removal(
                 step,
                 best,
                 race,
                 bench.n_tokens_deciding,
+                measured,
                 held_out_divergence=held_out_divergence,
                 held_out_by_source=held_out_by_source,
                 controls=controls,
@@ -186,7 +207,9 @@ def _least(race: Race, step: int) -> Candidate:
     return best
 
 
-def _removal(step: int, best: Candidate, race: Race, n_tokens: int, **counted: Any) -> Removal:
+def _removal(
+    step: int, best: Candidate, race: Race, n_tokens: int, measured: Mapping[str, Any], **counted: Any
+) -> Removal:
     outcome = race.outcome()
 
     def means(totals: Mapping[Candidate, float]) -> dict[str, float]:
@@ -202,7 +225,7 @@ def _removal(step: int, best: Candidate, race: Race, n_tokens: int, **counted: A
     return Removal(
         step=step,
         sublayer=str(best),
-        divergence=divergence,
+        **{"divergence": divergence} | measured,
         mode=race.mode,
         values=means(outcome.values),
         abandoned=means(outcome.abandoned),

@@ -21,9 +21,17 @@ class Controls(Record):
     whole_missing_ends: float | None = None
 
 
+class Refitted(Record):
+    """What the model measures with its kept projections refitted."""
+
+    divergence: float
+    """On the calibration tokens."""
+    held_out_divergence: float
+
+
 class SearchReport(Record):
     method: str = "greedy"
-    """With what else decides: greedy_per_parameters_swaps."""
+    """With what else decides: greedy_per_parameters_swaps, greedy_refitted."""
     nested: bool = True
     """The first removals are a selection too, for a smaller budget."""
     n_swaps: int = 0
@@ -47,6 +55,9 @@ class SearchReport(Record):
     final_held_out_divergence: float
     final_held_out_by_source: dict[str, float] = Field({})
     """Empty where there is one source."""
+    final_refitted: Refitted | None = None
+    """With `search.refit`: of the model that the search refitted; `final_divergence` and what is beside it are those of
+    the pruned model with the whole model's weights, which `prune` writes."""
     curves_part: bool
     """Held-out divergence, on the worst source, is more than 1.5 times the calibration's: the search fits its
     calibration set."""

@@ -59,6 +59,18 @@ class Stop(Section):
     """Largest share of greedy continuations without an end. With few tokens, the whole model ends hardly any."""
 
 
+class Refitting(Section):
+    """Refit in the search's loop, as heal.method refit: kept output projections are fitted to the healing windows, and
+    the next candidates are judged with them."""
+
+    every: PositiveInt = 1
+    """Removals between two refits."""
+    ridges: list[PositiveFloat] = Field([0.001, 0.01, 0.1, 0.3, 1.0], min_length=1)
+    """Candidates for the penalty on changing a weight; see heal.ridges."""
+    batch_tokens: PositiveInt = 2048
+    """Tokens that go through a sublayer at once; changes memory and speed only."""
+
+
 class Search(Section):
     method: Literal[
         "greedy",
@@ -103,6 +115,9 @@ class Search(Section):
     swaps: Annotated[int, Field(ge=0, le=100)] = 0
     """greedy: rounds, at most, of trying to put each removed candidate back and to remove another in its place, which
     saves as much."""
+    refit: Refitting | None = None
+    """greedy, mode exact: choose for a model that is refitted after removals. The pruned checkpoint has the whole
+    model's weights all the same: heal.method refit or reconstruct refits it. null: choose for the model as it is."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of random and evolutionary."""
     evolution: Evolution = Evolution()
@@ -162,6 +177,13 @@ class Search(Section):
             raise ValueError("mode racing cannot weigh divergences against costs: with per, set it to exact or lazy")
         if self.exclude is not None and (self.swaps or self.candidates == "any"):
             raise ValueError("exclude goes neither with swaps nor with candidates any: set it to null, and use protect")
+        if self.refit and (self.method != "greedy" or self.swaps or self.mode != "exact"):
+            # Divergences fall with a refit: what one came to in earlier steps is no bound.
+            raise ValueError("refit goes with method greedy, mode exact and no swaps: set these, or refit to null")
+        if self.refit and (self.n_processes > 1 or self.weights_gib is not None):
+            raise ValueError("refit needs all weights on one device: set n_processes to 1 and weights_gib to null")
+        if self.refit and self.stop != Stop():
+            raise ValueError("stop judges the model without its refit: set its limits to null, or refit")
         if self.removals != "auto" and (self.fill or self.swaps or self.method in NOT_NESTED):
             raise ValueError(
                 "fill, swaps and methods gromov and evolutionary need to know what to reach: set removals to auto"

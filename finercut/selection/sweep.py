@@ -139,6 +139,11 @@ class Sweep:
         self.removed |= new
         self._run_trunk(min(self._start[s] for s in new))
 
+    @torch.inference_mode()
+    def rerun(self) -> None:
+        """Run the current model again, whose weights have changed."""
+        self._run_trunk(0)
+
     @property
     def sublayers(self) -> frozenset[Sublayer]:
         """Those not removed."""

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from finercut.selection.records import Controls
+from finercut.selection.records import Controls, Refitted
 from finercut.selection.selection import Chosen, Origin, Selection, left_over
 from finercut.selection.settings import NOT_NESTED
 from finercut.sublayers import Candidate, Sublayer, candidates, parse, protected
@@ -50,6 +50,8 @@ class Provenance(Origin, Line):
     """Where it starts, generations, offspring and removals exchanged, of evolutionary."""
     task_sha256: str | None = None
     """Of the examples of divergence task."""
+    refit: str | None = None
+    """Of greedy: how the model is refitted between removals, and the hash of the windows it is fitted to."""
     continuations: str | None = None
     """What is written for the controls: how many texts, of how many tokens."""
     candidates: Literal["attention", "mlp", "both", "blocks", "any"]
@@ -83,7 +85,8 @@ class Provenance(Origin, Line):
     @property
     def name(self) -> str:
         """The method, with what else decides: greedy, greedy_per_parameters_swaps."""
-        return self.method + (f"_per_{self.per}" if self.per else "") + ("_swaps" if self.swaps else "")
+        more = [(self.per, f"_per_{self.per}"), (self.swaps, "_swaps"), (self.refit, "_refitted")]
+        return self.method + "".join(name for given, name in more if given)
 
     @property
     def line(self) -> type[Step]:
@@ -111,10 +114,13 @@ class Step(Line):
 class Removal(Step):
     """One step of greedy search."""
 
+    refitted: Refitted | None = None
+    """With `search.refit`: of the model that the next candidates are judged in. `divergence` and the other figures are
+    those of the pruned model with the whole model's weights. None where no refit is asked for, or it is not better."""
     mode: str
     """exact, lazy or racing: what candidates are given up for before they are evaluated to the end."""
     values: dict[str, float]
-    """Divergence of every candidate evaluated to the end."""
+    """Divergence of every candidate evaluated to the end, in the model that the step before left."""
     abandoned: dict[str, float]
     """Candidates given up once they could not be the least, with what they had come to by then."""
     stale: dict[str, float]
