@@ -333,13 +333,17 @@ def _take_params(file: Path) -> None:
         click.echo(f"params.yaml is now a copy of {file}; what it was is in {settings.PREVIOUS}", err=True)
 
 
+# In the view for training: MLflow opens the one for GenAI by itself.
+_LOCAL_MLFLOW = "mlflow ui, then http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
+
+
 def _where_to_look(local_store: bool) -> str:
     return "\n".join(
         [
             "Pictures    reports/removals.png, reports/search.png",
             "Figures     reports/*.json, or: dvc metrics show",
             "Checkpoint  artifacts/healed, or: finercut inspect artifacts/healed",
-            "MLflow      " + ("mlflow ui, then http://127.0.0.1:5000" if local_store else "at MLFLOW_TRACKING_URI"),
+            f"MLflow      {_LOCAL_MLFLOW if local_store else 'at MLFLOW_TRACKING_URI'}",
         ]
     )
 

@@ -392,9 +392,8 @@ def _collect_task(params: Params, mlflow_run: runs.Run) -> int:
 
 
 def _publish(markdown: str, mlflow_run: runs.Run) -> None:
-    page, address = str(paths.PAGE), _address(mlflow_run)
-    if address:
-        page = f"[{page}]({address}/artifacts/{page})"
+    address = mlflow_run.page(f"/artifacts/{paths.PAGE}")
+    page = f"[{paths.PAGE}]({address})" if address else str(paths.PAGE)
     create_markdown_artifact(
         f"{markdown}\nEverything about it on one page: {page}\n",
         key="finercut-summary",
@@ -403,13 +402,6 @@ def _publish(markdown: str, mlflow_run: runs.Run) -> None:
 
 
 def _link(mlflow_run: runs.Run) -> None:
-    """The MLflow run, one click away; a local store has no page to link to."""
-    if address := _address(mlflow_run):
+    """The MLflow run, one click away."""
+    if address := mlflow_run.page():
         create_link_artifact(address, link_text="MLflow run", key="finercut-mlflow-run")
-
-
-def _address(mlflow_run: runs.Run) -> str | None:
-    uri = server.without_credentials(server.tracking_uri())
-    if not uri.startswith(("http://", "https://")):
-        return None
-    return f"{uri.rstrip('/')}/#/experiments/{mlflow_run.experiment_id}/runs/{mlflow_run.run_id}"

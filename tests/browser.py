@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,8 +71,10 @@ class Page:
         self.requests.clear()
         self.complaints.clear()
         self.call("Page.navigate", url=address)
-        while self._receive().get("method") != "Page.loadEventFired":
-            pass
+        deadline = time.monotonic() + PATIENCE_S
+        while self.value("document.readyState") != "complete":
+            assert time.monotonic() < deadline, f"{address} does not load"
+            time.sleep(0.05)
 
     def value(self, expression: str) -> Any:
         """Of an expression in JavaScript."""

@@ -62,8 +62,10 @@ def test_results_are_pushed_recorded_and_registered_and_another_clone_pulls_them
     assert [newest.data.tags[f"stage.{name}"] for name in STAGES] == ["cached"] * 3
 
     with get_client(sync_client=True) as prefect:
-        keys = {artifact.key for artifact in prefect.read_artifacts()}
-    assert {"finercut-summary", "finercut-mlflow-run"} <= keys
+        told = {artifact.key: artifact.data for artifact in prefect.read_artifacts()}
+    page = f"{newest.info.run_id}/artifacts/reports/report.html?workflowType=machine_learning)"
+    assert page in told["finercut-summary"]
+    assert f"/runs/{newest.info.run_id}?workflowType=machine_learning)" in told["finercut-mlflow-run"]
 
 
 def test_what_cannot_be_pushed_fails_the_run_before_a_version_exists(team, s3_store):

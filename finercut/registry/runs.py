@@ -29,7 +29,8 @@ from finercut.system.redaction import redacted
 
 logger = logging.getLogger("finercut")
 
-# Which of its views MLflow opens an experiment in: the one for training. It would guess the one for GenAI.
+# Says that experiments are for MLflow's view for training. Where a user can switch views, the address or the browser's
+# last choice counts instead: see `page`.
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
@@ -44,6 +45,18 @@ class Run:
     def log_tags(self, tags: Mapping[str, str]) -> None:
         with mlflow_errors("set tags"):
             self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def page(self, part: str = "") -> str | None:
+        """Its address, in MLflow's view for training; None where there is no server to show it.
+
+        Args:
+            part: such as `/artifacts/reports/report.html`
+        """
+        uri = without_credentials(tracking_uri())
+        if not uri.startswith(("http://", "https://")):
+            return None
+        run = f"{uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{run}{part}?workflowType=machine_learning"
 
     def describe(self, markdown: str) -> None:
         """Set the description on the run's page."""
