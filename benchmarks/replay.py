@@ -25,11 +25,11 @@ from transformers import PreTrainedModel
 
 from finercut.model.families import layout_of
 from finercut.model.loading import load_whole
+from finercut.model.workers import Workers
 from finercut.selection.blocks import Blocks
 from finercut.selection.divergence import DIVERGENCES
 from finercut.selection.race import Known, Part, Race, Segments, Totals
 from finercut.selection.sweep import SEGMENT_TOKENS, Sweep, micro_batch
-from finercut.selection.workers import Workers
 from finercut.sublayers import Candidate, candidates
 from finercut.tokens import load_tokens
 

@@ -31,11 +31,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from finercut.model.families import layout_of
 from finercut.model.loading import load_whole
+from finercut.model.streaming import N_SLOTS, Stream, stream
+from finercut.model.workers import Workers
 from finercut.selection.blocks import Blocks
 from finercut.selection.divergence import js
-from finercut.selection.streaming import N_SLOTS, Stream, stream
 from finercut.selection.sweep import Sweep, micro_batch
-from finercut.selection.workers import Workers
 from finercut.sublayers import Candidate, candidates
 
 WARM_UPS = 1

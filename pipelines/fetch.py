@@ -17,7 +17,7 @@ from finercut.sources.records import FetchReport
 from finercut.sources.settings import LocalModel
 from finercut.system.staging import staged
 
-from . import paths
+from . import foresight, paths
 from .params import Params
 
 logger = logging.getLogger("finercut")
@@ -58,7 +58,8 @@ def run(params: Params, file_format: int | None = None) -> FetchReport:
         file_format: that the caller expects; None takes any.
 
     Raises:
-        FileNotFoundError, ValueError: no such model, or one that is not taken, and why.
+        FileNotFoundError, ValueError: no such model, or one that is not taken, and why; or settings of later stages
+            that do not fit it.
         RuntimeError: no access, no answer, or no pip.
     """
     if file_format not in (None, FORMAT):
@@ -70,6 +71,7 @@ def run(params: Params, file_format: int | None = None) -> FetchReport:
     with staged(paths.MODEL) as directory:
         origin = fetch_model(source, directory, paths.WORK / "fetch")
         model = settle(directory, origin.source)
+        foresight.check(params, model)
         config = model.language
         report = FetchReport(
             source=origin.source,

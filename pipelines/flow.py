@@ -145,6 +145,8 @@ def _execute(
                     retries=params.flow.retries.get(stage.name, 0),
                     retry_delay_seconds=params.flow.retry_delay_s,
                 )(stage, mlflow_run, params.flow.timeout_s.get(stage.name), pull, log_file, _edited(stage, params))
+                if stage.name == "fetch" and paths.MODEL.is_dir():
+                    _foresee(params)
             for path in register.PIPELINE_FILES:
                 mlflow_run.log_file(path, "pipeline")
             if push:
@@ -153,6 +155,20 @@ def _execute(
                 return None, _gate(params, mlflow_run), mlflow_run.run_id
             report = _register_task(params, mlflow_run)
             return report, report.checks, mlflow_run.run_id
+
+
+def _foresee(params: Params) -> None:
+    """
+    Raises:
+        ValueError: settings of later stages do not fit the model.
+        RuntimeError: a later stage cannot finish on this machine.
+    """
+    from finercut.model.directory import ModelDirectory
+
+    from . import foresight
+
+    if obstacles := foresight.check(params, ModelDirectory(paths.MODEL)):
+        raise RuntimeError("; ".join(obstacles))
 
 
 def _gate(params: Params, mlflow_run: runs.Run) -> list[Check]:

@@ -30,7 +30,9 @@ COMPARISON = REPORTS / "compare.html"
 WORK = Path(".finercut")
 """What is neither input nor output of a stage, so that DVC leaves it alone: `lock`, held by the process that works in
 this workspace; `search/` and `heal/`, searches and trainings in progress; `fetch/` and `promote/`, downloads in
-progress; PREVIOUS; TRACEBACK."""
+progress; FORESEEN; PREVIOUS; TRACEBACK."""
+FORESEEN = WORK / "foreseen"
+"""Hash of that for which nothing was in the way of later stages."""
 PREVIOUS = WORK / "params.previous.yaml"
 """What params.yaml was before another file replaced it."""
 TRACEBACK = WORK / "traceback.txt"

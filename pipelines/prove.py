@@ -74,11 +74,11 @@ def _claims(params: Params, tokens: Tokens) -> Iterator[Claim]:
             tokens.held_out,
             settings.logit_tolerance,
             device,
+            settings.weights_gib,
             whole=ModelDirectory(paths.MODEL),
             report=paths.report(name),
         )
         yield step(name).claim(parent, child, proof)
-    tolerance = settings.log_probability_tolerance
     # The whole model is the control: a difference that both show is vLLM's, not ours.
-    yield serving.claim("serve_whole", ModelDirectory(paths.MODEL), tokens.held_out, tolerance, device)
-    yield serving.claim("serve", ModelDirectory(paths.FINAL), tokens.held_out, tolerance, device)
+    yield serving.claim("serve_whole", ModelDirectory(paths.MODEL), tokens.held_out, settings)
+    yield serving.claim("serve", ModelDirectory(paths.FINAL), tokens.held_out, settings)

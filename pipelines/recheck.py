@@ -62,6 +62,7 @@ def files(params: Params, version: ModelVersion, recorded: Evidence) -> list[Che
             _any_tokens(checkpoint, recorded),
             params.prove.logit_tolerance,
             device_of(params.prove.device),
+            params.prove.weights_gib,
         )
     largest = max(report.max_logit_difference, report.max_logit_difference_cached)
     reason = f"repeated parity is {largest:.4g}; at most {report.tolerance:.4g} is "

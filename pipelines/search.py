@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 import finercut
 from finercut.model.costs import costs_of
-from finercut.model.devices import device_of, dtype_of, room_for
+from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import fixed_sublayers
-from finercut.model.loading import load_whole
+from finercut.model.loading import load_on
 from finercut.registry import live
 from finercut.report.pictures import divergence_curves
-from finercut.selection import distributed, evolution, greedy, streaming, swaps, trajectory
+from finercut.selection import distributed, evolution, greedy, swaps, trajectory
 from finercut.selection.baselines import OBJECTIVES, ORDERS
 from finercut.selection.bench import Bench, measured, source_weights
 from finercut.selection.controls import Continuations, end_tokens
@@ -138,7 +138,7 @@ def prepared(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Job:
         raise ValueError("the processes differ in model, tokens, settings, code or versions; give all the same")
     if dtype == torch.bfloat16 != dtype_of("auto", device):
         logger.warning("search: this CPU does not multiply in bfloat16; search.dtype: float32 is several times faster")
-    load = functools.cache(lambda: _load(settings, dtype, device, fetched.n_parameters, ranks))
+    load = functools.cache(lambda: _load(settings, dtype, device, ranks))
     return Job(settings, goal, tokens, examples, provenance, ranks, load, time.monotonic())
 
 
@@ -459,22 +459,10 @@ def _continuations(settings: Search) -> str | None:
     return f"{settings.continuations} of {settings.continuation_tokens} tokens" if settings.continuations else None
 
 
-def _load(
-    settings: Search, dtype: torch.dtype, device: torch.device, n_parameters: int, ranks: distributed.Ranks
-) -> PreTrainedModel:
-    if settings.weights_gib is not None:
-        model = load_whole(paths.MODEL, dtype)
-        streaming.stream(model, device, int(settings.weights_gib * 2**30))
-        return model
-    if device.type != "cuda":
-        return load_whole(paths.MODEL, dtype, device)
+def _load(settings: Search, dtype: torch.dtype, device: torch.device, ranks: distributed.Ranks) -> PreTrainedModel:
     # Other processes have the other GPUs.
-    gpus = range(torch.cuda.device_count()) if settings.device == "auto" and ranks.size == 1 else [device.index]
-    room = room_for(n_parameters * dtype.itemsize, {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus})
-    if len(room) > 1:
-        return load_whole(paths.MODEL, dtype, room=room)
-    (gpu,) = room
-    return load_whole(paths.MODEL, dtype, torch.device("cuda", gpu))
+    alone = settings.device == "auto" and ranks.size == 1
+    return load_on(paths.MODEL, dtype, "auto" if alone else str(device), settings.weights_gib)
 
 
 def _first_windows(settings: Search, weights_bytes: int, n_windows: int) -> int:

@@ -34,7 +34,6 @@ def run(params: Params) -> ThroughputReport:
     """
     Raises:
         FileNotFoundError: a model or the report of `prove` is missing.
-        ValueError: the load does not fit the model.
         RuntimeError: a claim does not hold, or vLLM is missing or failed.
     """
     settings = _settled(params.throughput)
@@ -48,11 +47,6 @@ def run(params: Params) -> ThroughputReport:
     ]
     for model in models:
         check_servable(model)
-        context = model.language.max_position_embeddings
-        if settings.max_model_len > context:
-            raise ValueError(
-                f"throughput.max_model_len = {settings.max_model_len}: the model in {model} takes {context} tokens"
-            )
     timings = _timings([model.path for model in models], settings)
     whole, pruned = (_figures(m, timing, settings.dtype) for m, timing in zip(models, timings, strict=True))
     speed_up, *others = [_speed_up(*rounds) for rounds in zip(*(timing.rounds for timing in timings), strict=True)]

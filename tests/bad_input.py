@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from conftest import TEXT
 from hypothesis import strategies as st
 
+from finercut.serving import vllm_engine
 from finercut.system import yaml_files
 from pipelines import calibrate, fetch, params, paths, prune, search, steps
 from pipelines.cli import main
@@ -33,9 +34,11 @@ def compress(root: Path, model: Path) -> None:
     changed["prune"]["budget"] = {"unit": "sublayers", "amount": 2}
     changed["heal"] = {"method": "none"}
     changed["evaluate"] |= {"tasks": [], "device": "cpu"}
+    changed["throughput"]["max_model_len"] = 256
     (root / "params.yaml").write_text(yaml_files.dump(changed))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        patch.setattr(vllm_engine, "find_spec", lambda name: None)  # its import takes seconds
         for stage in (fetch, calibrate, search, prune):
             stage.run(params.load())
         steps.run_and_report("heal", params.load())

@@ -104,6 +104,14 @@ def tiny_pruned(tmp_path_factory, tiny_model) -> Path:
     return directory
 
 
+@pytest.fixture
+def without_vllm(monkeypatch):
+    """Where vLLM is not installed, nobody waits until it is imported."""
+    from finercut.serving import vllm_engine
+
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
+
+
 @pytest.fixture(scope="session")
 def compressed(tmp_path_factory, tiny_model) -> Path:
     """A project of the tiny model in which everything up to `heal` has run. Read it, do not write to it."""
@@ -200,6 +208,7 @@ SLOW_FILES = {
     "test_evaluation",
     "test_families",
     "test_faults",
+    "test_foresight",
     "test_ledger",
     "test_older_versions",
     "test_remote_code",

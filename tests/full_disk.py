@@ -16,8 +16,10 @@ from pathlib import Path
 # Started by name, a stage is imported when it runs: here that is before it is forked.
 from kill_stages import outputs
 
+from finercut.serving import vllm_engine
 from pipelines import calibrate, cli, evaluate, fetch, prune, search  # noqa: F401
 
+vllm_engine.find_spec = lambda name: None  # its import takes seconds
 FILL = 'dd if=/dev/zero of=filler bs=4k status=none || true; truncate -s "-$0" filler'
 
 

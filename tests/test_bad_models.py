@@ -178,11 +178,11 @@ def test_a_model_that_is_not_taken(workspace, damage, message):
     assert message in refused("fetch")
 
 
-def test_a_model_in_good_order_is_taken(workspace):
+def test_a_model_in_good_order_is_taken(workspace, without_vllm):
     assert CliRunner().invoke(main, ["fetch"]).exit_code == 0
 
 
-def test_weights_beside_the_language_model_are_let_be(workspace, caplog):
+def test_weights_beside_the_language_model_are_let_be(workspace, without_vllm, caplog):
     tensors(lambda t: t.update({"vision.layers.0.weight": torch.ones(3)}))(Path("mine"))
     assert CliRunner().invoke(main, ["fetch"]).exit_code == 0
     assert "1 tensors are not used, the first is vision.layers.0.weight" in caplog.text

@@ -5,11 +5,11 @@ import torch
 from conftest import random_llama
 
 from finercut.model.masking import masked
+from finercut.model.workers import Workers
 from finercut.selection.bench import Bench
 from finercut.selection.controls import Continuations, end_tokens, greedy, repeated
 from finercut.selection.distributed import ALONE
 from finercut.selection.greedy import search
-from finercut.selection.workers import Workers
 from finercut.sublayers import parse
 
 CPU = torch.device("cpu")

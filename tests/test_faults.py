@@ -246,8 +246,10 @@ def test_a_full_disk_is_one_line_nothing_half_written_and_room_is_all_it_takes(f
 
 FETCH = """
 import logging, sys
+from finercut.serving import vllm_engine
 from pipelines.params import Params
 from pipelines import fetch
+vllm_engine.find_spec = lambda name: None
 logging.basicConfig(format="%(message)s", level=logging.INFO)
 try:
     fetch.run(Params.model_validate_json(sys.argv[1]))
@@ -259,6 +261,7 @@ except (ValueError, RuntimeError) as error:
 def fetched(hub: Hub, folder: Path, revision: str) -> subprocess.CompletedProcess[str]:
     settings = yaml.safe_load((ROOT / "params.yaml").read_text())
     settings["fetch"]["source"] = {"kind": "hub", "repository": "org/tiny", "revision": revision}
+    settings["evaluate"]["tasks"] = []
     return subprocess.run(
         [sys.executable, "-c", FETCH, json.dumps(settings)],
         cwd=folder,

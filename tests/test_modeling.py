@@ -253,14 +253,14 @@ def test_weights_go_to_the_first_gpu_that_holds_them_or_to_all_together():
     assert room_for(91, {0: 100, 1: 200}) == {1: 180}
     assert room_for(91, {0: 100, 1: 100}) == {0: 90, 1: 90}
     assert room_for(180, {2: 200}) == {2: 180}
-    with pytest.raises(ValueError, match=r"weights are 130 GiB, .* room for 72 \+ 36 GiB .*: set search.weights_gib"):
+    with pytest.raises(ValueError, match=r"weights are 130 GiB, .* room for 72 \+ 36 GiB .*: set weights_gib"):
         room_for(130 * 2**30, {0: 80 * 2**30, 1: 40 * 2**30})
 
 
 def test_a_model_whose_blocks_do_not_fit_the_devices_it_is_spread_over_is_refused(tiny_model, whole):
     n_bytes = sum(p.nbytes for p in whole.parameters())
     assert torch.equal(load_whole(tiny_model, room={"cpu": 4 * n_bytes}).lm_head.weight, whole.lm_head.weight)
-    with pytest.raises(ValueError, match="set search.weights_gib"):
+    with pytest.raises(ValueError, match="set weights_gib"):
         load_whole(tiny_model, room={"cpu": n_bytes})
 
 

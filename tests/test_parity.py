@@ -47,6 +47,9 @@ def test_a_pruned_checkpoint_is_the_masked_whole_model(tmp_path, tiny_model, hel
     assert report.max_logit_difference <= TOLERANCE
     assert report.max_logit_difference_cached <= TOLERANCE
     assert report.n_tokens == 4 * 60
+    # Half of the weights in memory at a time.
+    pair = ModelDirectory(tiny_model), ModelDirectory(tmp_path / "pruned")
+    assert check_parity(*pair, held_out, TOLERANCE, torch.device("cpu"), weights_gib=1e-3) == report
 
 
 def test_removing_another_sublayer_than_the_config_says_fails_by_the_difference_it_makes(

@@ -181,8 +181,8 @@ def test_the_first_error_in_the_log_is_the_cause():
         "(EngineCore pid=7) ERROR 01-01 00:00:01 [core.py:2] torch.OutOfMemoryError: tried to allocate 20 GiB\n"
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
-    assert vllm_engine._cause(log) == "torch.OutOfMemoryError: tried to allocate 20 GiB"
-    assert vllm_engine._cause("one\n\ntwo\n") == "one two"
+    assert vllm_engine.cause(log) == "torch.OutOfMemoryError: tried to allocate 20 GiB"
+    assert vllm_engine.cause("one\n\ntwo\n") == "one two"
 
 
 def test_the_cause_is_one_line_however_vllm_puts_it():
@@ -192,12 +192,12 @@ def test_the_cause_is_one_line_however_vllm_puts_it():
         "ERROR [core.py:2] AssertionError\n"
         "RuntimeError: Engine core initialization failed\n"
     )
-    assert vllm_engine._cause(bare) == "AssertionError: assert not config.scale_attn_by_inverse_layer_idx"
+    assert vllm_engine.cause(bare) == "AssertionError: assert not config.scale_attn_by_inverse_layer_idx"
     invalid = (
         "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
         f"  Value error, Model architectures ['New'] are not supported. Supported: {['Old'] * 1000}\n"
     )
-    cause = vllm_engine._cause(invalid)
+    cause = vllm_engine.cause(invalid)
     assert cause.startswith("Model architectures ['New'] are not supported. Supported: ['Old', 'Old'")
     assert len(cause) == vllm_engine.N_CHARACTERS + len(" ...")
 
@@ -242,11 +242,6 @@ def test_a_checkpoint_whose_claim_does_not_hold_is_not_timed(stages):
     paths.report("prove").unlink()
     with pytest.raises(FileNotFoundError, match="no reports/prove.json"):
         stages(throughput)
-
-
-def test_a_load_longer_than_the_models_context_is_refused(stages):
-    with pytest.raises(ValueError, match="max_model_len = 257: the model in artifacts/model takes 256 tokens"):
-        stages(throughput, max_model_len=257)
 
 
 def test_a_missing_model_names_the_stage_that_makes_it(stages):

@@ -34,7 +34,11 @@ from pipelines.params import Params, load
 
 def params(source: dict) -> Params:
     values = load(ROOT / "params.yaml").model_dump(by_alias=True)
+    values["evaluate"]["tasks"] = []
     return Params.model_validate(values | {"fetch": {"source": source}})
+
+
+pytestmark = pytest.mark.usefixtures("without_vllm")
 
 
 def fetched_by_stage(source: dict, directory: Path, monkeypatch) -> fetch.FetchReport:
@@ -436,8 +440,10 @@ print(json.dumps(outcomes))
 
 STAGE = """
 import json, sys
+from finercut.serving import vllm_engine
 from pipelines.params import Params
 from pipelines import fetch
+vllm_engine.find_spec = lambda name: None
 fetch.run(Params.model_validate_json(sys.argv[1]))
 """
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import random_llama
 
-from finercut.model.loading import load_whole
+from finercut.checkpoint.prune import prune
+from finercut.model.loading import load, load_whole
+from finercut.model.streaming import _spread, stream
 from finercut.selection.greedy import search
-from finercut.selection.streaming import _spread, stream
 
 CPU = torch.device("cpu")
 
@@ -152,3 +153,17 @@ def test_streaming_leaves_the_threads_of_others_as_they_were(tokens):
             assert (torch.get_num_threads(), new.submit(torch.get_num_threads).result()) == (2, 2)
     finally:
         torch.set_num_threads(n_threads)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_streamed_model_may_compute_in_another_dtype_than_its_files_have(pruned, tokens, tmp_path):
+    random_llama().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    if pruned:
+        prune(tmp_path / "model", ["1.attention", "2.mlp"], None, tmp_path / "pruned")
+    directory = tmp_path / ("pruned" if pruned else "model")
+    expected = load(directory, torch.float32)
+    streamed = load(directory, torch.float32, weights_gib=least(expected) / 2**30)
+    waiting = [p for p in streamed.parameters() if p.dtype == torch.bfloat16]
+    assert len(waiting) == 4 * (4 + 3) - (4 + 3 if pruned else 0), "as the files have them"
+    with torch.inference_mode():
+        assert torch.equal(streamed(tokens).logits, expected(tokens).logits)

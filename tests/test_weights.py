@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from finercut.model.tensors import StoredTensor, safetensors_shapes, weights_bytes, weights_sha256
+from finercut.model.tensors import (
+    INDEX,
+    StoredTensor,
+    copy_tensors,
+    safetensors_shapes,
+    weights_bytes,
+    weights_sha256,
+)
 
 
 @pytest.fixture
@@ -33,6 +42,29 @@ def test_the_hash_is_over_sorted_names_sizes_and_contents(directory):
     expected = b"x-1.safetensors %d\n%bx-2.safetensors %d\n%b" % (len(first), first, len(second), second)
     assert weights_sha256(directory) == hashlib.sha256(expected).hexdigest()
     assert weights_bytes(directory) == len(first) + len(second)
+
+
+def test_copied_tensors_are_the_same_bits_in_files_of_the_same_names(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    first = {"odd": torch.tensor([1, 2, 3], dtype=torch.int8), "kept": torch.randn(3, 5), "gone": torch.randn(2)}
+    save_file(first | {"half": torch.randn(4, 3).bfloat16()}, source / "x-1.safetensors")
+    save_file({"late": torch.randn(9)}, source / "x-2.safetensors")
+    save_file({"all gone": torch.randn(9)}, source / "x-3.safetensors")
+    names = {"odd", "kept", "half", "late"}
+    copy_tensors(source, names, target)
+    assert {file.name for file in target.iterdir()} == {"x-1.safetensors", "x-2.safetensors", INDEX}
+    copied = load_file(target / "x-1.safetensors") | load_file(target / "x-2.safetensors")
+    original = load_file(source / "x-1.safetensors") | load_file(source / "x-2.safetensors")
+    assert copied.keys() == names
+    assert all(torch.equal(copied[name], original[name]) for name in names)
+    index = json.loads((target / INDEX).read_text())
+    assert index["weight_map"] == {name: f"x-{2 if name == 'late' else 1}.safetensors" for name in names}
+    assert index["metadata"] == {"total_size": 3 + 60 + 24 + 36}
+    # Larger numbers first, so that each tensor begins where numbers of its size may.
+    with safe_open(target / "x-1.safetensors", framework="np") as stored:
+        assert (stored.offset_keys(), stored.metadata()) == (["kept", "half", "odd"], {"format": "pt"})
 
 
 def test_a_file_that_was_cut_short_is_no_model(directory):

@@ -160,6 +160,7 @@ def prepare(root: Path, model: Path, text: Path) -> None:
     settings["search"] |= {"dtype": "float32", "device": "cpu"}
     settings["heal"] = {"method": "none"}
     settings["prune"]["budget"] = {"unit": "sublayers", "amount": 3}
+    settings["throughput"]["max_model_len"] = 256  # all that the model takes
     settings["evaluate"] |= {
         "tasks": [{"name": "finercut_agreement", "metric": "acc", "limit": 20}],
         "device": "cpu",

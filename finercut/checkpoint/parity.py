@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from finercut.checkpoint.records import ParityReport
 from finercut.model.directory import ModelDirectory
-from finercut.model.loading import load_pruned, load_whole
+from finercut.model.loading import load
 from finercut.model.masking import masked
 
 # Enough to reach every weight and many positions, little enough for seconds on a laptop.
@@ -19,13 +19,19 @@ N_CACHED_TOKENS = 48
 
 
 def check_parity(
-    whole: ModelDirectory, pruned: ModelDirectory, held_out: Tensor, tolerance: float, device: torch.device
+    whole: ModelDirectory,
+    pruned: ModelDirectory,
+    held_out: Tensor,
+    tolerance: float,
+    device: torch.device,
+    weights_gib: float | None = None,
 ) -> ParityReport:
     """Compare logits in float32 over the first held-out windows; one model is in memory at a time.
 
     Args:
         held_out: token ids, (samples, tokens)
         tolerance: largest difference of two logits that passes
+        weights_gib: of the device's memory, for a model's weights; None takes what they need.
 
     Raises:
         FileNotFoundError: a model is missing.
@@ -33,14 +39,16 @@ def check_parity(
         RuntimeError: the logits of one of them are not finite.
     """
     windows = held_out[:N_SAMPLES, :N_TOKENS].to(device)
-    of_pruned = _logits(load_pruned(pruned, torch.float32, device), windows)
+    if not pruned.written_by("prune").is_pruned:
+        raise ValueError(f"{pruned} holds a {pruned.settings.get('model_type')} model, not a pruned one")
+    of_pruned = _logits(load(pruned, torch.float32, device, weights_gib=weights_gib), windows)
     shapes = [(d.language.num_hidden_layers, d.language.vocab_size) for d in (whole.written_by("fetch"), pruned)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"{pruned} was not pruned from {whole}: (blocks, vocabulary) are {shapes[1]}, not {shapes[0]}; run "
             "`finercut prune` again"
         )
-    with masked(load_whole(whole, torch.float32, device), pruned.removed) as model:
+    with masked(load(whole, torch.float32, device, weights_gib=weights_gib), pruned.removed) as model:
         of_whole = _logits(model, windows)
     for directory, logits in ((whole, of_whole), (pruned, of_pruned)):
         if not all(part.isfinite().all() for part in logits):

@@ -56,7 +56,7 @@ def claim(parent: ModelDirectory, child: ModelDirectory, proof: Proof) -> Claim:
         ValueError: `child` was not pruned from `parent`.
         RuntimeError: logits that are not finite.
     """
-    found = check_parity(parent, child, proof.held_out, proof.logit_tolerance, proof.device)
+    found = check_parity(parent, child, proof.held_out, proof.logit_tolerance, proof.device, proof.weights_gib)
     return Claim(
         name="prune",
         statement="computes what the whole model does with the same sublayers masked, with a KV cache and without",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from finercut.healing.settings import Distill, Reconstruct, Refit, Unhealed
 from finercut.selection.settings import Budget
@@ -28,3 +28,10 @@ class Prove(Section):
     """Between vLLM and transformers: largest difference of two log-probabilities, nats."""
     device: str
     """Of transformers: auto, cpu, cuda, cuda:1, ..."""
+    weights_gib: PositiveFloat | None = None
+    """Of that device's memory, for a model's float32 weights. Where they need more, sublayers are brought when they
+    run; null: all are there."""
+    tensor_parallel_size: PositiveInt = 1
+    """Of vLLM's engines, as in throughput."""
+    pipeline_parallel_size: PositiveInt = 1
+    """Of vLLM's engines, as in throughput."""

@@ -51,6 +51,8 @@ class Proof:
     logit_tolerance: float
     """Largest difference of two float32 logits that passes."""
     device: torch.device
+    weights_gib: float | None = None
+    """Of the device's memory, for a model's weights; None takes what they need."""
     whole: ModelDirectory | None = None
     """Needed by the claims of steps that change weights; so is `report`."""
     report: Path | None = None

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from finercut.model import modeling_finercut, tokenizer_files
-from finercut.model.directory import ModelDirectory, quiet
-from finercut.model.families import LAYOUT_KEY, Layout, base_architecture, layout_of
+from finercut.model.directory import ModelDirectory, one_line_errors, quiet
+from finercut.model.families import LAYOUT_KEY, Layout, base_architecture, check_supported, is_declared, layout_of
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.remote_code import code_sha256, note_trusted, pruned_class
+from finercut.model.tensors import copy_tensors
 from finercut.sublayers import Sublayer
 
 MODELING_FILE = Path(modeling_finercut.__file__)
 # Written here; every other file beside the weights is copied.
 _REWRITTEN = {"config.json", "README.md", MODELING_FILE.name}
+# What is written at once: safetensors' own writer copies it in memory.
+_SHARD = "2GB"
 
 
 def write_pruned(
@@ -40,20 +46,55 @@ def write_pruned(
     Raises:
         ValueError: nothing or every attention would go, or the model's family is not known.
     """
-    source = ModelDirectory.of(model)
-    whole = load_whole(source, getattr(torch, source.dtype, "auto"))  # whatever its config says
-    layout = layout_of(whole.config)
+    source = ModelDirectory.of(model).written_by("fetch")
+    check_supported(source.config)
+    pruned = write_all_but_weights(source, removed, directory, origin)
+    stored = _as_stored(pruned, pruned.state_dict())
+    if all(name in source.tensors and source.tensors[name].shape == tensor.shape for name, tensor in stored.items()):
+        copy_tensors(source.path, stored, directory)
+    else:
+        # Its files have other names for the weights than transformers gives them.
+        whole = load_whole(source, getattr(torch, source.dtype, "auto"))
+        save_torch_state_dict(_as_stored(pruned, whole.state_dict()), directory, max_shard_size=_SHARD)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_all_but_weights(
+    source: ModelDirectory, removed: Sequence[Sublayer], directory: Path, origin: dict[str, Any]
+) -> PreTrainedModel:
+    """Write what `write_pruned` writes, less weights and card: what later stages, transformers and vLLM know a pruned
+    model by.
+
+    Returns:
+        The pruned model, without memory for its weights.
+
+    Raises:
+        ValueError: as `write_pruned`; or transformers does not save such a config.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(source.config)
+    if not is_declared(config):
+        setattr(config, LAYOUT_KEY, layout_of(load_whole(source).config).to_dict())
+    config.dtype = getattr(torch, source.dtype, config.dtype)  # whatever its file says
+    with one_line_errors(f"transformers makes no model of the config in {source}"):
+        whole = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            device_map="meta",
+            local_files_only=True,
+            trust_remote_code=source.trusted,
+            ignore_mismatched_sizes=True,
+        )
     if source.trusted:
         model_class = pruned_class(whole, source.path, directory)
     else:
-        model_class = getattr(modeling_finercut, modeling_finercut.PREFIX + base_architecture(whole.config.model_type))
-    config = pruned_config(model_class, whole.config, layout, removed, origin)
+        model_class = getattr(modeling_finercut, modeling_finercut.PREFIX + base_architecture(config.model_type))
+        shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
+    settings = pruned_config(model_class, config, layout_of(config), removed, origin)
     with torch.device("meta"):
-        pruned = model_class(config)
-    names = pruned.state_dict().keys()
-    # The whole model's own tensors: nothing is copied in memory.
-    pruned.load_state_dict({n: t for n, t in whole.state_dict().items() if n in names}, assign=True)
-    _save(pruned, directory)
+        pruned = model_class(settings)
+    with one_line_errors(f"transformers does not save the config of {source} without {removed[0]}"):
+        settings.save_pretrained(directory)
     # The whole model's own; where it has a file, that is copied below.
     if whole.can_generate():
         whole.generation_config.to_json_file(directory / "generation_config.json")
@@ -64,7 +105,15 @@ def write_pruned(
         note_trusted(directory, code_sha256(directory))
     if tokenizer_files.present(source.path):
         tokenizer_files.write(source.tokenizer, directory)
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    return pruned
+
+
+def _as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` that transformers stores of `model`, by their names in files."""
+    once = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once.keys()
+    names = model.state_dict().keys() - tied - set(model._keys_to_ignore_on_save or ())
+    return revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name in names})
 
 
 def _save(model: PreTrainedModel, directory: Path) -> None:
@@ -73,7 +122,7 @@ def _save(model: PreTrainedModel, directory: Path) -> None:
     """
     model.generation_config = GenerationConfig()
     with quiet():
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, max_shard_size=_SHARD)
     (directory / "generation_config.json").unlink(missing_ok=True)
 
 

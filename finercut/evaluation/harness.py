@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lm_eval
@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from finercut.evaluation.records import Score, TaskResult
 from finercut.evaluation.settings import Task
@@ -161,6 +161,36 @@ def score(
             # Not simple_evaluate, which spends seconds a call on a list of every package installed.
             results = lm_eval.evaluate(served, task.loaded, limit=task.settings.limit, log_samples=False)
         yield task.name, _score(task, results)
+
+
+def rehearse(
+    tokenizer: PreTrainedTokenizerBase, tasks: Sequence[LoadedTask], *, vocab_size: int, n_positions: int
+) -> None:
+    """Evaluate a document of each task with a tiny random model in place of the one that has this tokenizer.
+
+    Raises:
+        ValueError: lm-eval cannot, and why.
+    """
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=n_positions,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for task in tasks:
+        short = replace(task, settings=task.settings.model_copy(update={"limit": 1}))
+        try:
+            dict(score(model, tokenizer, [short], seed=0, batch_size=1))
+        except Exception as error:
+            # What a tokenizer lacks is an error of any class where lm-eval first needs it.
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"evaluate.tasks: lm-eval cannot run {task.name} with the model's tokenizer: {type(error).__name__} "
+                f"{reason}; take other tasks, or mend the tokenizer"
+            ) from error
 
 
 def _padding_within(tokenizer: PreTrainedTokenizerBase, n_embeddings: int) -> PreTrainedTokenizerBase:

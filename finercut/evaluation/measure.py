@@ -14,7 +14,7 @@ from finercut.evaluation.records import Measured
 from finercut.evaluation.settings import Evaluate
 from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
-from finercut.model.loading import load
+from finercut.model.loading import load_on
 from finercut.tokens import Tokens
 
 logger = logging.getLogger("finercut")
@@ -37,7 +37,7 @@ def measure(
     device = device_of(settings.device)
     dtype = dtype_of(settings.dtype, device)
     tasks = load_tasks(settings.tasks)
-    model = load(directory, dtype, device)
+    model = load_on(directory, dtype, settings.device, settings.weights_gib)
     found = fit(model, directory.tokenizer, tokens.held_out, tokens.sources_of("held_out"))
     logger.info("evaluate: %s model, perplexity %.2f, %.3f bits/byte", name, found.perplexity, found.bits_per_byte)
     scores = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from finercut.system.settings import AnyDtype, Section, Share
 
@@ -27,5 +27,9 @@ class Evaluate(Section):
     dtype: AnyDtype
     """Of lm-eval and perplexity, as in search."""
     device: str
+    """auto, cpu, cuda, cuda:1, ...; with auto a model too large for one GPU is spread over all."""
+    weights_gib: PositiveFloat | None = None
+    """Of the device's memory, for weights. Where they need more, sublayers are brought when they run; null: all are
+    there."""
     unhealed: bool = True
     """Measure the pruned checkpoint too, where healing changed it: what selection kept, and what healing brought."""

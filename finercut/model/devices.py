@@ -70,5 +70,5 @@ def no_room(weights_bytes: int, room: Mapping[Any, int]) -> ValueError:
     return ValueError(
         f"the weights are {weights_bytes / 2**30:.3g} GiB, and there is room for "
         f"{' + '.join(f'{allowed / 2**30:.3g}' for allowed in room.values())} GiB on the device: "
-        "set search.weights_gib, and they are streamed to it"
+        "set weights_gib in the stage's section of params.yaml, and they are streamed to it"
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from finercut.model.devices import no_room
+from finercut.model.devices import device_of, no_room, room_for
 from finercut.model.directory import ModelDirectory, one_line_errors, quiet
 from finercut.model.families import LAYOUT_KEY, check_supported, is_declared
 from finercut.model.probe import find_layout
+from finercut.model.streaming import stream
 
 
 def load_whole(
@@ -43,26 +45,28 @@ def load_whole(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **_attention(directory.config),
-            **({} if room is None else {"device_map": "auto", "max_memory": dict(room)}),
+            **_spread(room),
         )
     wrong = info["missing_keys"] or info["mismatched_keys"]
     if wrong:
         raise ValueError(f"the weights in {directory} do not fit its config: {sorted(map(str, wrong))[:3]}")
-    if room is None:
-        loaded.to(device)
-    elif set(getattr(loaded, "hf_device_map", {}).values()) - room.keys():
-        # accelerate does not split blocks: those that fit nowhere would be read from the disk at every forward.
-        raise no_room(sum(p.numel() * p.element_size() for p in loaded.parameters()), room)
-    loaded.eval()
+    _place(loaded, device, room)
     if not is_declared(loaded.config):
         setattr(loaded.config, LAYOUT_KEY, find_layout(loaded).to_dict())
     return loaded
 
 
 def load_pruned(
-    model: ModelDirectory | Path | str, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    model: ModelDirectory | Path | str,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    *,
+    room: Mapping[int | str, int] | None = None,
 ) -> PreTrainedModel:
     """A pruned model, in evaluation mode.
+
+    Args:
+        dtype, room: as of `load_whole`.
 
     Raises:
         FileNotFoundError: no model there.
@@ -81,16 +85,70 @@ def load_pruned(
             trust_remote_code=trusted,
             ignore_mismatched_sizes=True,
             **_attention(config),
+            **_spread(room),
         )
-    return loaded.eval().to(device)
+    _place(loaded, device, room)
+    return loaded
+
+
+def _spread(room: Mapping[int | str, int] | None) -> dict[str, Any]:
+    return {} if room is None else {"device_map": "auto", "max_memory": dict(room)}
+
+
+def _place(model: PreTrainedModel, device: torch.device | str, room: Mapping[int | str, int] | None) -> None:
+    if room is None:
+        model.to(device)
+    elif set(getattr(model, "hf_device_map", {}).values()) - room.keys():
+        # accelerate does not split blocks: those that fit nowhere would be read from the disk at every forward.
+        raise no_room(sum(p.numel() * p.element_size() for p in model.parameters()), room)
+    model.eval()
 
 
 def load(
-    model: ModelDirectory | Path | str, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    model: ModelDirectory | Path | str,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    *,
+    room: Mapping[int | str, int] | None = None,
+    weights_gib: float | None = None,
 ) -> PreTrainedModel:
-    """A whole or a pruned model, as `load_whole` or `load_pruned` loads it."""
+    """A whole or a pruned model, as `load_whole` or `load_pruned` loads it.
+
+    Args:
+        weights_gib: of the device's memory, for weights. Where they need more, sublayers are brought when they run, and
+            the others remain pages of the files, which need no memory of the process.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_whole` and `load_pruned`; or `weights_gib` is too little.
+    """
     directory = ModelDirectory.of(model)
-    return (load_pruned if directory.is_pruned else load_whole)(directory, dtype, device)
+    loads = load_pruned if directory.is_pruned else load_whole
+    if weights_gib is None:
+        return loads(directory, dtype, device, room=room)
+    loaded = loads(directory, getattr(torch, directory.dtype, "auto"))
+    stream(loaded, torch.device(device), int(weights_gib * 2**30), None if isinstance(dtype, str) else dtype)
+    return loaded
+
+
+def load_on(
+    model: ModelDirectory | Path | str, dtype: torch.dtype, device: str, weights_gib: float | None = None
+) -> PreTrainedModel:
+    """A model where params.yaml says: with `auto` on several GPUs on the first that holds it, or on all of them.
+
+    Args:
+        device: auto, cpu, cuda, cuda:1, ...
+        weights_gib: as in `load`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`; or there is no such device, or the GPUs have no room.
+    """
+    directory, chosen, room = ModelDirectory.of(model), device_of(device), None
+    if weights_gib is None and chosen.type == "cuda":
+        gpus = range(torch.cuda.device_count()) if device == "auto" else [chosen.index]
+        room = room_for(directory.n_elements * dtype.itemsize, {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus})
+        if len(room) == 1:
+            chosen, room = torch.device("cuda", *room), None
+    return load(directory, dtype, chosen, room=room, weights_gib=weights_gib)
 
 
 def _attention(config: PreTrainedConfig) -> dict[str, str]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable
+import struct
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from finercut.model.configs import read_object
+from finercut.model.configs import read_object, write_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_CHUNK = 1 << 24
+"""Bytes of a file in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,59 @@ def weights_sha256(directory: Path, names: Iterable[str] | None = None) -> str:
     for file in safetensors_files(directory) if names is None else sorted(directory / name for name in names):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as opened:
-            while chunk := opened.read(1 << 24):
+            while chunk := opened.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def copy_tensors(source: Path, names: Collection[str], directory: Path) -> None:
+    """Write stored tensors of a model's directory, bit for bit, into files of the same names in another directory.
+
+    A chunk of a file at a time is in memory. A file none of whose tensors is in `names` is left out.
+
+    Args:
+        names: of the tensors; all are stored in `source`.
+        directory: has no weights.
+    """
+    weight_map: dict[str, str] = {}
+    n_bytes = 0
+    for file in safetensors_files(source):
+        with file.open("rb") as stored:
+            (start,) = struct.unpack("<Q", stored.read(8))
+            header = json.loads(stored.read(start))
+            taken = {name: entry for name, entry in header.items() if name in names}
+            if taken:
+                n_bytes += _copy(stored, 8 + start, taken, directory / file.name)
+        weight_map |= dict.fromkeys(taken, file.name)
+    if set(weight_map.values()) != {WEIGHTS}:
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_object(directory / INDEX, index)
+
+
+def _copy(stored: BinaryIO, start: int, entries: dict[str, dict[str, Any]], target: Path) -> int:
+    """Write a file of the tensors that `entries` of another file's header describe; returns their bytes.
+
+    Args:
+        start: of the data in `stored`, bytes.
+    """
+    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
+    # As safetensors orders them: those with larger numbers first, so that each begins at a multiple of its numbers'
+    # size.
+    order = sorted(entries, key=lambda name: (-sizes[name] // max(prod(entries[name]["shape"]), 1), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        header[name] = entries[name] | {"data_offsets": [end, end + sizes[name]]}
+        end += sizes[name]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as written:
+        written.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            stored.seek(start + entries[name]["data_offsets"][0])
+            left = sizes[name]
+            while left:
+                chunk = stored.read(min(left, _CHUNK))
+                written.write(chunk)
+                left -= len(chunk)
+    return end

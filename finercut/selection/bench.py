@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finercut.model.families import layout_of
+from finercut.model.workers import Workers
 from finercut.selection.blocks import Blocks
 from finercut.selection.controls import Continuations
 from finercut.selection.distributed import ALONE, Ranks, SharedSweep
@@ -20,7 +21,6 @@ from finercut.selection.race import Part, Totals
 from finercut.selection.records import Controls
 from finercut.selection.sweep import micro_batch
 from finercut.selection.trajectory import Step
-from finercut.selection.workers import Workers
 from finercut.sublayers import Candidate, Sublayer
 
 

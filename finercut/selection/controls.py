@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finercut.model.masking import masked
+from finercut.model.workers import Workers
 from finercut.selection.distributed import Ranks
-from finercut.selection.workers import Workers
 from finercut.sublayers import Sublayer
 
 N_GRAM = 4

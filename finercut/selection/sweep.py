@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finercut.model.workers import Workers
 from finercut.selection.blocks import Blocks, Unit
 from finercut.selection.divergence import Divergence, Reference
 from finercut.selection.race import Part, Segments, Totals
-from finercut.selection.workers import Workers
 from finercut.sublayers import Candidate, Sublayer
 
 # Tokens whose divergences are one number for the race.

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from finercut.checkpoint.records import Claim
+from finercut.checkpoint.settings import Prove
 from finercut.model import tokenizer_files
+from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load
 from finercut.model.remote_code import TRUSTED_KEY
@@ -31,37 +33,58 @@ def check_servable(model: ModelDirectory) -> None:
         )
 
 
-def claim(name: str, model: ModelDirectory, held_out: Tensor, tolerance: float, device: torch.device) -> Claim:
+def engine_settings(model: ModelDirectory, n_tokens: int, settings: Prove) -> EngineSettings:
+    """Of the engine whose log-probabilities are compared.
+
+    Args:
+        n_tokens: of a held-out window.
+
+    Raises:
+        ValueError: the model's context is too short.
+    """
+    context = model.language.max_position_embeddings
+    compared = min(N_TOKENS, n_tokens, context - vllm_engine.N_GENERATED)
+    if compared < 2:
+        raise ValueError(
+            f"the model's context of {context} tokens is too short to compare vLLM with transformers: "
+            f"{vllm_engine.N_GENERATED + 2} are needed"
+        )
+    return EngineSettings(
+        concurrency=N_WINDOWS,
+        dtype="float32",
+        max_model_len=compared + vllm_engine.N_GENERATED,
+        kv_cache_gib=KV_CACHE_GIB,
+        enforce_eager=True,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        pipeline_parallel_size=settings.pipeline_parallel_size,
+    )
+
+
+def claim(name: str, model: ModelDirectory, held_out: Tensor, settings: Prove) -> Claim:
     """Compare log-probabilities in float32 on held-out windows and on what vLLM generates after them.
 
     Args:
         name: of the claim.
         held_out: token ids, (samples, tokens).
-        tolerance: nats.
 
     Raises:
         RuntimeError: vLLM is missing or failed.
         ValueError: its tokenizer makes other tokens.
     """
-    n_tokens = min(N_TOKENS, held_out.shape[1], model.language.max_position_embeddings - vllm_engine.N_GENERATED)
-    windows = held_out[:N_WINDOWS, :n_tokens].tolist()
-    settings = EngineSettings(
-        concurrency=len(windows),
-        dtype="float32",
-        max_model_len=n_tokens + vllm_engine.N_GENERATED,
-        kv_cache_gib=KV_CACHE_GIB,
-        enforce_eager=True,
-    )
-    with vllm_engine.engine(model.path, settings, one_process=True) as engine:
+    compared = engine_settings(model, held_out.shape[1], settings)
+    windows = held_out[:N_WINDOWS, : compared.max_model_len - vllm_engine.N_GENERATED].tolist()
+    alone = compared.tensor_parallel_size * compared.pipeline_parallel_size == 1
+    with vllm_engine.engine(model.path, compared, one_process=alone) as engine:
         served = engine.continuations(windows)
         if tokenizer_files.present(model.path):
             expected, where = tokenizer_files.sample(model.tokenizer), f"vLLM loads the tokenizer in {model}"
             tokenizer_files.check_sample(expected, engine.tokenizer_sample(), where)
-    difference = vllm_engine.largest_difference(served, load(model, torch.float32, device))
+    loaded = load(model, torch.float32, device_of(settings.device), weights_gib=settings.weights_gib)
+    difference = vllm_engine.largest_difference(served, loaded)
     return Claim(
         name=name,
         statement="vLLM's log-probabilities are those of transformers",
-        holds=difference <= tolerance,  # false for NaN
+        holds=difference <= settings.log_probability_tolerance,  # false for NaN
         figures={"max_logprob_difference": difference, "n_tokens": sum(len(c.tokens) for c in served)},
-        limit=tolerance,
+        limit=settings.log_probability_tolerance,
     )

@@ -21,6 +21,10 @@ class EngineSettings(Section):
     """KV cache given to every engine, on CPU and GPU alike."""
     enforce_eager: bool
     """Without torch.compile and CUDA graphs: starts faster, runs slower."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs that each matrix is divided among."""
+    pipeline_parallel_size: PositiveInt = 1
+    """GPUs, or groups of `tensor_parallel_size` of them, that the blocks are divided among."""
 
 
 class Load(Section):

@@ -141,8 +141,15 @@ class Engine:
         line = self.process.stdout.readline()
         if not line:
             self._log.seek(0)
-            raise RuntimeError(f"vLLM failed on {self.directory}: {_cause(self._log.read())}")
+            raise RuntimeError(f"vLLM failed on {self.directory}: {cause(self._log.read())}")
         return json.loads(line)
+
+
+def environment() -> dict[str, str]:
+    """Variables of a process that imports vLLM."""
+    # That variable would override `kv_cache_gib`.
+    kept = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    return kept | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @contextmanager
@@ -156,17 +163,13 @@ def engine(directory: Path, settings: EngineSettings, one_process: bool = False)
         RuntimeError: vLLM is missing.
     """
     installed()
-    # That variable would override `kv_cache_gib`.
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
-    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    if one_process:
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    variables = environment() | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if one_process else {})
     with (
         tempfile.TemporaryFile("w+", errors="replace") as log,
         # vLLM leaves the sockets its processes meet at behind.
         tempfile.TemporaryDirectory(prefix="vllm-") as sockets,
     ):
-        environment["VLLM_RPC_BASE_PATH"] = sockets
+        variables["VLLM_RPC_BASE_PATH"] = sockets
         started_with = settings.model_dump_json(include=set(EngineSettings.model_fields))
         process = subprocess.Popen(
             [interpreter(), "-m", "finercut.serving.vllm_process", str(directory.absolute()), started_with],
@@ -174,7 +177,7 @@ def engine(directory: Path, settings: EngineSettings, one_process: bool = False)
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=environment,
+            env=variables,
             start_new_session=True,
         )
         try:
@@ -205,20 +208,21 @@ def largest_difference(served: Sequence[Continuation], model: PreTrainedModel) -
     return torch.cat(differences).abs().max().item()
 
 
-def _cause(log: str) -> str:
+def cause(log: str) -> str:
     """The first error in vLLM's log: later ones say only that an earlier one happened, in another process."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and " WARNING " not in line]
     for number, line in enumerate(lines):
         if error := re.search(r"\b(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b: .+", line):
             # Pydantic says in the next line what was wrong.
             reason = lines[number + 1] if "validation error" in error[0] and lines[number + 1 :] else error[0]
-            return _shortened(reason.removeprefix("Value error, "))
+            return shortened(reason.removeprefix("Value error, "))
         if line.endswith("AssertionError"):
             # It says nothing itself; the line that failed does.
             failed = (re.search(r"\bassert .+", earlier) for earlier in reversed(lines[:number]))
             return next((f"AssertionError: {found[0]}" for found in failed if found), "AssertionError")
-    return _shortened(" ".join(lines[-3:]) or "it said nothing")
+    return shortened(" ".join(lines[-3:]) or "it said nothing")
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """To N_CHARACTERS."""
     return text if len(text) <= N_CHARACTERS else text[:N_CHARACTERS] + " ..."

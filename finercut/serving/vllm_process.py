@@ -36,7 +36,7 @@ def _main() -> None:
         if "seed" in request:
             answer = asdict(_serve_load(llm, **request))
         elif "sample" in request:
-            answer = _tokenizer_sample(sys.argv[1])
+            answer = tokenizer_sample(sys.argv[1])
         else:
             answer = [asdict(c) for c in _continue(llm, request["windows"])]
         print(json.dumps(answer), file=answers)
@@ -54,19 +54,26 @@ def _listen(requests: SimpleQueue[dict[str, Any] | None]) -> None:
 def _start_vllm(directory: str, settings: EngineSettings) -> Any:
     from vllm import LLM
 
-    return LLM(
-        model=directory,
-        skip_tokenizer_init=True,
-        dtype=settings.dtype,
-        enforce_eager=settings.enforce_eager,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.concurrency,
-        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
+    return LLM(**arguments(directory, settings))
+
+
+def arguments(directory: str, settings: EngineSettings) -> dict[str, Any]:
+    """What vLLM is told of an engine."""
+    return {
+        "model": directory,
+        "skip_tokenizer_init": True,
+        "dtype": settings.dtype,
+        "enforce_eager": settings.enforce_eager,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.concurrency,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
         # The line above settles it; but vLLM still wants this share of the GPU to be free, beside the other engine.
-        gpu_memory_utilization=0.01,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-    )
+        "gpu_memory_utilization": 0.01,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
 
 
 def _continue(llm: Any, windows: list[list[int]]) -> list[Continuation]:
@@ -111,7 +118,8 @@ def _serve_load(llm: Any, seed: int, input_tokens: int, output_tokens: int, conc
     )
 
 
-def _tokenizer_sample(directory: str) -> dict[str, Any]:
+def tokenizer_sample(directory: str) -> dict[str, Any]:
+    """What vLLM's tokenizer of a model makes of texts; see `finercut.model.tokenizer_files.sample`."""
     from vllm.tokenizers import get_tokenizer
 
     from finercut.model.tokenizer_files import sample

@@ -12,7 +12,7 @@ memory" are pages of the files, which the system reads when they are used and ma
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,19 +21,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finercut.model.families import layout_of
-from finercut.selection.workers import single_threaded
+from finercut.model.families import Layout, layout_of
+from finercut.model.workers import single_threaded
 
 N_SLOTS = 2
 # Where a tensor starts in a slot, bytes: as CUDA's own allocator would place it, so that the same kernels are chosen.
 ALIGNMENT = 512
 
+Cast = Mapping[torch.dtype, torch.dtype]
+"""What tensors of a dtype become on the device; others keep theirs."""
 
-def stream(model: PreTrainedModel, device: torch.device, weights_bytes: int) -> Stream | None:
+
+def stream(
+    model: PreTrainedModel, device: torch.device, weights_bytes: int, dtype: torch.dtype | None = None
+) -> Stream | None:
     """Make `model`, which is in CPU memory, run on `device` with at most `weights_bytes` of its weights there.
 
     Embeddings, norms, head and buffers move there permanently, as do as many attentions and MLPs as fit beside the
     slots, spread evenly over the depth. The others stay in CPU memory and are copied when they run.
+
+    Args:
+        model: whole or pruned.
+        dtype: to compute in; that of `model` by default. Weights that stay in CPU memory keep theirs, and so remain
+            pages of the files.
 
     Returns:
         The stream that copies them; None if all weights fit.
@@ -41,7 +51,9 @@ def stream(model: PreTrainedModel, device: torch.device, weights_bytes: int) -> 
     Raises:
         ValueError: `weights_bytes` is less than the minimum.
     """
-    layout = layout_of(model.config)
+    kept = getattr(model.config, "finercut", None)  # of a pruned model
+    layout = layout_of(model.config) if kept is None else Layout.from_dict(kept["layout"])
+    cast = {model.dtype: dtype or model.dtype}
     blocks = model.get_submodule(layout.blocks)
     members = (
         getattr(blocks[sublayer.block], name)
@@ -50,12 +62,12 @@ def stream(model: PreTrainedModel, device: torch.device, weights_bytes: int) -> 
     )
     # Norms are not worth a transfer of their own.
     modules = [member for member in members if any(p.dim() > 1 for p in member.parameters())]
-    sizes = [_nbytes(module.parameters()) for module in modules]
-    total = _nbytes(model.parameters())
+    sizes = [sum(_nbytes(p, cast) for p in module.parameters()) for module in modules]
+    total = sum(_nbytes(p, cast) for p in model.parameters())
     if total <= weights_bytes:
-        model.to(device)
+        _move(model, model.parameters(), device, cast)
         return None
-    room = weights_bytes - (total - sum(sizes)) - N_SLOTS * max(map(_slot_bytes, modules))
+    room = weights_bytes - (total - sum(sizes)) - N_SLOTS * max(_slot_bytes(m.parameters(), cast) for m in modules)
     if room < 0:
         raise ValueError(
             f"{weights_bytes / 2**30:.3g} GiB do not hold the embeddings, the head and {N_SLOTS} sublayers of this "
@@ -63,10 +75,17 @@ def stream(model: PreTrainedModel, device: torch.device, weights_bytes: int) -> 
         )
     streamed = [module for module, stays in zip(modules, _spread(sizes, room), strict=True) if not stays]
     brought = {id(parameter) for module in streamed for parameter in module.parameters()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in brought:
-            tensor.data = tensor.data.to(device)
-    return Stream(streamed, device)
+    _move(model, [p for p in model.parameters() if id(p) not in brought], device, cast)
+    return Stream(streamed, device, cast)
+
+
+def _move(model: nn.Module, parameters: Iterable[Tensor], device: torch.device, cast: Cast) -> None:
+    """Move parameters and all buffers. Buffers that no file holds, such as frequencies, keep their dtype."""
+    stored = model.state_dict().keys()
+    for tensor in (*parameters, *(buffer for name, buffer in model.named_buffers() if name in stored)):
+        tensor.data = tensor.data.to(device, cast.get(tensor.dtype, tensor.dtype))
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[bool]:
@@ -79,12 +98,13 @@ def _spread(sizes: Sequence[int], room: int) -> list[bool]:
     return chosen
 
 
-def _nbytes(tensors: Any) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _nbytes(tensor: Tensor, cast: Cast) -> int:
+    """On the device."""
+    return tensor.numel() * cast.get(tensor.dtype, tensor.dtype).itemsize
 
 
-def _slot_bytes(module: nn.Module) -> int:
-    return sum(-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in module.parameters())
+def _slot_bytes(tensors: Iterable[Tensor], cast: Cast) -> int:
+    return sum(-(-_nbytes(tensor, cast) // ALIGNMENT) * ALIGNMENT for tensor in tensors)
 
 
 @dataclass(eq=False)
@@ -114,8 +134,9 @@ class Stream:
     several threads too; a wrong prediction is only slower.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device, cast: Cast) -> None:
         self.device = device
+        self._cast = cast
         self.bytes_brought = 0
         """To the device so far."""
         self.bytes_late = 0
@@ -124,7 +145,7 @@ class Stream:
         self._home = [[p.data for p in parameters] for parameters in self._parameters]
         self._next = {i: (i + 1) % len(modules) for i in range(len(modules))}
         self._last: int | None = None
-        size = max(map(_slot_bytes, modules))
+        size = max(_slot_bytes(home, cast) for home in self._home)
         on_gpu = device.type == "cuda"
         with torch.inference_mode(False):  # Parameters do not take their data from tensors made in inference mode
             self._slots = [
@@ -145,7 +166,7 @@ class Stream:
     @property
     def device_bytes(self) -> int:
         """Of the slots."""
-        return _nbytes(slot.memory for slot in self._slots)
+        return sum(slot.memory.nbytes for slot in self._slots)
 
     def _begin(self, module: int) -> None:
         """Before a forward of the module: get its weights to the device, and start copying the next one's."""
@@ -193,7 +214,7 @@ class Stream:
                 parameter.data = home
         slot.module, slot.bound = module, False
         slot.filled = self._thread.submit(self._copy, slot, module)
-        n_bytes = _nbytes(self._home[module])
+        n_bytes = sum(_nbytes(home, self._cast) for home in self._home[module])
         self.bytes_brought += n_bytes
         return n_bytes
 
@@ -216,6 +237,7 @@ class Stream:
         """Where each of the module's parameters lies in a slot's memory."""
         views, start = [], 0
         for home in self._home[module]:
-            views.append(memory[start : start + home.nbytes].view(home.dtype).view(home.shape))
-            start += -(-home.nbytes // ALIGNMENT) * ALIGNMENT
+            n_bytes, dtype = _nbytes(home, self._cast), self._cast.get(home.dtype, home.dtype)
+            views.append(memory[start : start + n_bytes].view(dtype).view(home.shape))
+            start += -(-n_bytes // ALIGNMENT) * ALIGNMENT
         return views

@@ -1,0 +1,55 @@
+"""Asks vLLM, in seconds and before anything expensive, whether its engines would take a model, whole and pruned."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finercut.serving import vllm_engine
+from finercut.serving.settings import EngineSettings
+from finercut.system.machine import interpreter
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What vLLM said of one model."""
+
+    refusals: list[str | None]
+    """For each engine asked about why it would not start, in one line; None where nothing speaks against it."""
+    tokenizer: dict[str, Any] | None
+    """`finercut.model.tokenizer_files.sample` of vLLM's tokenizer; None where the model has none."""
+
+
+def ask(models: Sequence[Path], engines: Sequence[EngineSettings]) -> list[Answer]:
+    """What vLLM says of each model for each engine.
+
+    vLLM checks its config for the model, and makes the model without memory for weights. It is imported in a process of
+    its own, once.
+
+    Args:
+        models: directories, complete but for the weights.
+
+    Raises:
+        RuntimeError: vLLM is missing, or cannot be imported.
+    """
+    vllm_engine.installed()
+    asked = {
+        "models": [str(path.absolute()) for path in models],
+        "engines": [settings.model_dump(include=set(EngineSettings.model_fields)) for settings in engines],
+    }
+    done = subprocess.run(
+        [interpreter(), "-m", "finercut.serving.vllm_foresight", json.dumps(asked)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=vllm_engine.environment(),
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"vLLM failed: {vllm_engine.cause(done.stderr)}")
+    return [Answer(**answer) for answer in json.loads(done.stdout)]

@@ -1,0 +1,144 @@
+"""What later stages would refuse hours from now, asked of vLLM, lm-eval and transformers once there is a model.
+
+`fetch` asks; `finercut run` asks again after it where what the answer depends on has changed since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+from finercut.checkpoint.writing import write_all_but_weights
+from finercut.model import tokenizer_files
+from finercut.model.devices import device_of
+from finercut.model.directory import ModelDirectory
+from finercut.model.families import fixed_sublayers, layout_of
+from finercut.serving import claim, foresight, vllm_engine
+from finercut.sublayers import Sublayer
+from finercut.system.staging import staged_file
+
+from . import paths
+from .params import Params
+
+logger = logging.getLogger("finercut")
+
+_VERSIONS = ("finercut", "torch", "transformers", "tokenizers", "lm_eval", *vllm_engine.DISTRIBUTIONS)
+
+
+def check(params: Params, model: ModelDirectory) -> list[str]:
+    """Ask, unless the answer is known that nothing is in the way, and warn of obstacles.
+
+    Returns:
+        Why stages will fail here, or what could not be asked. Another machine may have what they need.
+
+    Raises:
+        ValueError: the model or params.yaml would be refused on any machine.
+    """
+    asked = _asked(params, model)
+    if paths.FORESEEN.is_file() and paths.FORESEEN.read_text(encoding="utf-8") == asked:
+        return []
+    started = time.monotonic()
+    obstacles = _obstacles(params, model)
+    for obstacle in obstacles:
+        logger.warning("fetch: LATER STAGES WILL FAIL: %s", obstacle)
+    logger.info("fetch: asked whether later stages can finish, in %.0f s", time.monotonic() - started)
+    if not obstacles:
+        with staged_file(paths.FORESEEN) as file:
+            file.write_text(asked, encoding="utf-8")
+    return obstacles
+
+
+def _asked(params: Params, model: ModelDirectory) -> str:
+    """Hash of the settings, files and versions that the answer depends on."""
+    digest = hashlib.sha256()
+    tolerances = {"logit_tolerance", "log_probability_tolerance"}
+    for section in (params.evaluate, params.throughput, params.prove):
+        digest.update(section.model_dump_json(exclude=tolerances).encode())
+    digest.update(f"{params.calibrate.n_tokens} {_devices(params)}".encode())
+    for file in sorted(model.path.rglob("*")):
+        if file.is_file() and ".safetensors" not in file.name:
+            digest.update(f"{file.relative_to(model.path)} {file.stat().st_size}\n".encode() + file.read_bytes())
+    for name in _VERSIONS:
+        try:
+            digest.update(f"{name} {version(name)}\n".encode())
+        except PackageNotFoundError:
+            continue
+    return digest.hexdigest()
+
+
+def _devices(params: Params) -> dict[str, str]:
+    sections = {"heal": params.heal, "prove": params.prove, "evaluate": params.evaluate}
+    return {name: section.device for name, section in sections.items() if hasattr(section, "device")}
+
+
+def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
+    found = []
+    for name, device in _devices(params).items():
+        try:
+            device_of(device)
+        except ValueError as error:
+            found.append(f"{name}.device: {error}")
+    if params.evaluate.tasks:
+        from finercut.evaluation.harness import load_tasks, rehearse
+
+        try:
+            tasks = load_tasks(params.evaluate.tasks)
+        except RuntimeError as error:
+            found.append(f"evaluate: {error}")
+        else:
+            config = model.language
+            sizes = {"vocab_size": config.vocab_size, "n_positions": config.max_position_embeddings}
+            rehearse(model.tokenizer, tasks, **sizes)
+    with tempfile.TemporaryDirectory(prefix="finercut-") as folder:
+        pruned = ModelDirectory(folder)
+        write_all_but_weights(model, _one_of_each(model), pruned.path, {})
+        found += _asked_of_vllm(params, model, pruned)
+    return found
+
+
+def _asked_of_vllm(params: Params, model: ModelDirectory, pruned: ModelDirectory) -> list[str]:
+    compared = claim.engine_settings(model, params.calibrate.n_tokens, params.prove)
+    alone = compared.model_copy(update={"tensor_parallel_size": 1, "pipeline_parallel_size": 1})
+    engines = {None: alone, "prove": compared, "throughput": params.throughput.for_all_loads}
+    if compared == alone:
+        del engines["prove"]
+    try:
+        claim.check_servable(model)
+        answers = foresight.ask([model.path, pruned.path], list(engines.values()))
+    except RuntimeError as error:
+        return [f"whether vLLM serves the model was not checked, and without vLLM nothing is registered: {error}"]
+    except ValueError as error:
+        return [str(error)]
+    for what, answer in zip(("the model", "the model less some sublayers"), answers, strict=True):
+        for section, refusal in zip(engines, answer.refusals, strict=True):
+            if refusal is None:
+                continue
+            if section is not None:
+                raise ValueError(f"vLLM does not serve {what} as {section} in params.yaml asks: {refusal}")
+            return [
+                f"vLLM does not serve {what}, so that it cannot be registered; `dvc repro evaluate` does all the rest. "
+                f"It says: {refusal}"
+            ]
+        if answer.tokenizer is not None:
+            expected, where = tokenizer_files.sample(model.tokenizer), f"vLLM loads the tokenizer of {what}"
+            tokenizer_files.check_sample(expected, answer.tokenizer, where)
+    return []
+
+
+def _one_of_each(model: ModelDirectory) -> list[Sublayer]:
+    """A sublayer of each sort that the model's blocks have, none that must stay; not every attention."""
+    config = model.language
+    layout = layout_of(config)
+    fixed = fixed_sublayers(config)
+    free = [s for s in layout.sublayers(config.num_hidden_layers) if s not in fixed]
+    sorts = {layout.branch(s.kind, s.block): s for s in free}
+    chosen = sorted(sorts.values())
+    n_attentions = sum(s.kind == "attention" for s in layout.sublayers(config.num_hidden_layers))
+    while sum(s.kind == "attention" for s in chosen) >= n_attentions:
+        chosen.remove(next(s for s in chosen if s.kind == "attention"))
+    if not chosen:
+        raise ValueError(f"the model in {model} has no sublayer that could be removed")
+    return chosen

@@ -1,0 +1,165 @@
+"""What later stages would refuse, found once there is a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import random_llama
+from family_models import CASES, random_model
+from vllm_cases import model_for_vllm
+
+from finercut.checkpoint.writing import write_all_but_weights
+from finercut.evaluation.settings import Task
+from finercut.model.directory import ModelDirectory
+from finercut.model.layouts import note_layout
+from finercut.serving import foresight as vllm_foresight
+from finercut.serving.foresight import Answer
+from finercut.serving.settings import EngineSettings
+from pipelines import fetch, flow, foresight, params, paths
+from pipelines.foresight import _one_of_each
+
+# Heads of 32, the least that vLLM's attention takes on a CPU.
+WIDE = {"hidden_size": 128, "head_dim": 32}
+PLAIN = {"concurrency": 2, "dtype": "float32", "max_model_len": 64, "kv_cache_gib": 0.1, "enforce_eager": True}
+ENGINES = {
+    "plain": {},
+    "float16": {"dtype": "float16"},
+    "long": {"max_model_len": 300},
+    "three ranks": {"tensor_parallel_size": 3},
+    "two stages": {"pipeline_parallel_size": 2},
+}
+MODELS = {
+    "llama": lambda: random_llama(),
+    "gemma2": lambda: model_for_vllm("gemma2"),
+    "olmo2": lambda: model_for_vllm("olmo2"),
+    "stablelm": lambda: random_model("stablelm", **WIDE),
+    "helium": lambda: random_model("helium", **WIDE),
+    "gpt2": lambda: random_model(*CASES["gpt2"][:1], **CASES["gpt2"][1] | {"hidden_size": 128}),
+}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory, tokenizer) -> dict[str, dict[str, str | None]]:
+    """What vLLM says of models, and of each less some sublayers, in one process."""
+    root = tmp_path_factory.mktemp("asked")
+    for name, make in MODELS.items():
+        make().save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        whole = note_layout(ModelDirectory(root / name))
+        write_all_but_weights(whole, _one_of_each(whole), root / f"{name} pruned", {})
+    names = [each for name in MODELS for each in (name, f"{name} pruned")]
+    engines = [EngineSettings(**PLAIN | changes) for changes in ENGINES.values()]
+    found = vllm_foresight.ask([root / name for name in names], engines)
+    return {name: dict(zip(ENGINES, answer.refusals, strict=True)) for name, answer in zip(names, found, strict=True)}
+
+
+def refused(answer: dict[str, str | None]) -> set[str]:
+    return {engine for engine, refusal in answer.items() if refusal is not None}
+
+
+def test_vllm_says_which_settings_it_will_not_start_with(answers):
+    for name in ("llama", "llama pruned"):
+        assert refused(answers[name]) == {"long", "three ranks"}
+        assert "max_model_len (300) is greater than the derived max_model_len" in answers[name]["long"]
+        assert "(4) must be divisible by tensor parallel size (3)" in answers[name]["three ranks"]
+    for name in ("gemma2", "gemma2 pruned"):
+        assert "does not support float16" in answers[name]["float16"]
+
+
+def test_vllm_says_which_models_it_will_not_serve(answers):
+    assert refused(answers["stablelm pruned"]) == refused(answers["stablelm"])
+    assert answers["olmo2"]["two stages"] is None
+    assert "use tensor_parallel_size" in answers["olmo2 pruned"]["two stages"]
+    assert answers["helium"]["plain"] is None
+    assert answers["helium pruned"]["plain"].endswith("['FinerCutHeliumForCausalLM'] are not supported for now.")
+    assert answers["gpt2"]["plain"] == "AssertionError: assert not config.scale_attn_by_inverse_layer_idx"
+
+
+@pytest.fixture
+def chosen(workspace):
+    return params.load()
+
+
+def asked(monkeypatch, *refusals: list[str | None]) -> list[int]:
+    """Let vLLM say so of the whole and of the pruned model; how often it was asked."""
+    times = []
+
+    def ask(models, engines):
+        times.append(len(engines))
+        return [Answer(list(each[: len(engines)]), None) for each in refusals]
+
+    monkeypatch.setattr(vllm_foresight, "ask", ask)
+    return times
+
+
+def test_what_was_answered_well_is_not_asked_again_unless_something_changed(chosen, monkeypatch):
+    model = ModelDirectory(paths.MODEL)
+    times = asked(monkeypatch, [None] * 3, [None] * 3)
+    assert foresight.check(chosen, model) == foresight.check(chosen, model) == []
+    assert times == [2]
+    tolerant = chosen.prove.model_copy(update={"logit_tolerance": 0.5})
+    assert foresight.check(chosen.model_copy(update={"prove": tolerant}), model) == []
+    assert times == [2]
+    divided = chosen.prove.model_copy(update={"tensor_parallel_size": 2})
+    assert foresight.check(chosen.model_copy(update={"prove": divided}), model) == []
+    assert times == [2, 3]
+    (paths.MODEL / "generation_config.json").write_text("{}")
+    foresight.check(chosen, ModelDirectory(paths.MODEL))
+    assert times == [2, 3, 2]
+
+
+def test_settings_that_vllm_refuses_are_an_error_and_a_model_that_it_refuses_is_in_the_way(chosen, monkeypatch, caplog):
+    model = ModelDirectory(paths.MODEL)
+    asked(monkeypatch, [None, None], [None, "float16 overflows"])
+    with pytest.raises(ValueError, match="vLLM does not serve the model less some sublayers as throughput .*overflows"):
+        foresight.check(chosen, model)
+    times = asked(monkeypatch, [None, None], ["no such architecture", None])
+    for _ in range(2):
+        (obstacle,) = foresight.check(chosen, model)
+        assert "cannot be registered" in obstacle
+        assert obstacle.endswith("no such architecture")
+    assert times == [2, 2]
+    assert f"fetch: LATER STAGES WILL FAIL: {obstacle}" in caplog.text
+    with pytest.raises(RuntimeError, match="cannot be registered"):
+        flow._foresee(chosen)
+
+
+def test_without_vllm_fetch_says_what_was_not_checked(chosen, without_vllm, caplog):
+    assert fetch.run(chosen).n_blocks == 4
+    assert "whether vLLM serves the model was not checked" in caplog.text
+    assert "pip install 'finercut[cuda]'" in caplog.text
+
+
+def evaluating(chosen, *tasks: dict, **changes):
+    tasks = [Task(**task) for task in tasks]
+    return chosen.model_copy(update={"evaluate": chosen.evaluate.model_copy(update={"tasks": tasks, **changes})})
+
+
+def test_tasks_that_cannot_be_evaluated_are_found(chosen, monkeypatch):
+    asked(monkeypatch, [None, None], [None, None])
+    model = ModelDirectory(paths.MODEL)
+    with pytest.raises(ValueError, match="finercut_agreement has no metric 'bleu'"):
+        foresight.check(evaluating(chosen, {"name": "finercut_agreement", "metric": "bleu"}), model)
+    answers = {"name": "finercut_copying", "metric": "exact_match"}
+    assert foresight.check(evaluating(chosen, answers), model) == []
+    model.tokenizer.eos_token = None
+    paths.FORESEEN.unlink()
+    with pytest.raises(ValueError, match="lm-eval cannot run finercut_copying with the model's tokenizer"):
+        foresight.check(evaluating(chosen, answers), model)
+
+
+def test_a_device_that_is_not_here_is_in_the_way(chosen, monkeypatch):
+    asked(monkeypatch, [None, None], [None, None])
+    (obstacle,) = foresight.check(evaluating(chosen, device="cuda:9"), ModelDirectory(paths.MODEL))
+    assert obstacle.startswith("evaluate.device: no device 'cuda:9' here")
+
+
+def test_a_context_that_leaves_nothing_to_compare_is_refused(chosen, without_vllm):
+    file = Path("mine/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 17}))
+    before = paths.report("fetch").read_bytes()
+    with pytest.raises(ValueError, match="context of 17 tokens is too short to compare vLLM with transformers"):
+        fetch.run(chosen)
+    assert paths.report("fetch").read_bytes() == before
