@@ -102,7 +102,7 @@ def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
 def _asked_of_vllm(params: Params, model: ModelDirectory, pruned: ModelDirectory) -> list[str]:
     compared = claim.engine_settings(model, params.calibrate.n_tokens, params.prove)
     alone = compared.model_copy(update={"tensor_parallel_size": 1, "pipeline_parallel_size": 1})
-    engines = {None: alone, "prove": compared, "throughput": params.throughput.for_all_loads}
+    engines = {None: alone, "prove": compared, "throughput": params.throughput.engine}
     if compared == alone:
         del engines["prove"]
     try:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from finercut.checkpoint.records import ProveReport
-from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.serving import vllm_engine
 from finercut.serving.claim import check_servable
@@ -36,7 +35,7 @@ def run(params: Params) -> ThroughputReport:
         FileNotFoundError: a model or the report of `prove` is missing.
         RuntimeError: a claim does not hold, or vLLM is missing or failed.
     """
-    settings = _settled(params.throughput)
+    settings, start = params.throughput, params.throughput.engine
     engine = vllm_engine.installed()
     proved = ProveReport.read(paths.report("prove"))
     if not proved.holds:
@@ -48,7 +47,7 @@ def run(params: Params) -> ThroughputReport:
     for model in models:
         check_servable(model)
     timings = _timings([model.path for model in models], settings)
-    whole, pruned = (_figures(m, timing, settings.dtype) for m, timing in zip(models, timings, strict=True))
+    whole, pruned = (_figures(m, timing, start.dtype) for m, timing in zip(models, timings, strict=True))
     speed_up, *others = [_speed_up(*rounds) for rounds in zip(*(timing.rounds for timing in timings), strict=True)]
     report = ThroughputReport(
         whole=whole,
@@ -64,7 +63,7 @@ def run(params: Params) -> ThroughputReport:
         engine=engine,
         torch_version=torch.__version__,
         hardware=timings[0].hardware,
-        dtype=settings.dtype,
+        dtype=start.dtype,
         enforce_eager=settings.enforce_eager,
         kv_cache_gib=settings.kv_cache_gib,
         max_model_len=settings.max_model_len,
@@ -91,11 +90,6 @@ def run(params: Params) -> ThroughputReport:
     return report
 
 
-def _settled(settings: Throughput) -> Throughput:
-    dtype = dtype_of(settings.dtype, device_of("auto"))
-    return settings.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-
-
 @dataclass(frozen=True)
 class Timing:
     """What one engine did under load."""
@@ -114,7 +108,7 @@ def _timings(directories: Sequence[Path], settings: Throughput) -> list[Timing]:
 
 def _time_in_turn(directories: Sequence[Path], settings: Throughput) -> list[Timing]:
     with ExitStack() as stack:
-        start = settings.for_all_loads
+        start = settings.engine
         engines = [stack.enter_context(vllm_engine.engine(directory, start)) for directory in directories]
         rounds: list[list[list[Round]]] = [[[] for _ in settings.loads] for _ in engines]
         for number, load in enumerate(settings.loads):

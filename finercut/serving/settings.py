@@ -69,6 +69,11 @@ class Throughput(EngineSettings, Load):
         return [self, *self.more_loads]
 
     @property
-    def for_all_loads(self) -> Throughput:
-        """An engine started with these can serve every load."""
-        return self.model_copy(update={"concurrency": max(load.concurrency for load in self.loads)})
+    def engine(self) -> EngineSettings:
+        """What an engine is started with that serves every load."""
+        from finercut.model.devices import device_of, dtype_of
+
+        dtype = str(dtype_of(self.dtype, device_of("auto"))).removeprefix("torch.")
+        concurrency = max(load.concurrency for load in self.loads)
+        settings = self.model_dump(include=set(EngineSettings.model_fields))
+        return EngineSettings.model_validate(settings | {"dtype": dtype, "concurrency": concurrency})
