@@ -23,11 +23,11 @@ def markdown() -> str:
     Raises:
         FileNotFoundError: a stage has not run.
     """
+    sections = [_removals(), _quality(), _speed()]  # by what comes first, a missing stage is named
     report = RegisterReport.read(paths.report("register"))
     outcome = f"Gate: {report.status} {report.model_uri or report.name}"
     where = f"MLflow run {report.run_id} at {report.tracking_uri}"
-    sections = (_removals(), _quality(), _speed(), f"{outcome}\n\n{_checks(report.checks)}\n\n{where}")
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join([*sections, outcome, _checks(report.checks), where]) + "\n"
 
 
 def result(checks: Sequence[Check]) -> str:

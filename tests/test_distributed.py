@@ -48,13 +48,13 @@ class ThreadRanks(Ranks):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_find_the_removals_that_one_finds(tokens, size):
-    model = random_llama()
-    alone = list(search(model, tokens[:4], tokens[4:], 5))
+    alone = list(search(random_llama(), tokens[:4], tokens[4:], 5))
     box, barrier = [None] * size, threading.Barrier(size, timeout=300)
     with ThreadPoolExecutor(size) as threads:
         everyone = [ThreadRanks(rank, size, 0, box, barrier) for rank in range(size)]
-        for found in threads.map(lambda ranks: list(search(model, tokens[:4], tokens[4:], 5, ranks=ranks)), everyone):
-            assert found == alone
+        models = [random_llama() for _ in everyone]  # as processes have: one each
+        runs = threads.map(lambda m, ranks: list(search(m, tokens[:4], tokens[4:], 5, ranks=ranks)), models, everyone)
+        assert list(runs) == [alone] * size
 
 
 def test_more_processes_than_calibration_windows_are_refused(tokens):
