@@ -116,7 +116,8 @@ def run(tiny_model, pruned, tokens_to_heal, tmp_path):
 
 @pytest.fixture
 def proof(tiny_model, tokens_to_heal, tmp_path):
-    return Proof(tokens_to_heal.held_out, 1e-3, CPU, ModelDirectory(tiny_model), tmp_path / "heal.json")
+    whole = ModelDirectory(tiny_model)
+    return Proof(tokens_to_heal.held_out, 1e-3, CPU, whole=whole, report=tmp_path / "heal.json")
 
 
 def in_blocks(names):

@@ -278,6 +278,7 @@ class _OlderTrackingServer(_Answers):
         self.server.asked.append(self.path)
         known = {
             "/experiments/get-by-name": {"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}},
+            "/experiments/set-experiment-tag": {},
             "/logged-models/search": {"models": []},
         }
         found = None if self.server.lacking in self.path else [v for k, v in known.items() if k in self.path]
