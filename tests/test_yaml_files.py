@@ -60,8 +60,8 @@ def test_a_scalar_means_what_it_means_to_dvc(tmp_path, scalar):
         ("exclude: null", "exclude: ~"),
         ("exclude: null", "exclude:"),
         ("metric: exact_match", "metric: on"),
-        ("n_samples: 10", "n_samples: 0o17"),
-        ("n_samples: 10", "n_samples: 015"),
+        ("n_samples: 10", "n_samples: 0o12"),
+        ("n_samples: 10", "n_samples: 010"),
         ("# Every", "\ufeff# Every"),
     ],
 )
