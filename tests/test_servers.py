@@ -62,7 +62,7 @@ def test_results_are_pushed_recorded_and_registered_and_another_clone_pulls_them
     assert [newest.data.tags[f"stage.{name}"] for name in STAGES] == ["cached"] * 3
 
     with get_client(sync_client=True) as prefect:
-        told = {artifact.key: artifact.data for artifact in prefect.read_artifacts()}
+        told = {artifact.key: artifact.data for artifact in prefect.read_latest_artifacts()}
     page = f"{newest.info.run_id}/artifacts/reports/report.html?workflowType=machine_learning)"
     assert page in told["finercut-summary"]
     assert f"/runs/{newest.info.run_id}?workflowType=machine_learning)" in told["finercut-mlflow-run"]
