@@ -230,6 +230,7 @@ def _send(model_type: str, pipe: Any) -> None:
         try:
             pipe.send(attempt(model_type))
         except Exception as error:
+            # A type that fails in a way nobody foresaw is a row of the table, not the end of the run.
             pipe.send(Outcome("wrong", f"{type(error).__name__}: {_line(error)}"))
 
 

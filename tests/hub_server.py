@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +29,20 @@ def client_environment(endpoint: str, home: Path) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "NO_PROXY": "127.0.0.1",
     }
+
+
+def answer_of(code: str, *arguments: str, endpoint: str, folder: Path, home: str = "home", **environment: str) -> Any:
+    """What `code` prints in JSON on its last line, in a process of its own that takes `endpoint` for the hub."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env=client_environment(endpoint, folder / home) | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @dataclass

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import string
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import pyarrow
 import pytest
 import torch
 from conftest import TEXT
-from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
+from hub_server import COMMIT, ROOT, Hub, Repository, answer_of, serve
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -248,16 +246,7 @@ def test_a_hub_dataset_is_read_at_the_commit_its_branch_stands_for(tmp_path):
     content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
     hub = Hub({"datasets/org/texts": Repository(COMMIT, {"train.jsonl": content, "README.md": b"# texts"})})
     with serve(hub):
-        done = subprocess.run(
-            [sys.executable, "-c", CLIENT],
-            cwd=tmp_path,
-            env=client_environment(hub.endpoint, tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stderr
-    found, no_column, no_dataset = json.loads(done.stdout.splitlines()[-1])
+        found, no_column, no_dataset = answer_of(CLIENT, endpoint=hub.endpoint, folder=tmp_path)
     assert found == [rows, " ", "org/texts/train", COMMIT]
     assert no_column.startswith("org/texts/train has no column 'body', only text")
     read = [path for _, path in hub.requests if "train.jsonl" in path]
@@ -269,16 +258,7 @@ def test_a_hub_dataset_is_read_at_the_commit_its_branch_stands_for(tmp_path):
 def test_rows_that_datasets_cannot_read_are_one_line_that_says_why(tmp_path):
     hub = Hub({"datasets/org/SomeTexts": Repository(COMMIT, {"train.jsonl": b'{"text": "whole"}\n{"text": "cut'})})
     with serve(hub):
-        done = subprocess.run(
-            [sys.executable, "-c", PINNED, "main"],
-            cwd=tmp_path,
-            env=client_environment(hub.endpoint, tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stderr
-    refusal = json.loads(done.stdout.splitlines()[-1])
+        refusal = answer_of(PINNED, "main", endpoint=hub.endpoint, folder=tmp_path)
     assert refusal.startswith("org/SomeTexts/train cannot be read: ")
     assert "JSON" in refusal
     assert "An error occurred while generating the dataset" not in refusal
@@ -303,16 +283,7 @@ def test_a_pinned_dataset_is_read_offline_once_it_is_cached(tmp_path):
     hub = Hub({"datasets/org/SomeTexts": Repository(COMMIT, {"train.jsonl": content})})
 
     def read(revision: str, home: str = "home", **environment: str) -> object:
-        done = subprocess.run(
-            [sys.executable, "-c", PINNED, revision],
-            cwd=tmp_path,
-            env=client_environment(hub.endpoint, tmp_path / home) | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        return answer_of(PINNED, revision, endpoint=hub.endpoint, folder=tmp_path, home=home, **environment)
 
     offline = {"HF_HUB_OFFLINE": "1"}
     with serve(hub):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_llama
-from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
+from hub_server import COMMIT, ROOT, Hub, Repository, answer_of, client_environment, serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finercut.model.tensors import safetensors_shapes, weights_sha256
@@ -482,16 +482,7 @@ def outcomes(tiny_model, tmp_path_factory):
     ]
     folder = tmp_path_factory.mktemp("hub")
     with serve(hub):
-        done = subprocess.run(
-            [sys.executable, "-c", CLIENT, json.dumps(asked)],
-            cwd=folder,
-            env=client_environment(hub.endpoint, folder / "home"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
+        answers = answer_of(CLIENT, json.dumps(asked), endpoint=hub.endpoint, folder=folder)
     return dict(zip(asked, answers, strict=True)), folder, hub
 
 
