@@ -120,7 +120,7 @@ def test_without_a_proxy_nothing_is_set():
 
 
 def test_a_socks_proxy_without_its_packages_is_one_line_that_shows_no_password(monkeypatch):
-    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(machine, "find_spec", lambda _: None)
     os.environ["ALL_PROXY"] = "socks5://me:correct-horse@proxy.example:1080"
     said = CliRunner().invoke(main, ["summary"])
     assert said.exit_code == 1

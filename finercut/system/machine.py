@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import importlib.util
 import logging
 import os
 import re
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 logger = logging.getLogger("finercut")
@@ -68,7 +68,7 @@ def _keep_loopback_direct() -> None:
     if not given:
         return
     for name, address in given.items():
-        if address.lower().startswith("socks") and not all(map(importlib.util.find_spec, ("socksio", "socks"))):
+        if address.lower().startswith("socks") and not all(map(find_spec, ("socksio", "socks"))):
             raise RuntimeError(
                 f"{name} names a SOCKS proxy, which needs two more packages: "
                 "pip install socksio pysocks, or name an HTTP proxy"
