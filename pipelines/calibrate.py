@@ -11,7 +11,7 @@ from finercut.sources.generation import beginnings, model_texts
 from finercut.sources.records import CalibrateReport, CalibrationSource
 from finercut.sources.settings import Calibrate, ModelText, Portion
 from finercut.sources.texts import Texts, read_texts
-from finercut.sources.windows import Cut, cut_windows, tokenizer_sha256, window_start
+from finercut.sources.windows import Cut, cut_windows, passages, tokenizer_sha256, window_start
 from finercut.system.staging import staged
 from finercut.tokens import Tokens, write_tokens
 
@@ -127,13 +127,18 @@ def _texts(portions: Sequence[Portion], model: ModelDirectory, settings: Calibra
     return [
         read[i]
         if i in read
-        else model_texts(portion.source, model, portion.n_windows * settings.n_tokens, settings.n_tokens)
+        else model_texts(portion.source, model, _text_tokens(portion, settings.n_tokens), settings.n_tokens)
         for i, portion in enumerate(portions)
     ]
 
 
+def _text_tokens(portion: Portion, n_tokens: int) -> int:
+    """How much text the windows of a source take."""
+    return portion.n_windows * (sum(passages(portion.source.repeated, n_tokens)) or n_tokens)
+
+
 def _cut(parts: Iterable[tuple[Texts, Portion]], model: ModelDirectory, settings: Calibrate) -> Tokens:
-    cuts = [Cut(texts, p.n_samples, p.n_held_out_samples, p.n_healing_samples) for texts, p in parts]
+    cuts = [Cut(t, p.n_samples, p.n_held_out_samples, p.n_healing_samples, p.source.repeated) for t, p in parts]
     return cut_windows(cuts, model.tokenizer, n_tokens=settings.n_tokens, shuffle_seed=settings.shuffle_seed)
 
 

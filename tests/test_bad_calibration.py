@@ -181,6 +181,8 @@ def several(*sources: dict, **changes: object) -> dict:
         (several(), "calibrate.sources: List should have at least 1"),
         (several(TEXT_FILE, calibrate__source=TEXT_FILE), "calibrate: give either source or sources"),
         ({"calibrate__source": None}, "calibrate: give either source or sources"),
+        (several(TEXT_FILE | {"repeated": [0]}), "sources.0.repeated.0: Input should be greater than 0"),
+        (several(TEXT_FILE | {"repeated": [4, 9999]}), "no window of n_tokens"),
         (several(TEXT_FILE, TEXT_FILE, TEXT_FILE), "n_samples = 2 leaves no window for text.txt with its share of 1"),
         (several(TEXT_FILE, OWN | {"share": 0.1}), "n_samples = 2 leaves no window for the model's own text with its"),
         (

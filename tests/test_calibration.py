@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from finercut.sources.settings import FilesText, PackageText, apportion
 from finercut.sources.texts import Texts, read_texts
-from finercut.sources.windows import Cut, cut_windows, tokenizer_sha256
+from finercut.sources.windows import Cut, cut_windows, passages, repeat, tokenizer_sha256
 from finercut.tokens import Tokens, load_tokens, write_tokens
 from pipelines import calibrate, paths
 from pipelines.params import Params, load
@@ -438,6 +438,22 @@ def test_healing_windows_come_from_every_source_and_from_documents_that_nothing_
     assert without.healing is None
     assert without.calibration_sha256 == found.calibration_sha256
     assert without.held_out_sha256 == found.held_out_sha256
+
+
+def test_a_repeated_source_puts_each_passage_twice_in_a_row(tokenizer):
+    text = named("a", *LETTERS)
+    options = {"n_tokens": 6, "shuffle_seed": None}
+    ids = cut_windows([Cut(text, 2, 1)], tokenizer, **options).calibration.flatten().tolist()
+    found = cut_windows([Cut(text, 2, 1, repeated=[1, 2])], tokenizer, **options)
+    assert found.calibration.tolist() == [[ids[i] for i in (0, 0, 1, 2, 1, 2)], [ids[i] for i in (3, 3, 4, 5, 4, 5)]]
+    assert found.sources == ("a, repeated",)
+
+
+def test_the_last_passage_is_cut_where_the_window_ends():
+    assert passages([4, 8], 20) == [4, 8]
+    assert passages([4, 8], 25) == [4, 8, 4]
+    assert passages([], 20) == []
+    assert repeat(range(12), [4, 8])[:10] == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
 
 
 def test_sources_of_one_name_are_told_apart(tokenizer):

@@ -91,6 +91,9 @@ class Fetch(Section):
 class _Text(Section):
     share: PositiveFloat = 1.0
     """Weight beside the other sources: each gives its part of the windows."""
+    repeated: list[PositiveInt] = Field([])
+    """Lengths in tokens. Windows are then made of passages of these lengths, in turn, each put twice in a row, so that
+    the second one can be copied from the context; none: text as it is."""
 
 
 class PackageText(_Text):
@@ -200,10 +203,15 @@ class Calibrate(Section):
     """Shuffles the documents of each source; null keeps their order, as the authors do."""
 
     @model_validator(mode="after")
-    def _every_source_has_a_window(self) -> Calibrate:
+    def _every_source_fills_a_window(self) -> Calibrate:
         if (self.source is None) == (self.sources is None):
             raise ValueError("give either source or sources")
         for portion in self.portions:
+            if any(2 * length > self.n_tokens for length in portion.source.repeated):
+                raise ValueError(
+                    f"repeated = {portion.source.repeated}: no window of n_tokens = {self.n_tokens} has room for each "
+                    "of these passages twice; lower them, or raise n_tokens"
+                )
             for field in ("n_samples", "n_held_out_samples", "n_healing_samples"):
                 asked = getattr(self, field) and (field == "n_held_out_samples" or portion.source is not self.unseen)
                 if asked and not getattr(portion, field):

@@ -7,6 +7,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ class Cut:
     n_samples: int
     n_held_out_samples: int
     n_healing_samples: int = 0
+    repeated: Sequence[int] = ()
+    """Lengths of the passages that windows repeat; see `repeat`."""
 
 
 def cut_windows(
@@ -58,13 +61,13 @@ def cut_windows(
         ValueError: a source has too little text.
     """
     length = n_tokens - len(window_start(tokenizer))
-    pools = [_Pool(cut.texts, length, tokenizer, shuffle_seed) for cut in cuts]
+    pools = [_Pool(cut, length, tokenizer, shuffle_seed) for cut in cuts]
     start = window_start(tokenizer)
     calibration, calibration_sources = _in_turn(_take(pools, [cut.n_samples for cut in cuts], "calibration"), start)
     held_out, held_out_sources = _in_turn(_take(pools, [cut.n_held_out_samples for cut in cuts], "held-out"), start)
     # Last, so that the others do not depend on how much healing asks for.
     healing, healing_sources = _in_turn(_take(pools, [cut.n_healing_samples for cut in cuts], "healing"), start)
-    sources = distinct([cut.texts.source for cut in cuts])
+    sources = distinct([cut.texts.source + (", repeated" if cut.repeated else "") for cut in cuts])
     return Tokens(
         calibration,
         held_out,
@@ -107,10 +110,11 @@ def _in_turn(windows: Sequence[Sequence[list[int]]], start: list[int]) -> tuple[
 class _Pool:
     """The documents of a source that no window was cut from yet."""
 
-    def __init__(self, texts: Texts, length: int, tokenizer: PreTrainedTokenizerBase, shuffle_seed: int | None) -> None:
-        self.documents = list(texts.documents)
+    def __init__(self, cut: Cut, length: int, tokenizer: PreTrainedTokenizerBase, shuffle_seed: int | None) -> None:
+        self.documents = list(cut.texts.documents)
         self.used: set[str] = set()
-        self.texts, self.length, self.tokenizer = texts, length, tokenizer
+        self.texts, self.length, self.tokenizer = cut.texts, length, tokenizer
+        self.passages = passages(cut.repeated, length)
         if shuffle_seed is not None:
             random.Random(shuffle_seed).shuffle(self.documents)
 
@@ -125,7 +129,8 @@ class _Pool:
         """
         if not n:
             return []
-        needed = n * self.length
+        of_text = sum(self.passages) or self.length
+        needed = n * of_text
         n_documents = _fewest(len(self.documents), lambda k: len(self._encode(k, needed)) >= needed)
         ids = self._encode(n_documents, needed)
         if len(ids) < needed:
@@ -137,10 +142,36 @@ class _Pool:
             )
         self.used.update(self.documents[:n_documents])
         self.documents = self.documents[n_documents:]
-        return [ids[i * self.length : (i + 1) * self.length] for i in range(n)]
+        rows = [ids[i * of_text : (i + 1) * of_text] for i in range(n)]
+        return [repeat(row, self.passages)[: self.length] for row in rows] if self.passages else rows
 
     def _encode(self, n_documents: int, needed: int) -> list[int]:
         return _first_ids(self.texts.separator.join(self.documents[:n_documents]), needed, self.tokenizer)
+
+
+def passages(lengths: Sequence[int], n_tokens: int) -> list[int]:
+    """Lengths, in turn, of the fewest passages that fill `n_tokens` when each is put twice; none of no lengths."""
+    taken: list[int] = []
+    if lengths:
+        turns = cycle(lengths)
+        while 2 * sum(taken) < n_tokens:
+            taken.append(next(turns))
+    return taken
+
+
+def repeat(ids: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """`ids` cut into passages of these lengths, each put twice in a row.
+
+    What predicts the second one is attention that copies from the context (induction; Olsson et al., arXiv 2209.11895),
+    which plain text asks too little of to protect it.
+    """
+    row: list[int] = []
+    begin = 0
+    for length in lengths:
+        passage = list(ids[begin : begin + length])
+        row += passage + passage
+        begin += length
+    return row
 
 
 def _first_ids(text: str, needed: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
