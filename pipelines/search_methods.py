@@ -106,6 +106,7 @@ def _greedy(job: Job) -> Selected:
         )
     if at_end is not None:
         return at_end
+    moments: list[float] = []
     with job.bar("search", "removal", initial=resumed_after, total=goal.estimate(names)) as bar:
         for removal in greedy.search(
             job.load(),
@@ -137,7 +138,8 @@ def _greedy(job: Job) -> Selected:
                 )
                 bar.total = goal.estimate(names) if at_end is None else len(at_end.steps)
                 bar.update()
-                _tell(removal, bar.total, time.monotonic() - job.started, resumed_after)
+                moments.append(time.monotonic())
+                _tell(removal, bar.total, left_s(moments, bar.total - removal.step))
             if at_end is not None:
                 return at_end
     return Selected(tuple(removals), tuple(removals), resumed_after)
@@ -209,13 +211,22 @@ def work_saved(removal: Removal) -> float:
     return 1 - removal.sublayer_passes / removal.brute_force_sublayer_passes
 
 
-def _tell(removal: Removal, n_removals: int, seconds: float, resumed_after: int) -> None:
+def left_s(moments: Sequence[float], n_left: int) -> float | None:
+    """Seconds that `n_left` removals take, from when those of this process were found; None before the second.
+
+    The first says nothing: it waits for the model, and evaluates every candidate, of which later ones skip most.
+    """
+    if len(moments) < 2:
+        return None
+    return (moments[-1] - moments[0]) / (len(moments) - 1) * max(0, n_left)
+
+
+def _tell(removal: Removal, n_removals: int, eta_s: float | None) -> None:
     n_open = sum(map(len, (removal.values, removal.abandoned, removal.stale, removal.dropped)))
-    eta_s = seconds / (removal.step - resumed_after) * max(0, n_removals - removal.step)
     refitted = removal.refitted
     logger.info(
         "search: %d/%d removed %s, divergence %.4f, held-out %.4f%s, %d of %d candidates evaluated, %.0f %% of brute "
-        "force saved, about %.0f s left",
+        "force saved%s",
         removal.step,
         n_removals,
         removal.sublayer,
@@ -225,7 +236,7 @@ def _tell(removal: Removal, n_removals: int, seconds: float, resumed_after: int)
         removal.evaluations,
         n_open,
         100 * work_saved(removal),
-        eta_s,
+        "" if eta_s is None else f", about {eta_s:.0f} s left",
     )
     live.log_metrics(
         {
@@ -233,8 +244,8 @@ def _tell(removal: Removal, n_removals: int, seconds: float, resumed_after: int)
             "search.held_out_divergence": removal.held_out_divergence,
             "search.evaluations": removal.evaluations,
             "search.work_saved": work_saved(removal),
-            "search.eta_s": eta_s,
         }
+        | ({} if eta_s is None else {"search.eta_s": eta_s})
         | _controls(removal),
         step=removal.step,
     )

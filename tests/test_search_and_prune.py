@@ -23,7 +23,7 @@ from finercut.selection.trajectory import read_trajectory
 from finercut.sources.records import FetchReport
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
-from pipelines import params, paths, prune, search, stability, steps
+from pipelines import params, paths, prune, search, search_methods, stability, steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,6 +83,11 @@ def test_the_reports_say_what_the_trajectory_holds(project):
     assert [float(row["held_out_divergence"]) for row in rows] == [r.held_out_divergence for r in found.removals]
     assert paths.CURVE_PICTURE.read_bytes().startswith(b"\x89PNG")
     assert json.loads(paths.report("search").read_text()) == report.model_dump()
+
+
+def test_what_is_left_is_reckoned_without_the_first_step_which_evaluates_every_candidate():
+    assert search_methods.left_s([100.0], 4) is None
+    assert search_methods.left_s([100.0, 102.0, 106.0], 4) == 12.0
 
 
 def test_a_search_from_scratch_gives_the_same_bytes(project):
