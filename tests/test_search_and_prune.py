@@ -23,7 +23,7 @@ from finercut.selection.trajectory import read_trajectory
 from finercut.sources.records import FetchReport
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
-from pipelines import params, paths, prune, search, search_methods, stability, steps
+from pipelines import params, paths, prune, search, search_job, search_methods, stability, steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -579,7 +579,7 @@ def test_stability_of_what_does_not_depend_on_the_windows_is_refused(project, ch
     ],
 )
 def test_a_method_that_cannot_be_is_one_error_before_the_model_is_loaded(project, monkeypatch, changes, message):
-    monkeypatch.setattr(search, "load_on", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(search_job, "load_on", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         search.run(with_changes(**{"search__removals": "auto", "prune__budget": BUDGET} | changes))
     assert not paths.SELECTION.exists()
