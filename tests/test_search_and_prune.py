@@ -1,5 +1,6 @@
 """The stages `search` and `prune`, run in a project directory on the tiny model."""
 
+import copy
 import csv
 import json
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from bad_input import VALID
 from conftest import random_llama
 from safetensors.torch import load_file
 
@@ -30,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 def settings(**changes) -> params.Params:
     """The project's params with dotted changes, for the tiny model."""
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values = copy.deepcopy(VALID)
     values["search"] |= {"mode": "exact", "per": None, "fill": False, "continuation_tokens": 4}
     for name, value in ({"search.dtype": "float32", "search.device": "cpu", "search.removals": 5} | changes).items():
         section, key = name.split(".")
