@@ -44,7 +44,7 @@ from finercut.selection.divergence import js
 from finercut.selection.settings import CANDIDATES_OF
 from finercut.system import yaml_files
 from finercut.tokens import load_tokens
-from pipelines import cli, paths
+from pipelines import cli_stages, paths
 from pipelines.params import Params
 
 logger = logging.getLogger("finercut")
@@ -237,7 +237,7 @@ class _Workspace:
             for stage, output in stages.items():
                 began = time.monotonic()
                 if output is None or not output.exists():
-                    cli.runner(stage)(settings)
+                    cli_stages.runner(stage)(settings)
                 seconds[stage] = time.monotonic() - began
         return seconds
 

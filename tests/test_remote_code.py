@@ -34,6 +34,7 @@ def settings(source: dict) -> params.Params:
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["fetch"] = {"source": source}
     values["search"] |= {"per": None, "fill": False, "dtype": "float32", "device": "cpu", "removals": 3}
+    values["search"]["continuation_tokens"] = 4
     values["heal"] = {"method": "none"}
     values["prune"] = {"budget": {"unit": "sublayers", "amount": 3}}
     values["evaluate"] |= {

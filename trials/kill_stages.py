@@ -80,11 +80,11 @@ def _work(stage: str, root: str, log: str, environment: dict[str, str]) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from pipelines import cli, params
+    from pipelines import cli_stages, params
 
     # The removals a search announces are what its second run must not make again.
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    cli.runner(stage)(params.load())
+    cli_stages.runner(stage)(params.load())
 
 
 def run(stage: str, root: Path, kill_after_s: float | None = None, since: str = "", **environment: str) -> float | None:

@@ -1,0 +1,226 @@
+"""What the methods of the stage `search` are given: the inputs, the model, and what identifies the search."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import finercut
+from finercut.model.costs import costs_of
+from finercut.model.devices import device_of, dtype_of
+from finercut.model.directory import ModelDirectory
+from finercut.model.families import fixed_sublayers
+from finercut.model.loading import load_on
+from finercut.selection import distributed
+from finercut.selection.bench import Bench, source_weights
+from finercut.selection.controls import Continuations, end_tokens
+from finercut.selection.examples import Examples, read_examples
+from finercut.selection.goal import Goal
+from finercut.selection.repair import Repair
+from finercut.selection.settings import NOT_NESTED, Budget, Search
+from finercut.selection.trajectory import Provenance
+from finercut.sources.records import FetchReport
+from finercut.sublayers import Candidate
+from finercut.tokens import Tokens, load_tokens
+
+from . import paths
+
+logger = logging.getLogger("finercut")
+
+# A trajectory is continued only by the code that began it: these rooms'.
+SEARCHING = ("model", "selection")
+
+
+def prepared(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Job:
+    """
+    Raises:
+        FileNotFoundError: the model or the calibration set is missing.
+        ValueError: they or the settings cannot be searched, or the processes of the search differ.
+    """
+    if not ranks.first:
+        logger.setLevel(logging.ERROR)
+        transformers.utils.logging.disable_progress_bar()
+    settings, fetched, tokens, goal, examples = inputs(settings, budget)
+    device = device_of(settings.device, ranks.local_rank)
+    dtype = dtype_of(settings.dtype, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    budget_decides = settings.fill or settings.swaps or settings.method in NOT_NESTED
+    provenance = Provenance(
+        method=settings.method,
+        per=settings.per,
+        swaps=settings.swaps,
+        budget=f"{budget.amount} {budget.unit}" if budget_decides else None,
+        seed=settings.seed if settings.method in ("random", "evolutionary") else None,
+        evolution=settings.evolution.model_dump_json() if settings.method == "evolutionary" else None,
+        task_sha256=None if examples is None else examples.sha256,
+        refit=settings.refit and f"{settings.refit.model_dump_json()} on {tokens.healing_sha256}",
+        continuations=_continuations(settings),
+        model_source=fetched.source,
+        model_revision=fetched.revision,
+        model_sha256=fetched.sha256,
+        n_blocks=fetched.n_blocks,
+        calibration_sha256=tokens.calibration_sha256,
+        held_out_sha256=tokens.held_out_sha256,
+        divergence=settings.divergence,
+        candidates=settings.candidates,
+        protect=sorted(settings.protect),
+        exclude=settings.exclude,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        torch_version=torch.__version__,
+        transformers_version=transformers.__version__,
+        mode=settings.mode,
+        error_probability=settings.error_probability if settings.mode == "racing" else None,
+        first_windows=_first_windows(settings, fetched.n_parameters * dtype.itemsize, len(tokens.calibration)),
+        window_weights=window_weights(tokens),
+        code_sha256=_code_sha256(),
+    )
+    if len(set(ranks.gather(provenance.key))) > 1:
+        raise ValueError("the processes differ in model, tokens, settings, code or versions; give all the same")
+    if dtype == torch.bfloat16 != dtype_of("auto", device):
+        logger.warning("search: this CPU does not multiply in bfloat16; search.dtype: float32 is several times faster")
+    load = functools.cache(lambda: _load(settings, dtype, device, ranks))
+    return Job(settings, goal, tokens, examples, provenance, ranks, load, time.monotonic())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every method is given."""
+
+    settings: Search
+    goal: Goal
+    tokens: Tokens
+    examples: Examples | None
+    """Of divergence task: they decide in place of the calibration tokens."""
+    provenance: Provenance
+    ranks: distributed.Ranks
+    load: Callable[[], PreTrainedModel]
+    """The whole model, once."""
+    started: float
+    """On the monotonic clock."""
+
+    def bench(self, removed: Sequence[Candidate] = ()) -> Bench:
+        return Bench(
+            self.load(),
+            *self.windows,
+            self.settings.divergence,
+            removed=[s for candidate in removed for s in candidate.sublayers],
+            ranks=self.ranks,
+            **self.measured_with,
+        )
+
+    @property
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """What decides, and what is held out."""
+        return (self.tokens.calibration, self.tokens.held_out) if self.examples is None else self.examples.windows
+
+    @functools.cached_property
+    def measured_with(self) -> dict[str, Any]:
+        return {
+            # Divergences are means over sources.
+            **{f"{name}_sources": self._sources(name) for name in ("calibration", "held_out")},
+            "targets": None if self.examples is None else self.examples.targets,
+            "continuations": self._continuations(),
+            "micro_batch_tokens": self.micro_batch_tokens,
+        }
+
+    def _sources(self, name: str) -> tuple[str, ...]:
+        return self.tokens.sources_of(name) if self.examples is None else ()
+
+    def _continuations(self) -> Continuations | None:
+        """
+        Raises:
+            ValueError: `search.stop` has a limit on ends, and the model knows no token for them.
+        """
+        settings = self.settings
+        if settings.stop.missing_ends is not None and not end_tokens(self.load()):
+            raise ValueError(
+                "search.stop.missing_ends: the model has no end-of-sequence token, so no text ends; set it to null"
+            )
+        if not settings.continuations:
+            return None
+        return Continuations(self.tokens.held_out, settings.continuations, settings.continuation_tokens)
+
+    def repair(self) -> Repair | None:
+        """
+        Raises:
+            ValueError: see `Repair`.
+        """
+        refit = self.settings.refit
+        return None if refit is None else Repair(self.load(), self.tokens.healing, refit)
+
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        wanted = self.settings.micro_batch_tokens
+        return None if wanted == "auto" else wanted
+
+    def bar(self, what: str, unit: str, **shown: Any) -> tqdm:
+        return tqdm(desc=what, unit=unit, disable=None if self.ranks.first else True, **shown)
+
+
+def inputs(settings: Search, budget: Budget) -> tuple[Search, FetchReport, Tokens, Goal, Examples | None]:
+    """The settings with what the model itself protects, and what the other stages left."""
+    fetched = FetchReport.read(paths.report("fetch"))
+    tokens = load_tokens(paths.CALIBRATION)
+    tokens.check_vocabulary(fetched.vocab_size)
+    whole = ModelDirectory(paths.MODEL).written_by("fetch")
+    fixed = fixed_sublayers(whole.config)
+    for sublayer, why in fixed.items():
+        logger.info("search: %s stays: %s", sublayer, why)
+    settings = settings.model_copy(update={"protect": sorted({*settings.protect, *map(str, fixed)})})
+    goal = Goal(settings, budget, costs_of(whole), fetched.n_blocks)
+    goal.check()
+    if settings.refit is not None and (tokens.healing is None or distributed.started()):
+        raise ValueError(
+            "search.refit fits to healing windows, and there are none: set calibrate.n_healing_samples"
+            if tokens.healing is None
+            else "search.refit works in one process: start it without torchrun"
+        )
+    examples = None
+    if settings.task is not None:
+        examples = read_examples(Path(settings.task), whole.tokenizer, fetched.max_position_embeddings)
+    return settings, fetched, tokens, goal, examples
+
+
+def _continuations(settings: Search) -> str | None:
+    return f"{settings.continuations} of {settings.continuation_tokens} tokens" if settings.continuations else None
+
+
+def _load(settings: Search, dtype: torch.dtype, device: torch.device, ranks: distributed.Ranks) -> PreTrainedModel:
+    # Other processes have the other GPUs.
+    alone = settings.device == "auto" and ranks.size == 1
+    return load_on(paths.MODEL, dtype, "auto" if alone else str(device), settings.weights_gib)
+
+
+def _first_windows(settings: Search, weights_bytes: int, n_windows: int) -> int:
+    """All where few candidates are begun and a part costs the transfer of all weights, however little it computes."""
+    streamed = settings.weights_gib is not None and weights_bytes > settings.weights_gib * 2**30
+    return n_windows if streamed and settings.mode == "lazy" else 1
+
+
+def window_weights(tokens: Tokens) -> list[float] | None:
+    """Of the calibration windows; None where all count alike."""
+    weights = source_weights(tokens.sources_of("calibration"))
+    return weights if any(weight != 1 for weight in weights) else None
+
+
+def _code_sha256() -> str:
+    """Over the names and contents of the modules in the rooms that search."""
+    root = Path(finercut.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(file for room in SEARCHING for file in (root / room).rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
