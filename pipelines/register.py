@@ -12,17 +12,18 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from finercut.checkpoint.records import ProveReport, PruneReport
+from finercut.checkpoint.records import HealReport, ProveReport, PruneReport
 from finercut.evaluation.records import EvaluateReport
 from finercut.registry import gate, runs, server, versions
 from finercut.registry.ledger import Ledger
 from finercut.registry.records import Check, RegisterReport
+from finercut.report.frontier import containing
 from finercut.selection.records import SearchReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport
 from finercut.system.records import Environment
 
-from . import dag, paths, reports, summary
+from . import dag, pages, paths, reports, summary
 from .params import Params
 
 logger = logging.getLogger("finercut")
@@ -51,6 +52,8 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
         return _register(params, checks, stages, mlflow_run)
     mlflow_run = open_run(params, {}, "finercut register")
     with runs.recorded(mlflow_run):
+        # The gate's limits may be others since.
+        pages.write(None, paths.PAGE)
         for stage in stages:
             mlflow_run.log_reports(stage.reports)
         for path in PIPELINE_FILES:
@@ -138,6 +141,8 @@ def _new_version(
     for path in written:
         if path.suffix == ".json":
             metrics |= runs.numbers(path)
+    if containing(paths.report("frontier"), HealReport.read(paths.report("heal")).sha256):
+        written.append(paths.report("frontier"))  # the version's page shows it
     logger.info("uploading %s as a version of %s", paths.FINAL, name)
     files, tags = [*written, *PIPELINE_FILES], dag.revision() | _provenance(checks)
     measured_with = Environment.read(paths.ENVIRONMENT).model_dump() if paths.ENVIRONMENT.is_file() else {}
