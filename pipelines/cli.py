@@ -276,8 +276,9 @@ def report(what: str | None, output: Path | None) -> None:
     """Write one page that answers whether the model is worth it, from reports/ or a registered version.
 
     A single HTML file that needs no network: figures of whole, pruned and healed model, the gate's checks, what was
-    removed and in which order, every task with its error, and what is needed to do it again. `finercut run` makes it
-    as its last stage.
+    removed and in which order, every task with its error, what the models write, the frontier that this is a point of,
+    a map of what is redundant in the whole model, and what is needed to do it again. `finercut run` makes it as its
+    last stage.
 
     \b
     finercut report

@@ -152,12 +152,17 @@ def _new_version(
 
 
 def _description(mlflow_run: runs.Run, with_picture: bool) -> str:
-    """The checkpoint's card, under the figures that decide and the picture of what was removed."""
+    """The checkpoint's card, between the figures that decide with the picture of what was removed, and samples."""
     found = paths.FINAL / "README.md"
     card = ModelCard(found.read_text(encoding="utf-8"), ignore_metadata_errors=True).text if found.is_file() else ""
     # Relative to the page of MLflow's server that shows it, wherever that is.
     picture = f"get-artifact?path={paths.REMOVALS_PICTURE}&run_uuid={mlflow_run.run_id}"
-    parts = [summary.deciding(), f"![What was removed]({picture})" if with_picture else "", card.strip()]
+    parts = [
+        summary.deciding(),
+        f"![What was removed]({picture})" if with_picture else "",
+        card.strip(),
+        summary.samples(),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

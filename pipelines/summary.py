@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from finercut.checkpoint.records import PruneReport
-from finercut.evaluation.records import EvaluateReport
+from finercut.evaluation.records import EvaluateReport, Measured, Sample
 from finercut.registry.records import Check, RegisterReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import FetchReport
@@ -15,6 +15,9 @@ from finercut.system.records import flatten
 
 from . import paths
 from .params import Params, shown
+
+# Characters of a text in a table.
+_SAMPLE = 90
 
 
 def markdown() -> str:
@@ -95,6 +98,26 @@ def deciding() -> str:
             ]
         ],
     )
+
+
+def samples() -> str:
+    """The beginnings of what each model writes, and how much of it repeats; empty where nothing was written."""
+    whole, report = Measured.read(paths.report("evaluate_whole")), EvaluateReport.read(paths.report("evaluate"))
+    unhealed = report.unhealed
+    written = {
+        "whole": whole.samples,
+        "pruned": unhealed.samples if unhealed else (),
+        "healed" if unhealed else "pruned": report.samples,
+    }
+    written = {name: {sample.prompt: sample for sample in found} for name, found in written.items() if found}
+
+    def told(sample: Sample | None) -> str:
+        return "" if sample is None else _cell(f"{sample.text[:_SAMPLE]} ({_percent(sample.repetition)} repeated)")
+
+    rows = [
+        [_cell(prompt), *(told(found.get(prompt)) for found in written.values())] for prompt in written.get("whole", ())
+    ]
+    return f"## What it writes\n\n{table(['prompt', *written], rows)}" if rows else ""
 
 
 def _removals() -> str:

@@ -92,7 +92,9 @@ def tiny_settings(model: Path, text: Path) -> dict:
         "tasks": [
             {"name": "finercut_agreement", "metric": "acc", "limit": 20},
             {"name": "finercut_copying", "metric": "exact_match", "limit": 2},
-        ]
+        ],
+        "samples": {"prompts": ["The river rises"], "n_tokens": 4},
+        "alone_tokens": 8,
     }
     settings["throughput"] |= {
         "input_tokens": 8,
@@ -171,6 +173,8 @@ def test_a_model_goes_from_fetch_to_a_registered_version(project, monkeypatch):
     page = mlflow.artifacts.load_text(f"runs:/{run_id}/reports/report.html")
     assert page == (project.root / "reports/report.html").read_text()
     assert "2 of 8 sublayers removed" in page
+    assert "<h4>The river rises</h4>" in page
+    assert page.count("without it alone") == 3 * 8 + 4  # three measures of all, and the heads of attentions
 
 
 def test_the_registered_version_can_be_downloaded_and_generates_what_the_checkpoint_does(project):
@@ -183,6 +187,8 @@ def test_the_registered_version_can_be_downloaded_and_generates_what_the_checkpo
             return model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
 
     assert generated(directory) == generated(project.root / "artifacts/healed")
+    version = mlflow.MlflowClient().get_model_version_by_alias(NAME, "challenger")
+    assert "| prompt          | whole" in version.description
     told = inspection.describe(f"models:/{NAME}@challenger")
     assert ", ".join(project.report(PruneReport, "prune").removed) in told
 
