@@ -221,6 +221,7 @@ _LOCAL_MLFLOW = "mlflow ui, then http://127.0.0.1:5000/#/experiments?workflowTyp
 def _where_to_look(local_store: bool) -> str:
     return "\n".join(
         [
+            "Page        reports/report.html",
             "Pictures    reports/removals.png, reports/search.png",
             "Figures     reports/*.json, or: dvc metrics show",
             "Checkpoint  artifacts/healed, or: finercut inspect artifacts/healed",

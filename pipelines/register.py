@@ -7,6 +7,7 @@ changes the registry. If a version of the same name holds this checkpoint alread
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -158,9 +159,10 @@ def _description(mlflow_run: runs.Run, with_picture: bool) -> str:
     # Relative to the page of MLflow's server that shows it, wherever that is.
     picture = f"get-artifact?path={paths.REMOVALS_PICTURE}&run_uuid={mlflow_run.run_id}"
     parts = [
-        summary.deciding(),
+        summary.in_short(),
         f"![What was removed]({picture})" if with_picture else "",
-        card.strip(),
+        # MLflow's lines of a long heading lie upon each other.
+        re.sub(r"^# (.*)$", r"**\1**", card.strip(), count=1, flags=re.MULTILINE),
         summary.samples(),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -145,3 +145,14 @@ class EvaluateReport(Evaluation):
     """Of the final checkpoint."""
     lm_eval_version: str
     torch_version: str | None = None
+
+
+def written(whole: Measured | None, report: EvaluateReport, final: str) -> dict[str, dict[str, Sample]]:
+    """What each model wrote, by prompt; without models that wrote nothing.
+
+    Args:
+        final: what the final checkpoint is called, pruned or healed
+    """
+    found = {"whole": whole.samples if whole else (), "pruned": report.unhealed.samples if report.unhealed else ()}
+    found[final] = report.samples
+    return {name: {sample.prompt: sample for sample in samples} for name, samples in found.items() if samples}

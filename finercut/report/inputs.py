@@ -68,11 +68,6 @@ class Inputs:
     """The last one, if this execution's final checkpoint is a point of it."""
 
     @property
-    def model(self) -> str:
-        """The whole model's name, without where it is from."""
-        return self.fetch.source.rpartition("/")[2].removesuffix(".gguf")
-
-    @property
     def healed(self) -> bool:
         """Whether the final checkpoint's weights differ from the pruned one's."""
         return self.heal is not None and self.heal.method != "none"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from finercut.evaluation.records import Sample, SublayerFigures
+from finercut.evaluation.records import Sample, SublayerFigures, written
 from finercut.report import charts
 from finercut.report.inputs import Inputs
 from finercut.serving.records import Spread
@@ -243,31 +243,22 @@ def _tasks(inputs: Inputs) -> list[list[Cell]]:
     return sorted(rows, key=lambda row: row[-2].value if isinstance(row[-2].value, float) else math.inf)
 
 
-def _written(inputs: Inputs) -> dict[str, Mapping[str, Sample]]:
-    """What each model wrote, by prompt."""
-    evaluate = inputs.evaluate
-    found = {
-        "whole": inputs.evaluate_whole.samples if inputs.evaluate_whole else (),
-        "pruned": evaluate.unhealed.samples if evaluate.unhealed else (),
-        "healed" if inputs.healed else "pruned": evaluate.samples,
-    }
-    return {name: {sample.prompt: sample for sample in samples} for name, samples in found.items() if samples}
+def _written(inputs: Inputs) -> dict[str, dict[str, Sample]]:
+    return written(inputs.evaluate_whole, inputs.evaluate, "healed" if inputs.healed else "pruned")
 
 
 def _samples(inputs: Inputs) -> dict[str, list[tuple[str, Sample]]]:
     """By prompt, of each model."""
-    written = _written(inputs)
+    found = _written(inputs)
     prompts = [sample.prompt for sample in inputs.evaluate.samples]
     return {
-        prompt: [(name, samples[prompt]) for name, samples in written.items() if prompt in samples]
-        for prompt in prompts
+        prompt: [(name, samples[prompt]) for name, samples in found.items() if prompt in samples] for prompt in prompts
     }
 
 
 def _repetition(inputs: Inputs) -> dict[str, float]:
     """Of each model, the mean over its samples."""
-    written = _written(inputs)
-    return {name: statistics.mean(s.repetition for s in samples.values()) for name, samples in written.items()}
+    return {name: statistics.mean(s.repetition for s in found.values()) for name, found in _written(inputs).items()}
 
 
 def _redundancy(inputs: Inputs) -> dict[str, list[Shade | None]]:
