@@ -1,9 +1,11 @@
-"""The token file that `calibrate` writes and every later stage reads."""
+"""The token file that `calibrate` writes and every later stage reads; and how much of a text is repeated."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,13 @@ from torch import Tensor
 _FILE = "tokens.safetensors"
 _WINDOWS = ("calibration", "held_out", "healing")
 _METADATA = "finercut"  # one key: safetensors writes several in no fixed order
+_N_GRAM = 4
+
+
+def repeated(text: Sequence[int]) -> float:
+    """Share of a text's n-grams that were in it before; 0 where it is too short for two."""
+    grams = Counter(tuple(text[i : i + _N_GRAM]) for i in range(len(text) - _N_GRAM + 1))
+    return 1 - len(grams) / grams.total() if grams else 0.0
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,7 @@ _LOCAL_MLFLOW = "mlflow ui, then http://127.0.0.1:5000/#/experiments?workflowTyp
 def _where_to_look(local_store: bool) -> str:
     return "\n".join(
         [
+            "Page        reports/report.html",
             "Pictures    reports/removals.png, reports/search.png",
             "Figures     reports/*.json, or: dvc metrics show",
             "Checkpoint  artifacts/healed, or: finercut inspect artifacts/healed",
@@ -276,8 +277,9 @@ def report(what: str | None, output: Path | None) -> None:
     """Write one page that answers whether the model is worth it, from reports/ or a registered version.
 
     A single HTML file that needs no network: figures of whole, pruned and healed model, the gate's checks, what was
-    removed and in which order, every task with its error, and what is needed to do it again. `finercut run` makes it
-    as its last stage.
+    removed and in which order, every task with its error, what the models write, the frontier that this is a point of,
+    a map of what is redundant in the whole model, and what is needed to do it again. `finercut run` makes it as its
+    last stage.
 
     \b
     finercut report

@@ -64,7 +64,7 @@ STAGES = {
     Reads     artifacts/model, artifacts/pruned, artifacts/healed, artifacts/calibration
     Writes    reports/prove.json
     """,
-    "evaluate_whole": """Measure the whole model: lm-eval tasks, held-out perplexity. Once for all budgets.
+    "evaluate_whole": """Measure the whole model: tasks, held-out perplexity, redundancy. Once for all budgets.
 
     \b
     Reads     artifacts/model, artifacts/calibration

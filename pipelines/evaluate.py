@@ -59,6 +59,7 @@ def run(params: Params) -> EvaluateReport:
         whole_bits_per_byte=whole.bits_per_byte,
         pruned_bits_per_byte=pruned.bits_per_byte,
         unhealed=unhealed,
+        samples=pruned.samples,
         lm_eval_version=pruned.lm_eval_version,
         transformers_version=pruned.transformers_version,
         torch_version=pruned.torch_version,

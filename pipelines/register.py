@@ -7,22 +7,24 @@ changes the registry. If a version of the same name holds this checkpoint alread
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from finercut.checkpoint.records import ProveReport, PruneReport
+from finercut.checkpoint.records import HealReport, ProveReport, PruneReport
 from finercut.evaluation.records import EvaluateReport
 from finercut.registry import gate, runs, server, versions
 from finercut.registry.ledger import Ledger
 from finercut.registry.records import Check, RegisterReport
+from finercut.report.frontier import containing
 from finercut.selection.records import SearchReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport
 from finercut.system.records import Environment
 
-from . import dag, paths, reports, summary
+from . import dag, pages, paths, reports, summary
 from .params import Params
 
 logger = logging.getLogger("finercut")
@@ -51,6 +53,8 @@ def run(params: Params, mlflow_run: runs.Run | None = None) -> RegisterReport:
         return _register(params, checks, stages, mlflow_run)
     mlflow_run = open_run(params, {}, "finercut register")
     with runs.recorded(mlflow_run):
+        # The gate's limits may be others since.
+        pages.write(None, paths.PAGE)
         for stage in stages:
             mlflow_run.log_reports(stage.reports)
         for path in PIPELINE_FILES:
@@ -138,6 +142,8 @@ def _new_version(
     for path in written:
         if path.suffix == ".json":
             metrics |= runs.numbers(path)
+    if containing(paths.report("frontier"), HealReport.read(paths.report("heal")).sha256):
+        written.append(paths.report("frontier"))  # the version's page shows it
     logger.info("uploading %s as a version of %s", paths.FINAL, name)
     files, tags = [*written, *PIPELINE_FILES], dag.revision() | _provenance(checks)
     measured_with = Environment.read(paths.ENVIRONMENT).model_dump() if paths.ENVIRONMENT.is_file() else {}
@@ -147,12 +153,18 @@ def _new_version(
 
 
 def _description(mlflow_run: runs.Run, with_picture: bool) -> str:
-    """The checkpoint's card, under the figures that decide and the picture of what was removed."""
+    """The checkpoint's card, between the figures that decide with the picture of what was removed, and samples."""
     found = paths.FINAL / "README.md"
     card = ModelCard(found.read_text(encoding="utf-8"), ignore_metadata_errors=True).text if found.is_file() else ""
     # Relative to the page of MLflow's server that shows it, wherever that is.
     picture = f"get-artifact?path={paths.REMOVALS_PICTURE}&run_uuid={mlflow_run.run_id}"
-    parts = [summary.deciding(), f"![What was removed]({picture})" if with_picture else "", card.strip()]
+    parts = [
+        summary.in_short(),
+        f"![What was removed]({picture})" if with_picture else "",
+        # MLflow's lines of a long heading lie upon each other.
+        re.sub(r"^# (.*)$", r"**\1**", card.strip(), count=1, flags=re.MULTILINE),
+        summary.samples(),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from finercut.checkpoint.records import PruneReport
-from finercut.evaluation.records import EvaluateReport
+from finercut.evaluation.records import EvaluateReport, Measured, Sample, written
 from finercut.registry.records import Check, RegisterReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import FetchReport
@@ -15,6 +15,9 @@ from finercut.system.records import flatten
 
 from . import paths
 from .params import Params, shown
+
+# Characters in a cell of a table, and in one of three beside each other.
+_CELL, _SAMPLE = 120, 60
 
 
 def markdown() -> str:
@@ -31,10 +34,10 @@ def markdown() -> str:
 
 
 def result(checks: Sequence[Check]) -> str:
-    """The same before anything is registered."""
+    """The same before anything is registered, for MLflow, which shows the first lines and leaves no space in tables."""
     passed = all(check.passed for check in checks)
     gate = f"Gate: {'passed' if passed else 'not passed'}\n\n{_checks(checks)}"
-    return "\n\n".join([_removals(), gate, _quality(), _speed()])
+    return "\n\n".join([f"**{_title()}**: {in_short()}", _removed(), gate, _quality(), _speed()])
 
 
 def plan(params: Params) -> str:
@@ -54,12 +57,16 @@ def figures(reports: Iterable[Path]) -> str:
 
 
 def _tables(report: Mapping[str, object]) -> str:
-    """One of what has a single value, and one of each list or mapping of records."""
-    single, several = {}, {}
+    """One of what has a single value, and one of each list or mapping of records; long texts by themselves."""
+    single, several, within, texts = {}, {}, {}, []
     for name, value in report.items():
         records = value if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, list) else {}
         if records and all(isinstance(record, Mapping) for record in records.values()):
             several[name] = {str(key): flatten(record, " ") for key, record in records.items()}
+        elif isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
+            within[name] = value
+        elif isinstance(value, str) and len(value) > _CELL:
+            texts.append(f"{name}: {value}")
         else:
             single |= {key: leaf for key, leaf in flatten({name: value}, " ").items() if leaf not in (None, [], "")}
     found = [table(["figure", "value"], [[name, _cell(value)] for name, value in single.items()])] if single else []
@@ -67,42 +74,66 @@ def _tables(report: Mapping[str, object]) -> str:
         columns = list(dict.fromkeys(column for record in records.values() for column in record))
         rows = [[key, *(_cell(record.get(column)) for column in columns)] for key, record in records.items()]
         found.append(table([name, *columns], rows))
-    return "\n\n".join(found)
+    return "\n\n".join([*found, *texts, *(f"**{name}**\n\n{_tables(record)}" for name, record in within.items())])
 
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    text = "" if value is None else str(value)
+    if len(text) > _CELL:
+        text = f"{text[:_CELL]}..."
+    return text.replace("`", "").replace("|", "\\|").replace("\n", " ")
 
 
-def deciding() -> str:
-    """What is saved, and what of speed and quality is left, as a table of one row."""
+def in_short() -> str:
+    """What is saved, and what of speed and quality is left, as a list in a sentence."""
+    return ", ".join(f"{name} {value}" for name, value in _deciding().items())
+
+
+def _deciding() -> dict[str, str]:
     prune = PruneReport.read(paths.report("prune"))
     evaluate = EvaluateReport.read(paths.report("evaluate"))
     throughput = ThroughputReport.read(paths.report("throughput"))
-    costs = [cost.replace("kv_cache", "KV cache") for cost in prune.shares]
-    saved = [f"-{_percent(share)}" for share in prune.shares.values()]
-    return table(
-        [*costs, "output tokens/s", "mean retention", "perplexity"],
-        [
-            [
-                *saved,
-                f"x {throughput.speed_up:.2f}",
-                _percent(evaluate.mean_retention),
-                f"x {evaluate.perplexity_ratio:.2f}",
-            ]
-        ],
-    )
+    return {
+        **{cost.replace("kv_cache", "KV cache"): f"-{_percent(share)}" for cost, share in prune.shares.items()},
+        "output tokens/s": f"x {throughput.speed_up:.2f}",
+        "mean retention": _percent(evaluate.mean_retention),
+        "perplexity": f"x {evaluate.perplexity_ratio:.2f}",
+    }
+
+
+def samples() -> str:
+    """The beginnings of what each model writes, and how much of it repeats; empty where nothing was written."""
+    report = EvaluateReport.read(paths.report("evaluate"))
+    by_model = written(Measured.read(paths.report("evaluate_whole")), report, "healed" if report.unhealed else "pruned")
+
+    def told(sample: Sample | None) -> str:
+        if sample is None:
+            return ""
+        return _cell(f"{' '.join(sample.text.split())[:_SAMPLE]} ({_percent(sample.repetition)} repeated)")
+
+    rows = [
+        [_cell(prompt[:_SAMPLE]), *(told(found.get(prompt)) for found in by_model.values())]
+        for prompt in by_model.get("whole", ())
+    ]
+    return f"## What it writes\n\n{table(['prompt', *by_model], rows)}" if rows else ""
 
 
 def _removals() -> str:
+    deciding = _deciding()
+    return f"# {_title()}\n\n{_removed()}\n\n{table(list(deciding), [list(deciding.values())])}"
+
+
+def _title() -> str:
     fetch, prune = FetchReport.read(paths.report("fetch")), PruneReport.read(paths.report("prune"))
-    return (
-        f"# {fetch.source}: {prune.n_removed_sublayers} of {prune.n_sublayers} sublayers removed\n\n"
-        f"{', '.join(prune.removed)}\n\n{deciding()}"
-    )
+    return f"{fetch.model}: {prune.n_removed_sublayers} of {prune.n_sublayers} sublayers removed"
+
+
+def _removed() -> str:
+    return ", ".join(PruneReport.read(paths.report("prune")).removed)
 
 
 def _quality() -> str:

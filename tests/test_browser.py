@@ -10,7 +10,9 @@ import example_reports
 import pytest
 from test_report import ROOT, STAGES
 
+from finercut.evaluation.records import Sample, SublayerFigures
 from finercut.serving.records import Spread
+from finercut.sublayers import KINDS
 from pipelines import pages, paths
 
 pytestmark = [
@@ -26,11 +28,12 @@ SMALLEST = """Math.min(...[...document.querySelectorAll("body *")]
 # Of the text on what is behind it, by WCAG's relative luminance.
 CONTRAST = """(() => {
     const light = colour => {
-        const [r, g, b] = colour.match(/[\\d.]+/g).map(x => x / 255).map(
+        const most = colour.startsWith("color(srgb") ? 1 : 255;
+        const [r, g, b] = colour.match(/[\\d.]+/g).map(x => x / most).map(
             x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
-    const ratios = [...document.querySelectorAll("h1, p, td, th, .passed, .failed, .gone, summary")].map(e => {
+    const ratios = [...document.querySelectorAll("h1, h4, p, b, td, th, .passed, .failed, summary")].map(e => {
         let behind = e;
         while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
         const [a, b] = [getComputedStyle(e).color, getComputedStyle(behind).backgroundColor].map(light);
@@ -60,7 +63,15 @@ def written(tmp_path_factory):
         example_reports.throughput(pruned=faster, speed_up=0.9).write(paths.report("throughput"))
         task = example_reports.evaluate().tasks["finercut_copying"]
         tasks = {"finercut_agreement": task.model_copy(update={"retention": 0.9}), "finercut_copying": task}
-        example_reports.evaluate(tasks=tasks).write(paths.report("evaluate"))
+        samples = (Sample(prompt="Once upon", text="a time " * 30, n_tokens=60, repetition=0.9),)
+        example_reports.evaluate(tasks=tasks, samples=samples).write(paths.report("evaluate"))
+        looked_at = tuple(
+            SublayerFigures(sublayer=f"{block}.{kind}", alone=10.0 ** (block - 3), contribution=0.5, peak=5.0 + block)
+            for block in range(4)
+            for kind in KINDS
+        )
+        whole = example_reports.evaluate_whole().model_copy(update={"samples": samples, "sublayers": looked_at})
+        whole.write(paths.report("evaluate_whole"))
         pages.write(None, paths.PAGE)
     return root / paths.REPORTS
 
@@ -74,6 +85,7 @@ def test_the_page_is_readable_asks_for_nothing_and_has_no_errors(tab, written, w
     assert tab.value(CONTRAST) >= 4.5
     assert tab.value("document.querySelector('.failed').textContent") == "FAILED"
     assert (tab.requests, tab.complaints) == ([address], [])
+    assert tab.value("getComputedStyle(document.querySelector('svg')).filter !== 'none'") is dark
 
 
 def test_the_figures_are_those_of_the_reports_and_tables_sort(tab, written):
@@ -85,9 +97,12 @@ def test_the_figures_are_those_of_the_reports_and_tables_sort(tab, written):
     assert shown["parameters"][:2] == [prune["whole_parameters"], prune["pruned_parameters"]]
     assert shown["output tokens/s"][:2] == [throughput[m]["output_tokens_per_s"]["median"] for m in ("whole", "pruned")]
     assert shown["perplexity, held-out"][:2] == [evaluate["whole_perplexity"], evaluate["pruned_perplexity"]]
-    tasks = "[...document.querySelectorAll('table:not(#figures) tbody tr')].map(row => row.cells[0].textContent)"
+    tasks = "[...document.querySelectorAll('table:not(#figures, .heat) tbody tr')].map(row => row.cells[0].textContent)"
     assert tab.value(tasks) == ["finercut_copying", "finercut_agreement"]
     tab.value("[...document.querySelectorAll('th button')].find(b => b.textContent === 'task').click()")
     assert tab.value(tasks) == ["finercut_agreement", "finercut_copying"]
     tab.value("document.querySelector('.map .gone').click()")
-    assert tab.value("document.getElementById('told').textContent") == "2.attention: removed at step 1"
+    tab.value("document.querySelector('.heat b').click()")
+    removed, alone = tab.value("[...document.querySelectorAll('.told')].map(p => p.textContent)")
+    assert removed == "2.attention: removed at step 1"
+    assert alone.startswith("0.attention, kept; without it alone, divergence 0.001; adds 50.0")

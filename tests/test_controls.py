@@ -7,10 +7,11 @@ from conftest import random_llama
 from finercut.model.masking import masked
 from finercut.model.workers import Workers
 from finercut.selection.bench import Bench
-from finercut.selection.controls import Continuations, end_tokens, greedy, repeated
+from finercut.selection.controls import Continuations, end_tokens, greedy
 from finercut.selection.distributed import ALONE
 from finercut.selection.greedy import search
 from finercut.sublayers import parse
+from finercut.tokens import repeated
 
 CPU = torch.device("cpu")
 REMOVED = [s for name in ("0.attention", "2.mlp") for s in parse(name).sublayers]

@@ -21,7 +21,7 @@ from finercut.evaluation.records import EvaluateReport
 from finercut.registry.records import RegisterReport
 from finercut.selection.trajectory import read_trajectory
 from finercut.serving.records import ThroughputReport
-from pipelines import cli_stages, dag, inspection, params, register, summary
+from pipelines import cli_stages, dag, inspection, params, paths, register, summary
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("finercut", "pipelines", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "pyproject.toml")
@@ -92,7 +92,9 @@ def tiny_settings(model: Path, text: Path) -> dict:
         "tasks": [
             {"name": "finercut_agreement", "metric": "acc", "limit": 20},
             {"name": "finercut_copying", "metric": "exact_match", "limit": 2},
-        ]
+        ],
+        "samples": {"prompts": ["The river rises"], "n_tokens": 4},
+        "alone_tokens": 8,
     }
     settings["throughput"] |= {
         "input_tokens": 8,
@@ -171,6 +173,8 @@ def test_a_model_goes_from_fetch_to_a_registered_version(project, monkeypatch):
     page = mlflow.artifacts.load_text(f"runs:/{run_id}/reports/report.html")
     assert page == (project.root / "reports/report.html").read_text()
     assert "2 of 8 sublayers removed" in page
+    assert "<h4>The river rises</h4>" in page
+    assert page.count("without it alone") == 3 * 8 + 4  # three measures of all, and the heads of attentions
 
 
 def test_the_registered_version_can_be_downloaded_and_generates_what_the_checkpoint_does(project):
@@ -183,6 +187,8 @@ def test_the_registered_version_can_be_downloaded_and_generates_what_the_checkpo
             return model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
 
     assert generated(directory) == generated(project.root / "artifacts/healed")
+    version = mlflow.MlflowClient().get_model_version_by_alias(NAME, "challenger")
+    assert "| prompt          | whole" in version.description
     told = inspection.describe(f"models:/{NAME}@challenger")
     assert ", ".join(project.report(PruneReport, "prune").removed) in told
 
@@ -199,16 +205,18 @@ def test_figures_and_curves_show_through_dvc(project):
 def test_running_again_computes_and_registers_nothing(project, monkeypatch):
     monkeypatch.chdir(project.root)
     assert dag.stale() == []
+    paths.PAGE.write_text("by other limits of the gate")
     report = register.run(params.load())
     assert (report.status, report.version) == ("already registered", "1")
+    assert "2 of 8 sublayers removed" in paths.PAGE.read_text()
 
 
 @pytest.mark.parametrize(
     ("section", "change", "stale"),
     [
-        ("prune", {"budget": {"unit": "sublayers", "amount": 3}}, ["prune", "report", "search"]),
-        ("evaluate", {"seed": 1}, ["evaluate", "evaluate_whole", "report"]),
-        ("register", {"min_speed_up": 0.5}, ["report"]),
+        ("prune", {"budget": {"unit": "sublayers", "amount": 3}}, ["prune", "search"]),
+        ("evaluate", {"seed": 1}, ["evaluate", "evaluate_whole"]),
+        ("register", {"min_speed_up": 0.5}, []),
     ],
 )
 def test_a_change_of_params_concerns_its_own_stage(project, monkeypatch, section, change, stale):
@@ -229,7 +237,7 @@ def test_another_clone_restores_everything_from_the_remote(project, tmp_path):
     project.run("dvc", "push", "-q")
     clone = project.clone(tmp_path / "clone")
     clone.run("finercut", "run", "--pull")
-    assert clone.states() == dict.fromkeys(STAGES, "cached")
+    assert clone.states() == dict.fromkeys(STAGES, "cached") | {"report": "ran"}
     weights = Path("artifacts/healed/model.safetensors")
     assert (clone.root / weights).read_bytes() == (project.root / weights).read_bytes()
 

@@ -15,7 +15,7 @@ from finercut.checkpoint.writing import write_pruned
 from finercut.evaluation import harness
 from finercut.evaluation.records import EvaluateReport, Measured
 from finercut.sublayers import parse
-from finercut.tokens import Tokens, write_tokens
+from finercut.tokens import Tokens, repeated, write_tokens
 from pipelines import evaluate, evaluate_whole, params, paths
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +31,8 @@ def settings(**changes) -> params.Params:
         ],
         "dtype": "float32",
         "device": "cpu",
+        "samples": {"prompts": ["The river rises in", "Coffee"], "n_tokens": 8},
+        "alone_tokens": 8,
     }
     values["evaluate"] |= changes
     return params.Params.model_validate(values)
@@ -78,6 +80,29 @@ def test_both_models_are_measured_on_the_same_tasks_and_held_out_tokens(project,
     assert (agreement.generative, copying.generative) == (False, True)
     assert "smoke tasks, not published benchmarks" in report.note
     assert "evaluate: pruned model, finercut_agreement" in caplog.text
+
+
+def test_what_the_models_write_after_the_prompts_is_what_each_prompt_alone_gives(project, tokenizer):
+    report = both(settings(tasks=[]))
+    whole = Measured.read(paths.report("evaluate_whole"))
+    model = random_llama()
+    for sample in whole.samples:
+        prompt = tokenizer(sample.prompt, return_tensors="pt")["input_ids"]
+        alone = model.generate(prompt, do_sample=False, max_new_tokens=8)[0, prompt.shape[1] :]
+        assert sample.text == tokenizer.decode(alone, skip_special_tokens=True)
+        assert sample.n_tokens == len(alone)
+        assert sample.repetition == repeated(alone.tolist())
+    assert [sample.prompt for sample in report.samples] == ["The river rises in", "Coffee"]
+    assert [sample.text for sample in report.samples] != [sample.text for sample in whole.samples]
+    assert [figures.sublayer for figures in whole.sublayers][:2] == ["0.attention", "0.mlp"]
+    assert report.unhealed is None
+
+
+def test_prompts_beyond_the_context_are_refused_before_the_model_is_read(project):
+    (paths.MODEL / "model.safetensors").unlink()
+    long = {"prompts": ["The river", "rises in the mountains"], "n_tokens": 255}
+    with pytest.raises(ValueError, match=r"evaluate.samples: .* are 2\d\d tokens, the model's context has 256: lower"):
+        evaluate_whole.run(settings(tasks=[], samples=long))
 
 
 def test_the_same_models_give_the_same_bytes(project):

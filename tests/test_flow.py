@@ -88,7 +88,7 @@ def test_an_execution_is_one_finished_run_with_every_figure_and_a_registered_ver
     assert run.info.status == "FINISHED"
     assert {name: run.data.tags[f"stage.{name}"] for name in STAGES} == dict.fromkeys(STAGES, "ran")
     assert run.info.run_name == "SmolLM2-135M-Instruct.Q4_1 less 13.8 % of parameters"
-    assert run.data.tags["mlflow.note.content"].startswith("# toy: 2 of 8 sublayers removed")
+    assert run.data.tags["mlflow.note.content"].startswith("**toy: 2 of 8 sublayers removed**: sublayers -25.0 %, ")
     assert (run.data.tags["mlflow.user"], run.data.tags["mlflow.source.name"]) == (getpass.getuser(), "finercut run")
     kind = mlflow.MlflowClient().get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
     assert kind == "custom_model_development"

@@ -11,7 +11,7 @@ from test_flow import runs
 from toy import ROOT, STAGES, TOY, make_toy
 
 from finercut.report.frontier import FrontierReport, Point, choose
-from pipelines import frontier, register
+from pipelines import frontier, pages, register
 from pipelines.flow import compress
 
 
@@ -76,6 +76,10 @@ def test_each_budget_is_a_child_run_and_the_leanest_that_passes_is_registered(to
     assert Path("measured.txt").read_text() == "whole\n"
     assert {children[0].data.tags[f"stage.{name}"] for name in STAGES} == {"cached"}
     assert "| 0.2 * " in frontier.markdown()
+    # its page, the workspace's and the version's, has the frontier
+    for whose in (None, f"models:/{report.name}@challenger"):
+        pages.write(whose, Path("page.html"))
+        assert "chosen, this page" in Path("page.html").read_text()
 
 
 def test_where_no_point_passes_params_stay_as_they_were(toy):

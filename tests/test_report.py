@@ -10,8 +10,9 @@ import example_reports
 import pytest
 from click.testing import CliRunner
 
-from finercut.evaluation.records import Score
+from finercut.evaluation.records import Sample, Score, SublayerFigures
 from finercut.report import inputs, page
+from finercut.report.frontier import FrontierReport, Point
 from finercut.serving.records import Spread
 from pipelines import pages, paths
 from pipelines.cli import main
@@ -87,6 +88,80 @@ def test_what_was_measured_of_the_pruned_model_and_under_other_loads_is_shown(pr
     assert "x 1.12 [1.10, 1.15]" in text
     assert "<svg" in text
     assert shown() == text, "the same figures are the same bytes"
+
+
+def sample(prompt: str, text: str, repetition: float) -> Sample:
+    return Sample(prompt=prompt, text=text, n_tokens=8, repetition=repetition)
+
+
+def test_what_whole_pruned_and_healed_write_stands_side_by_side(project):
+    assert "What it writes" not in shown()
+    example_reports.heal().model_copy(update={"method": "refit"}).write(paths.report("heal"))
+    whole = example_reports.evaluate_whole()
+    whole.model_copy(update={"samples": (sample("Once", "upon a time", 0.0), sample("Why", "so", 0.1))}).write(
+        paths.report("evaluate_whole")
+    )
+    unhealed = whole.model_copy(update={"samples": (sample("Once", "a <b> a", 0.5),)})
+    final = (sample("Once", "more", 0.25),)
+    example_reports.evaluate(unhealed=unhealed, samples=final).write(paths.report("evaluate"))
+    text = shown()
+    beside = re.findall(r"<div><b>(\w+)</b>, ([\d.]+)\N{NO-BREAK SPACE}% repeated<p>(.*?)</p>", text)
+    assert beside == [
+        ("whole", "0.0", "upon a time"),
+        ("pruned", "50.0", "a &lt;b&gt; a"),
+        ("healed", "25.0", "more"),
+    ]
+    assert "whole 5.0\N{NO-BREAK SPACE}%, pruned 50.0\N{NO-BREAK SPACE}%, healed 25.0\N{NO-BREAK SPACE}%" in text
+
+
+def test_the_map_of_redundancy_has_the_figures_of_each_sublayer(project):
+    looked_at = [
+        SublayerFigures(sublayer="2.attention", alone=0.01, contribution=0.1, heads=(0.01, 0.09), peak=4.0),
+        SublayerFigures(sublayer="2.mlp", alone=0.1, contribution=0.2, peak=8.0),
+        SublayerFigures(sublayer="3.mlp", alone=1.0, contribution=0.4, peak=None),
+    ]
+    example_reports.evaluate_whole().model_copy(update={"sublayers": tuple(looked_at)}).write(
+        paths.report("evaluate_whole")
+    )
+    rows = re.findall(r"<tr><th>([\w, ]+)</th>(.*?)</tr>", shown().partition('class="heat"')[2])
+    cells = {name: re.findall(r"<td>(?:<b[^>]*?(--share: [\d.]+)?\"?>([^<]*)</b>)?</td>", row) for name, row in rows}
+    # four blocks, of which two were looked at; 0.1 is half way between 0.01 and 1 by its logarithm
+    assert cells["removed alone, attention"] == [("", "")] * 2 + [("--share: 0.000", "×"), ("", "")]
+    assert cells["removed alone, mlp"][2:] == [("--share: 0.500", ""), ("--share: 1.000", "×")]
+    assert cells["outliers, mlp"][2:] == [("--share: 1.000", ""), ("", "×")]
+    assert cells["idle heads"][2] == ("--share: 0.500", "1")
+    told = re.search('title="(2.attention, removed[^"]*)"', shown())[1].replace("\N{NO-BREAK SPACE}", " ").split("; ")
+    assert told == [
+        "2.attention, removed",
+        "without it alone, divergence 0.01",
+        "adds 10.0 % of the stream&#39;s norm",
+        "its 2 heads 1.0 % to 9.0 % each, 1 idle",
+        "largest activation 4.0 times the root mean square",
+    ]
+
+
+def test_a_frontier_is_shown_on_the_pages_of_its_points_alone(project):
+    points = [
+        Point(
+            amount=amount,
+            removed=[],
+            shares={"parameters": amount},
+            mean_retention=0.9,
+            perplexity_ratio=1.5,
+            speed_up=1 + amount,
+            passed=amount < 0.3,
+            reasons=["speed_up is 1"],
+            sha256=sha256,
+            run_id="0",
+        )
+        for amount, sha256 in ((0.1, "8" * 64), (0.2, example_reports.heal().sha256), (0.3, "9" * 64))
+    ]
+    frontier = FrontierReport(unit="parameters", rule="leanest", points=points, chosen=0.2)
+    frontier.write(paths.report("frontier"))
+    assert '<td data-value="0.2">0.2</td><td>chosen, this page</td><td data-value="0.2">−20.0' in shown()
+    assert shown().count("<svg") == 2  # with the tasks'
+    example_reports.heal().model_copy(update={"sha256": "7" * 64}).write(paths.report("heal"))
+    assert "The frontier" not in shown()
 
 
 def test_what_others_wrote_is_text_and_no_markup(project):

@@ -8,9 +8,11 @@ import lm_eval
 import torch
 import transformers
 
+from finercut.evaluation import samples
 from finercut.evaluation.doubts import doubts
 from finercut.evaluation.harness import fit, load_tasks, score
 from finercut.evaluation.records import Measured
+from finercut.evaluation.redundancy import redundancy
 from finercut.evaluation.settings import Evaluate
 from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
@@ -26,17 +28,19 @@ def measure(
     """
     Args:
         name: of the model, for the log.
-        judged: look for what speaks against the model, and warn of it.
+        judged: look for what speaks against the whole model, and warn of it; and for what in it is redundant.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: a task, metric or device that does not exist, or tokens of another vocabulary.
+        ValueError: a task, metric or device that does not exist, tokens of another vocabulary, or prompts beyond the
+            model's context.
         RuntimeError: a task's documents cannot be had, or logits are not finite.
     """
     tokens.check_vocabulary(directory.language.vocab_size)
     device = device_of(settings.device)
     dtype = dtype_of(settings.dtype, device)
     tasks = load_tasks(settings.tasks)
+    samples.check(settings.samples, directory)
     model = load_on(directory, dtype, settings.device, settings.weights_gib)
     found = fit(model, directory.tokenizer, tokens.held_out, tokens.sources_of("held_out"))
     logger.info("evaluate: %s model, perplexity %.2f, %.3f bits/byte", name, found.perplexity, found.bits_per_byte)
@@ -48,6 +52,13 @@ def measure(
     found_wrong = doubts(model, directory.tokenizer, tokens.held_out, found, scores) if judged else []
     for doubt in found_wrong:
         logger.warning("evaluate: THE WHOLE MODEL MAY BE BROKEN, and no figure beside it means anything: %s", doubt)
+    written = samples.write(model, directory.tokenizer, settings.samples)
+    for sample in written:
+        logger.info("evaluate: %s model, %.0f %% repeated after %r", name, 100 * sample.repetition, sample.prompt[:40])
+    looked_at = []
+    if judged and settings.alone_tokens:
+        looked_at = redundancy(model, tokens.calibration, settings.alone_tokens)
+        logger.info("evaluate: %s model, %d sublayers removed alone", name, len(looked_at))
     return Measured(
         sha256=directory.weights_sha256,
         dtype=str(dtype).removeprefix("torch."),
@@ -57,6 +68,8 @@ def measure(
         held_out_sha256=tokens.held_out_sha256,
         tasks=scores,
         doubts=tuple(found_wrong),
+        samples=tuple(written),
+        sublayers=tuple(looked_at),
         lm_eval_version=lm_eval.__version__,
         transformers_version=transformers.__version__,
         torch_version=torch.__version__,

@@ -24,6 +24,33 @@ class Score(Record):
     """What guessing scores; None where the task is no choice among answers."""
 
 
+class Sample(Record):
+    """What one model writes after one prompt, greedily."""
+
+    prompt: str
+    text: str
+    n_tokens: int
+    """Written."""
+    repetition: float
+    """Share of its 4-grams that were in it before."""
+
+
+class SublayerFigures(Record):
+    """What one sublayer of the whole model does, on calibration windows."""
+
+    sublayer: str
+    alone: float | None
+    """Divergence (kl, nats per token) from the whole model to the one without this sublayer alone; null where it is not
+    finite."""
+    contribution: float
+    """Norm of what it adds to the residual stream over the stream's, mean over tokens."""
+    heads: tuple[float, ...] = ()
+    """Of an attention: the same for what each head adds. They can cancel out. Empty where there are none."""
+    peak: float | None
+    """Largest absolute activation over the root mean square of a token's, mean over tokens: of the matrix of the
+    sublayer whose inputs have the highest. Null where it has no matrix of its own."""
+
+
 class Measured(Record):
     """One model, measured by itself: what another is compared with later."""
 
@@ -39,6 +66,9 @@ class Measured(Record):
     tasks: dict[str, Score]
     doubts: tuple[str, ...] = ()
     """What speaks against a whole model, a sentence each. No reports of 0.1 have it."""
+    samples: tuple[Sample, ...] = ()
+    sublayers: tuple[SublayerFigures, ...] = ()
+    """Of a whole model, by depth."""
     lm_eval_version: str
     transformers_version: str
     torch_version: str
@@ -111,5 +141,18 @@ class EvaluateReport(Evaluation):
     unhealed: Measured | None = None
     """The pruned checkpoint before it was healed; `pruned` is the final one everywhere else. Null where nothing was
     healed, or evaluate.unhealed is off."""
+    samples: tuple[Sample, ...] = ()
+    """Of the final checkpoint."""
     lm_eval_version: str
     torch_version: str | None = None
+
+
+def written(whole: Measured | None, report: EvaluateReport, final: str) -> dict[str, dict[str, Sample]]:
+    """What each model wrote, by prompt; without models that wrote nothing.
+
+    Args:
+        final: what the final checkpoint is called, pruned or healed
+    """
+    found = {"whole": whole.samples if whole else (), "pruned": report.unhealed.samples if report.unhealed else ()}
+    found[final] = report.samples
+    return {name: {sample.prompt: sample for sample in samples} for name, samples in found.items() if samples}

@@ -20,6 +20,15 @@ class Task(Section):
     """Documents evaluated, as a number or a share; null takes all."""
 
 
+class Samples(Section):
+    """Continuations that people compare."""
+
+    prompts: list[str]
+    """Plain text; of no task."""
+    n_tokens: PositiveInt
+    """Written after each, at most."""
+
+
 class Evaluate(Section):
     tasks: list[Task]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -33,3 +42,9 @@ class Evaluate(Section):
     there."""
     unhealed: bool = True
     """Measure the pruned checkpoint too, where healing changed it: what selection kept, and what healing brought."""
+    samples: Samples = Samples(prompts=[], n_tokens=1)
+    """What whole, pruned and healed model write after the same prompts, on the page side by side. Without this there is
+    none."""
+    alone_tokens: Annotated[int, Field(ge=0)] = 0
+    """Of a calibration window, at most: on these each sublayer of the whole model is removed alone, a pass a sublayer,
+    to see how redundant it is; beside that it is seen what it and its heads add to the stream. 0: nothing of that."""

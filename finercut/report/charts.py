@@ -9,6 +9,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from finercut.report import frontier as points
 from finercut.report.inputs import Inputs
 
 _WHOLE, _PRUNED, _HEALED, _HELD_OUT = "#7a7f87", "#c8452f", "#2f6db5", "#e08a1e"
@@ -58,6 +59,15 @@ def scores(inputs: Inputs) -> Markup | None:
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")
     figure.legend(loc="outside lower center", ncols=len(bars), frameon=False)
+    return _svg(figure)
+
+
+def frontier(inputs: Inputs) -> Markup | None:
+    """Its points, quality above speed; None where this execution is no point of one."""
+    if inputs.frontier is None:
+        return None
+    figure = Figure(figsize=(_WIDTH, 5.0), layout="constrained")
+    points.draw(inputs.frontier, *figure.subplots(2, 1))
     return _svg(figure)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from finercut.system.records import Record
@@ -44,6 +45,15 @@ class FrontierReport(Record):
     """The amount of the point that is registered; null where none passes."""
 
 
+def containing(path: Path | None, sha256: str) -> FrontierReport | None:
+    """The frontier that `path` records, if the final checkpoint with these weights is a point of it."""
+    try:
+        found = FrontierReport.read(path) if path else None
+    except (OSError, ValueError):  # another version's, and nothing but the picture of it is lost
+        return None
+    return found if found and sha256 in {point.sha256 for point in found.points} else None
+
+
 def choose(points: Sequence[Point], unit: str, rule: Rule) -> Point | None:
     """The point to register; of equal ones, the one that saves more."""
     passing = [point for point in points if point.passed]
@@ -57,9 +67,15 @@ def choose(points: Sequence[Point], unit: str, rule: Rule) -> Point | None:
 
 
 def picture(report: FrontierReport, path: Path) -> None:
-    """Mean retention and speed-up of each point against what it saves of the parameters."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    quality, speed = figure.subplots(1, 2)
+    draw(report, *figure.subplots(1, 2))
+    figure.suptitle("blue: passes the gate; red: does not; star: registered", fontsize=9)
+    with staged_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)
+
+
+def draw(report: FrontierReport, quality: Axes, speed: Axes) -> None:
+    """Mean retention and speed-up of each point against what it saves of the parameters."""
     drawn = sorted(report.points, key=lambda point: point.shares["parameters"])
     saved = [0.0, *(100 * point.shares["parameters"] for point in drawn)]
     quality.plot(saved, [100.0, *(100 * (point.mean_retention or 0.0) for point in drawn)], "-", color="#7a7f87")
@@ -71,10 +87,7 @@ def picture(report: FrontierReport, path: Path) -> None:
         x = 100 * point.shares["parameters"]
         quality.plot([x], [100 * (point.mean_retention or 0.0)], **mark)
         speed.plot([x], [point.speed_up], **mark)
-    quality.set(xlabel="parameters saved, %", ylabel="mean retention of the tasks, %", ylim=(0, 105))
-    speed.set(xlabel="parameters saved, %", ylabel="output tokens/s, times the whole model's")
+    quality.set(xlabel="parameters saved, %", ylabel="mean retention, %", ylim=(0, 105))
+    speed.set(xlabel="parameters saved, %", ylabel="speed-up")
     for axes in (quality, speed):
         axes.grid(alpha=0.3)
-    figure.suptitle("blue: passes the gate; red: does not; star: registered", fontsize=9)
-    with staged_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=130)

@@ -15,6 +15,7 @@ from finercut.evaluation.records import EvaluateReport, Measured
 from finercut.registry import evidence, gate
 from finercut.registry.records import Check
 from finercut.registry.settings import Register
+from finercut.report.frontier import FrontierReport, containing
 from finercut.selection.records import SearchReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport
@@ -63,16 +64,18 @@ class Inputs:
     """Those that the budget took, in order; empty where no trajectory was kept."""
     settings: Mapping[str, Any]
     """SECTIONS of params.yaml."""
-
-    @property
-    def model(self) -> str:
-        """The whole model's name, without where it is from."""
-        return self.fetch.source.rpartition("/")[2].removesuffix(".gguf")
+    frontier: FrontierReport | None
+    """The last one, if this execution's final checkpoint is a point of it."""
 
     @property
     def healed(self) -> bool:
         """Whether the final checkpoint's weights differ from the pruned one's."""
         return self.heal is not None and self.heal.method != "none"
+
+    @property
+    def final_sha256(self) -> str:
+        """Of the final checkpoint's weights."""
+        return self.heal.sha256 if self.heal else self.prune.sha256
 
     @property
     def checks(self) -> list[Check]:
@@ -96,12 +99,13 @@ def read(folders: Sequence[Path], whose: str) -> Inputs:
     prove = _optional(folders, "prove", ProveReport)
     evaluate = _required(folders, "evaluate", EvaluateReport, whose)
     throughput = _required(folders, "throughput", ThroughputReport, whose)
+    heal = _optional(folders, "heal", HealReport)
     return Inputs(
         fetch=fetch,
         calibrate=calibrate,
         search=_optional(folders, "search", SearchReport),
         prune=prune,
-        heal=_optional(folders, "heal", HealReport),
+        heal=heal,
         prove=prove,
         evaluate_whole=_optional(folders, "evaluate_whole", Measured),
         evaluate=evaluate,
@@ -109,6 +113,7 @@ def read(folders: Sequence[Path], whose: str) -> Inputs:
         claims=prove.claims if prove else evidence.read(_found(folders, "evaluate.json").parent, whose).claims,
         steps=_steps(folders)[: prune.n_removals],
         settings=_settings(folders, whose),
+        frontier=containing(_found(folders, "frontier.json"), (heal or prune).sha256),
     )
 
 

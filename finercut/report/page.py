@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from finercut.evaluation.records import Sample, SublayerFigures, written
 from finercut.report import charts
 from finercut.report.inputs import Inputs
 from finercut.serving.records import Spread
 from finercut.sublayers import KINDS, Sublayer, parse
+
+# A head that adds less than this share of the stream's norm does next to nothing.
+IDLE_HEAD = 0.02
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,16 @@ class Square:
     told: str
 
 
+@dataclass(frozen=True)
+class Shade:
+    """One sublayer in a row of the redundancy map."""
+
+    share: float | None
+    """0 for the least of its measure, 1 for the most; None where it was not measured."""
+    text: str
+    told: str
+
+
 def html(inputs: Inputs) -> str:
     return render(
         "page.html.jinja",
@@ -41,8 +56,14 @@ def html(inputs: Inputs) -> str:
         steps=_steps(inputs),
         tasks=_tasks(inputs),
         loads=_loads(inputs),
+        samples=_samples(inputs),
+        repetition=_repetition(inputs),
+        redundancy=_redundancy(inputs),
+        idle_head=IDLE_HEAD,
+        points=_points(inputs),
         divergence=charts.divergence(inputs),
         scores=charts.scores(inputs),
+        frontier=charts.frontier(inputs),
         hashes=_hashes(inputs),
         versions=_versions(inputs),
         settings=json.dumps(inputs.settings, indent=2),
@@ -222,6 +243,113 @@ def _tasks(inputs: Inputs) -> list[list[Cell]]:
     return sorted(rows, key=lambda row: row[-2].value if isinstance(row[-2].value, float) else math.inf)
 
 
+def _written(inputs: Inputs) -> dict[str, dict[str, Sample]]:
+    return written(inputs.evaluate_whole, inputs.evaluate, "healed" if inputs.healed else "pruned")
+
+
+def _samples(inputs: Inputs) -> dict[str, list[tuple[str, Sample]]]:
+    """By prompt, of each model."""
+    found = _written(inputs)
+    prompts = [sample.prompt for sample in inputs.evaluate.samples]
+    return {
+        prompt: [(name, samples[prompt]) for name, samples in found.items() if prompt in samples] for prompt in prompts
+    }
+
+
+def _repetition(inputs: Inputs) -> dict[str, float]:
+    """Of each model, the mean over its samples."""
+    return {name: statistics.mean(s.repetition for s in found.values()) for name, found in _written(inputs).items()}
+
+
+def _redundancy(inputs: Inputs) -> dict[str, list[Shade | None]]:
+    """Rows of a column a block; None where a block has nothing of the kind."""
+    found = inputs.evaluate_whole.sublayers if inputs.evaluate_whole else ()
+    if not found:
+        return {}
+    known = {figures.sublayer: figures for figures in found}
+    removed = {str(sublayer) for name in inputs.prune.removed for sublayer in parse(name).sublayers}
+
+    def row(
+        kind: str, strength: Callable[[SublayerFigures], float | None], text: Callable[[SublayerFigures], str]
+    ) -> list[Shade | None]:
+        here = [known.get(str(Sublayer(block, kind))) for block in range(inputs.fetch.n_blocks)]
+        return [f and Shade(strength(f), text(f), _told(f, f.sublayer in removed)) for f in here]
+
+    strengths = {
+        "removed alone": _strength(lambda f: f.alone, found),
+        "adds to the stream": _strength(lambda f: f.contribution, found),
+        "outliers": _strength(lambda f: f.peak, found),
+    }
+    rows = {
+        f"{name}, {kind}": row(kind, strength, lambda f: "×" if f.sublayer in removed else "")
+        for name, strength in strengths.items()
+        for kind in KINDS
+    }
+    rows["idle heads"] = row(
+        "attention", lambda f: 1 - _n_idle(f) / len(f.heads) if f.heads else None, lambda f: str(_n_idle(f) or "")
+    )
+    return rows
+
+
+def _n_idle(figures: SublayerFigures) -> int:
+    return sum(head < IDLE_HEAD for head in figures.heads)
+
+
+def _strength(
+    of: Callable[[SublayerFigures], float | None], found: Sequence[SublayerFigures]
+) -> Callable[[SublayerFigures], float | None]:
+    """Where a value lies between the least and the most of all sublayers, by its logarithm."""
+    logs = [math.log(value) for figures in found if (value := of(figures))]
+    low, range_ = min(logs, default=0.0), max(logs, default=0.0) - min(logs, default=0.0)
+
+    def strength(figures: SublayerFigures) -> float | None:
+        value = of(figures)
+        if value is None:
+            return None
+        return (math.log(value) - low) / range_ if value and range_ else 0.0
+
+    return strength
+
+
+def _told(figures: SublayerFigures, removed: bool) -> str:
+    parts = [f"{figures.sublayer}, {'removed' if removed else 'kept'}"]
+    if figures.alone is not None:
+        parts.append(f"without it alone, divergence {figures.alone:.3g}")
+    parts.append(f"adds {percent(figures.contribution)} of the stream's norm")
+    if figures.heads:
+        parts.append(
+            f"its {len(figures.heads)} heads {percent(min(figures.heads))} to {percent(max(figures.heads))} each, "
+            f"{_n_idle(figures)} idle"
+        )
+    if figures.peak is not None:
+        parts.append(f"largest activation {figures.peak:.1f} times the root mean square")
+    return "; ".join(parts)
+
+
+def _points(inputs: Inputs) -> list[list[Cell]]:
+    """Of the frontier, by amount."""
+    if inputs.frontier is None:
+        return []
+    rows = []
+    for point in inputs.frontier.points:
+        marks = {
+            "chosen": point.amount == inputs.frontier.chosen,
+            "this page": point.sha256 == inputs.final_sha256,
+        }
+        rows.append(
+            [
+                Cell(f"{point.amount:g}", point.amount),
+                Cell(", ".join(name for name, holds in marks.items() if holds)),
+                *(Cell(f"−{percent(share)}", share) for share in point.shares.values()),
+                Cell(f"x {point.speed_up:.2f}", point.speed_up),
+                Cell(percent(point.mean_retention), point.mean_retention),
+                Cell(f"x {point.perplexity_ratio:.2f}", point.perplexity_ratio),
+                Cell("passed" if point.passed else "; ".join(point.reasons)),
+            ]
+        )
+    return rows
+
+
 def _loads(inputs: Inputs) -> list[list[Cell]]:
     """The other loads that the engines served."""
     rows = []
@@ -234,14 +362,13 @@ def _loads(inputs: Inputs) -> list[list[Cell]]:
 
 
 def _hashes(inputs: Inputs) -> dict[str, str]:
-    final = inputs.heal.sha256 if inputs.heal else inputs.prune.sha256
     return {
         f"whole model, {inputs.fetch.source} at {inputs.fetch.revision}": inputs.fetch.sha256,
         f"calibration tokens, {inputs.calibrate.source}": inputs.calibrate.calibration_sha256,
         "held-out tokens": inputs.calibrate.held_out_sha256,
         "tokenizer": inputs.calibrate.tokenizer_sha256,
         "pruned weights": inputs.prune.sha256,
-        "final weights": final,
+        "final weights": inputs.final_sha256,
     }
 
 

@@ -42,7 +42,7 @@ def removal_map(selection: Selection, n_blocks: int, path: Path, title: str) -> 
         frameon=False,
         fontsize=8,
     )
-    _save(figure, path)
+    _save(figure, path, dpi=75)  # MLflow shows it as large as it is, and cuts off what its page has no room for
 
 
 def divergence_curves(trajectory: Trajectory, path: Path) -> None:
@@ -83,6 +83,6 @@ def _cell(block: int, row: int, colour: str) -> Patch:
     )
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, dpi: int = 150) -> None:
     with staged_file(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+        figure.savefig(partial, dpi=dpi, format="png")

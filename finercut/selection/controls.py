@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from finercut.model.masking import masked
 from finercut.model.workers import Workers
 from finercut.selection.distributed import Ranks
 from finercut.sublayers import Sublayer
+from finercut.tokens import repeated
 
-N_GRAM = 4
 # Of a held-out window, at most: half of it where it is shorter.
 PREFIX_TOKENS = 32
 
@@ -80,12 +79,6 @@ def greedy(model: PreTrainedModel, prefixes: Tensor, n_tokens: int, ends: frozen
         if all(not ends.isdisjoint(text) for text in zip(*written, strict=True)):
             break
     return [_to_its_end(list(text), ends) for text in zip(*written, strict=True)]
-
-
-def repeated(text: Sequence[int]) -> float:
-    """Share of a text's n-grams that were in it before; 0 where it is too short for two."""
-    grams = Counter(tuple(text[i : i + N_GRAM]) for i in range(len(text) - N_GRAM + 1))
-    return 1 - len(grams) / grams.total() if grams else 0.0
 
 
 def _to_its_end(text: list[int], ends: frozenset[int]) -> list[int]:

@@ -25,6 +25,7 @@ from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.sources.settings import ModelText
 from finercut.sources.texts import Texts
+from finercut.tokens import repeated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("finercut")
 
 _END_OF_TEXT = "<|endoftext|>"
-# Tokens of the runs that count as repeated.
-_RUN = 4
 # Of the tokens that are needed, what documents may lose when their text is tokenised again.
 _LOSS = 0.05
 # Tokens among which a draw is tried first; more where these have less than top_p together.
@@ -55,9 +54,7 @@ class Draft:
 
     @property
     def repetition(self) -> float:
-        """Share of the runs of 4 tokens that occurred before in it."""
-        runs = [tuple(self.written[i : i + _RUN]) for i in range(len(self.written) - _RUN + 1)]
-        return 1 - len(set(runs)) / len(runs) if runs else 0.0
+        return repeated(self.written)
 
 
 def beginnings(settings: ModelText, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -27,6 +27,11 @@ class FetchReport(WholeModel):
     dtype: str
     vocab_size: int
 
+    @property
+    def model(self) -> str:
+        """The model's name, without where it is from."""
+        return self.source.rpartition("/")[2].removesuffix(".gguf")
+
 
 class HeldOut(Record):
     """What a registered version needs of `CalibrateReport`."""
