@@ -80,8 +80,11 @@ def _work(stage: str, root: str, log: str, environment: dict[str, str]) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    from finercut.serving import vllm_engine
     from pipelines import cli_stages, params
 
+    # `fetch` would wait for vLLM's import most of its time, and write nothing meanwhile.
+    vllm_engine.find_spec = lambda name: None
     # The removals a search announces are what its second run must not make again.
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     cli_stages.runner(stage)(params.load())
@@ -157,7 +160,7 @@ def prepare(root: Path, model: Path, text: Path) -> None:
     settings["calibrate"] |= {"source": {"kind": "files", "paths": [str(text)]}, "n_samples": 4, "n_tokens": 32}
     settings["calibrate"] |= {"n_held_out_samples": 2, "n_healing_samples": 0, "sources": None, "unseen": None}
     settings["search"] |= {"mode": "exact", "per": None, "fill": False, "removals": 6}
-    settings["search"] |= {"dtype": "float32", "device": "cpu"}
+    settings["search"] |= {"dtype": "float32", "device": "cpu", "continuation_tokens": 4}
     settings["heal"] = {"method": "none"}
     settings["prune"]["budget"] = {"unit": "sublayers", "amount": 3}
     settings["throughput"]["max_model_len"] = 256  # all that the model takes
