@@ -277,6 +277,7 @@ else:
 """
 
 
+@pytest.mark.slow  # imports datasets anew
 def test_a_pinned_dataset_is_read_offline_once_it_is_cached(tmp_path):
     rows = ["One text.", "Another."]
     content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()

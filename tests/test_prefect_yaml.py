@@ -97,6 +97,7 @@ def test_what_cannot_be_declared_is_one_line(here, text, said):
     assert line.startswith(expected[:-1]) if expected.endswith("*") else line == expected
 
 
+@pytest.mark.slow  # imports Prefect anew
 def test_a_server_that_does_not_answer_is_one_line(here, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     write({"name": "bare"})

@@ -102,6 +102,7 @@ def test_a_fetched_tokenizer_is_what_transformers_makes_of_it_under_the_reposito
     assert AutoTokenizer.from_pretrained(fetched)(TEXT).input_ids == digits(TEXT).input_ids
 
 
+@pytest.mark.slow  # imports transformers anew
 def test_a_pruned_checkpoint_tokenizes_alike_in_a_process_that_never_saw_finercut(digits, tmp_path):
     whole = published(tmp_path / "whole", digits, "llama", "LlamaTokenizerFast")
     write_pruned(whole, REMOVED, tmp_path / "pruned", {"source": "tiny"}, "# card\n")
