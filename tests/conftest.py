@@ -209,6 +209,7 @@ SLOW_FILES = {
     "test_families",
     "test_faults",
     "test_foresight",
+    "test_hybrids",
     "test_ledger",
     "test_older_versions",
     "test_remote_code",
@@ -221,8 +222,30 @@ SLOW_FILES = {
 }
 
 
+# Begun first, so that no worker is left with one of these when the others have nothing more to do.
+LONGEST = (
+    "test_end_to_end",
+    "test_deployment",
+    "test_faults",
+    "test_vllm_engines",
+    "test_distributed",
+    "test_flow",
+    "test_serving",
+    "test_families",
+    "test_vllm_front_ends",
+    "test_search_and_prune",
+    "test_servers",
+    "test_vllm_plugin",
+    "test_hybrids",
+    "test_collect",
+    "test_promote",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-fast` leaves out; a test can also say so itself, with @pytest.mark.slow."""
+    """Put the longest files first. Mark what `make test-fast` leaves out; a test can also say so by its mark."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if item.path.stem in SLOW_FILES or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
