@@ -28,7 +28,7 @@ from pipelines import search as stage
 
 N_REMOVALS = 8
 COMMAND = [sys.executable, "-m", "pipelines.cli", "search"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def project(tmp_path_factory):
     return directory
 
 
-def with_processes(n_processes):
-    """Write params.yaml; the environment of a command that reads it."""
-    chosen = settings(**{"search.removals": N_REMOVALS, "search.n_processes": n_processes})
+def with_processes(n_processes, removals=N_REMOVALS):
+    """Write params.yaml; what it says."""
+    chosen = settings(**{"search.removals": removals, "search.n_processes": n_processes})
     with open("params.yaml", "w") as file:
         yaml.safe_dump(chosen.model_dump(mode="json", by_alias=True), file)
     return chosen
@@ -115,15 +115,28 @@ def fresh(project, alone, monkeypatch):
         file.unlink(missing_ok=True)
 
 
-def test_two_and_four_processes_write_the_bytes_of_one(fresh, alone):
-    for n_processes, command in ((2, COMMAND), (1, [*TORCHRUN, "-m", "pipelines.cli", "search"])):
-        with_processes(n_processes)
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert paths.TRAJECTORY.read_bytes() == alone
-        assert done.stderr.count(f"search: {N_REMOVALS}/{N_REMOVALS} removed") == 1, "the first alone logs"
-        assert SearchReport.read(paths.report("search")).resumed_after == 0
-        shutil.rmtree(paths.WORK)
+def of_params(capfd):
+    """Two processes that the stage starts, with the params that it was given: params.yaml says otherwise."""
+    chosen = with_processes(2)
+    with_processes(1, removals=3)
+    stage.run(chosen)
+    return capfd.readouterr().err
+
+
+def of_torchrun(capfd):
+    """Three, which share four windows."""
+    with_processes(1)
+    done = subprocess.run([*TORCHRUN, "-m", "pipelines.cli", "search"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("processes", [of_params, of_torchrun])
+def test_two_and_three_processes_write_the_bytes_of_one(fresh, alone, capfd, processes):
+    told = processes(capfd)
+    assert paths.TRAJECTORY.read_bytes() == alone
+    assert told.count(f"search: {N_REMOVALS}/{N_REMOVALS} removed") == 1, "the first alone logs"
+    assert SearchReport.read(paths.report("search")).resumed_after == 0
 
 
 def test_a_killed_process_ends_the_search_and_what_was_found_is_kept(fresh, alone):
@@ -163,12 +176,6 @@ def _workers_after(launcher, n_removals):
             children = psutil.Process(launcher.pid).children(recursive=True)
             return {child.environ()["LOCAL_RANK"]: child for child in children if "LOCAL_RANK" in child.environ()}
         time.sleep(0.01)
-
-
-def test_every_process_takes_the_params_that_the_stage_was_given(fresh):
-    with_processes(1)  # what params.yaml says
-    chosen = settings(**{"search.removals": 3, "search.n_processes": 2})
-    assert stage.run(chosen).n_removals == 3
 
 
 def test_processes_whose_launcher_was_killed_before_they_joined_do_not_search(fresh):
