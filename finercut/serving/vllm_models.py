@@ -216,12 +216,16 @@ class CheckedWeights:
 def _check_names(config: Any, seen: set[str], renamed: Callable[[str], str]) -> None:
     with torch.device("meta"):
         model = getattr(modeling_finercut, config.architectures[0])(config)
-    # What lies around a language model has several names in files, all of which vLLM knows.
+    # What lies around a language model has several names in files, all of which vLLM knows; so have its experts.
     inside = f"{config.finercut['layout']['blocks']}." if config.get_text_config() is not config else ""
 
     def compared(names: Iterable[str]) -> dict[str, str]:
         by_renamed = {renamed(name): name for name in names}
-        return {key: name for key, name in by_renamed.items() if key.startswith(renamed(inside))}
+        return {
+            key: name
+            for key, name in by_renamed.items()
+            if key.startswith(renamed(inside)) and not (inside and ".experts." in key)
+        }
 
     # By the names in a checkpoint, where experts are apart. A tied weight is a parameter once, under the name it is
     # stored by, and in the state twice.
