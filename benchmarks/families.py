@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import (
 from finercut.checkpoint.writing import write_pruned
 from finercut.model.checks import check_sizes
 from finercut.model.directory import quiet
-from finercut.model.families import FAMILIES, check_supported, fixed_sublayers, layout_of
+from finercut.model.families import FAMILIES, auto_class, check_supported, fixed_sublayers, layout_of
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
 from finercut.selection.blocks import Blocks
@@ -56,6 +56,7 @@ SMALL: dict[str, Any] = {
     "tie_word_embeddings": False,
     # Widths.
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "dim", "out_hidden_size"), 64),
+    **dict.fromkeys(("embed_dim", "projection_dim", "vision_output_dim", "encoder_hidden_size"), 64),
     "word_embed_proj_dim": 64,
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 32),
@@ -119,6 +120,8 @@ def tiny(config: PreTrainedConfig) -> dict[str, Any]:
             continue  # which it is made from
         elif name in SMALL and isinstance(value, int) and (value > SMALL[name] or isinstance(value, bool)):
             settings[name] = SMALL[name]
+        elif isinstance(value, dict) and "mrope_section" in value:
+            settings[name] = value | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}
         elif name.endswith("layer_types") or name in PER_BLOCK:
             if isinstance(value, list) and value and not name.startswith("mtp"):
                 settings[name] = varied(value)
@@ -140,10 +143,9 @@ def random_model(model_type: str) -> Any:
     Raises:
         ValueError: it is not tiny.
     """
-    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**tiny(config_class()) | MORE.get(model_type, {}))
+    auto = auto_class(config)
     with torch.device("meta"):
         n_parameters = sum(p.numel() for p in auto.from_config(config).parameters())
     if n_parameters > MOST_PARAMETERS:
@@ -185,7 +187,7 @@ def attempt(model_type: str) -> Outcome:
     try:
         config = CONFIG_MAPPING[model_type]()
         check_supported(config)
-        check_sizes(config)
+        check_sizes(config.get_text_config())
     except ValueError as error:
         return Outcome("refused", _line(error))
     # Whatever else a config or a model raises is about the tiny one: the type was not tried.
@@ -200,7 +202,8 @@ def attempt(model_type: str) -> Outcome:
         try:
             made.save_pretrained(directory / "whole")
             whole = load_whole(directory / "whole", torch.float32)
-            fixed, n_blocks = fixed_sublayers(whole.config), whole.config.num_hidden_layers
+            language, fixed = whole.config.get_text_config(), fixed_sublayers(whole.config)
+            n_blocks = language.num_hidden_layers
             removed = [s for s in layout_of(whole.config).sublayers(n_blocks) if s not in fixed][::3]
             (directory / "pruned").mkdir()
             write_pruned(directory / "whole", removed, directory / "pruned", {}, "")
@@ -208,9 +211,10 @@ def attempt(model_type: str) -> Outcome:
         except ValueError as error:
             return Outcome("refused", _line(error))
         largest = largest_difference(whole, pruned, tokens, removed)
+    inside = "" if language is whole.config else f", {language.model_type} inside"
     return Outcome(
         "works" if largest <= TOLERANCE else "wrong",
-        "declared" if model_type in FAMILIES else "found by the probe",
+        ("declared" if language.model_type in FAMILIES else "found by the probe") + inside,
         f"{largest:.1g}",
     )
 
@@ -218,7 +222,7 @@ def attempt(model_type: str) -> Outcome:
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()).replace("|", "/")
     # What to do about it is not for a table.
-    for rest in (" Found blocks at", "; save the language model", ": take the model"):
+    for rest in (" Found blocks at", ": take the model"):
         text = text.split(rest)[0]
     return text[:200] or type(error).__name__
 

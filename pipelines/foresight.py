@@ -15,7 +15,7 @@ from finercut.checkpoint.writing import write_all_but_weights
 from finercut.model import tokenizer_files
 from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
-from finercut.model.families import fixed_sublayers, layout_of
+from finercut.model.families import fixed_sublayers
 from finercut.serving import claim, foresight, vllm_engine
 from finercut.sublayers import Sublayer
 from finercut.system.staging import staged_file
@@ -130,13 +130,12 @@ def _asked_of_vllm(params: Params, model: ModelDirectory, pruned: ModelDirectory
 
 def _one_of_each(model: ModelDirectory) -> list[Sublayer]:
     """A sublayer of each sort that the model's blocks have, none that must stay; not every attention."""
-    config = model.language
-    layout = layout_of(config)
-    fixed = fixed_sublayers(config)
-    free = [s for s in layout.sublayers(config.num_hidden_layers) if s not in fixed]
-    sorts = {layout.branch(s.kind, s.block): s for s in free}
+    n_blocks = model.language.num_hidden_layers
+    here, fixed = model.layout.sublayers(n_blocks), fixed_sublayers(model.config)
+    free = [s for s in here if s not in fixed]
+    sorts = {model.layout.branch(s.kind, s.block): s for s in free}
     chosen = sorted(sorts.values())
-    n_attentions = sum(s.kind == "attention" for s in layout.sublayers(config.num_hidden_layers))
+    n_attentions = sum(s.kind == "attention" for s in here)
     while sum(s.kind == "attention" for s in chosen) >= n_attentions:
         chosen.remove(next(s for s in chosen if s.kind == "attention"))
     if not chosen:

@@ -29,7 +29,7 @@ def _checkpoint(path: Path) -> str:
     model = ModelDirectory(path)
     n_blocks, removed = model.language.num_hidden_layers, model.removed
     if not removed:
-        return f"whole {model.language.model_type} model, {n_blocks} blocks, nothing removed"
+        return f"whole {model.config.model_type} model, {n_blocks} blocks, nothing removed"
     origin = model.config.finercut
     rows = {f"{kind} removed": [s.block for s in removed if s.kind == kind] for kind in KINDS}
     lines = [

@@ -133,6 +133,6 @@ def _whole_model(version: ModelVersion, recorded: Evidence, folder: Path) -> Pat
 
 def _any_tokens(checkpoint: Path, recorded: Evidence) -> torch.Tensor:
     """(samples, tokens) ids drawn at random: parity has to hold on any, and the held-out ones may be elsewhere."""
-    vocab_size = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocab_size = ModelDirectory(checkpoint).language.vocab_size
     n_tokens = min(N_TOKENS, recorded.fetch.max_position_embeddings)
     return torch.randint(vocab_size, (N_SAMPLES, n_tokens), generator=torch.Generator().manual_seed(0))

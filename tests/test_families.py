@@ -312,11 +312,6 @@ def _routed(model_type: str) -> list[int]:
         ("bart", {}, "an encoder and a decoder"),
         ("falcon_h1", {}, "asks every block for its state space model"),
         (
-            "gemma3",
-            {},
-            r"a language model \(gemma3_text\) with other inputs around it; save the language model by itself",
-        ),
-        (
             "llama",
             {"quantization_config": {"quant_method": "awq"}},
             r"quantised \(awq\): take the model it was made from.* transformers cannot dequantise it",

@@ -83,7 +83,7 @@ def test_code_of_a_models_own_is_found_and_searched_but_not_written(own, tokens)
     (removal,) = search(own, tokens[:1], tokens[:1], n_removals=1, divergence="kl", mode="brute")
     assert removal.values == pytest.approx(expected, rel=1e-3)
     with pytest.raises(ValueError, match="cannot write a pruned own model: its code is not transformers'"):
-        base_architecture(own.config.model_type)
+        base_architecture(own.config)
 
 
 def test_an_attention_that_does_more_with_its_number_than_caching_is_refused(own):

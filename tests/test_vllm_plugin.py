@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import random_llama
 from family_models import CASES
+from multimodal_models import save
 from safetensors.torch import load_file
 from torch import nn
 from vllm_cases import REMOVED, model_for_vllm, write
@@ -133,18 +134,58 @@ def test_pipeline_parallel_is_refused_where_vllm_runs_transformers_code(distribu
 
 
 def test_registering_again_changes_nothing():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry
 
-    from finercut.model.families import FAMILIES, base_architecture
+    from finercut.model.families import FAMILIES
     from finercut.serving.vllm_plugin import register
 
     register()
     first = dict(ModelRegistry.models)
     register()
     assert ModelRegistry.models == first
-    bases = {base_architecture(family) for family in FAMILIES}
+    bases = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] for family in FAMILIES}
     assert {f"FinerCut{base}" for base in bases & first.keys()} <= first.keys()
     assert bases - first.keys() == {"Gemma4UnifiedForCausalLM"}  # vLLM has none of these
+
+
+@pytest.mark.parametrize(("model_type", "see_each_other"), [("llava", False), ("gemma3", True)])
+def test_the_tokens_of_an_image_see_each_other_where_they_do_in_the_whole_model(model_type, see_each_other, tmp_path):
+    from transformers import AutoConfig
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+
+    from finercut.serving.vllm_plugin import register
+
+    register()
+    save(model_type, tmp_path / "whole model")
+    config = AutoConfig.from_pretrained(write(None, REMOVED, tmp_path / "pruned"))
+    convertor = MODEL_ARCH_CONFIG_CONVERTORS[config.model_type](config, config.get_text_config(), revision=None)
+    read = convertor.convert()
+    assert (read.model_type, read.is_mm_prefix_lm) == (model_type, see_each_other)
+    assert read.total_num_hidden_layers == 4
+    assert config.model_type == f"finercut_{model_type}"
+
+
+@pytest.mark.parametrize("model_type", ["llava", "gemma3", "qwen2_5_vl", "smolvlm"])
+def test_a_language_model_inside_another_has_kept_sublayers_only(model_type, distributed, tmp_path):
+    pytest.importorskip("torchvision", reason="vLLM's models with vision need it")
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    save(model_type, tmp_path / "whole model")
+    directory = write(None, REMOVED, tmp_path / "pruned")
+    config, tensors = engine_config(directory), load_file(directory / "model.safetensors")
+    with set_current_vllm_config(config):
+        pruned = initialize_model(config)
+        layers = config.compilation_config.static_forward_context
+        caches = [name for name, layer in layers.items() if isinstance(layer, Attention)]
+        assert sorted(map(extract_layer_index, caches)) == [2, 3]
+        lost = next(name for name in tensors if name.endswith("layers.2.mlp.down_proj.weight"))
+        with pytest.raises(ValueError, match=f"do not belong together: missing: {lost}"):
+            pruned.load_weights((name, tensor) for name, tensor in tensors.items() if name != lost)
+        pruned.load_weights(iter(tensors.items()))
 
 
 def test_models_with_other_removals_share_no_compiled_graph(distributed, tmp_path):

@@ -21,7 +21,7 @@ _INHERITED = ("license", "license_name", "license_link", "language", "base_model
 _CARD = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [finercut, pruned]
 {inherited}---
 
@@ -56,10 +56,10 @@ checkpoint was made with:
 
 ```python
 import finercut
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, Auto{reader}
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = {auto}.from_pretrained("PATH")
+{name} = Auto{reader}.from_pretrained("PATH")
 ```
 
 Without finercut, `from_pretrained("PATH", trust_remote_code=True)` uses the one Python file in this directory.
@@ -95,6 +95,11 @@ to {perplexity_after:.2f}.
 
 """
 
+# By the Auto class: the task, by the hub's name, and what makes a model's inputs.
+_TASKS = {
+    "AutoModelForCausalLM": ("text-generation", "Tokenizer"),
+    "AutoModelForImageTextToText": ("image-text-to-text", "Processor"),
+}
 _TITLES = {"kv_cache": "KV cache"}
 
 
@@ -113,6 +118,7 @@ def card(
     n_sublayers: int,
     whole_sha256: str,
     own_code: bool,
+    auto: str,
     metadata: Mapping[str, Any],
 ) -> str:
     """README.md of the checkpoint.
@@ -121,6 +127,7 @@ def card(
         metadata: `inherited` from the whole model's card.
         shares: what is saved of each cost.
         own_code: the model runs by Python code of its own.
+        auto: name of transformers' Auto class that loads it.
     """
     removed, origin, last = selection.sublayers, selection.origin, selection.removals[-1]
     measured = "\n"
@@ -133,6 +140,8 @@ def card(
         )
     blocks = {kind: ", ".join(str(s.block) for s in sorted(removed) if s.kind == kind) or "none" for kind in KINDS}
     source = origin.model_source if origin else ""
+    task, reader = _TASKS.get(auto, ("any-to-any", "Processor"))
+    loading = _LOADING_OWN_CODE if own_code else _LOADING.format(auto=auto, reader=reader, name=reader.lower())
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and "base_model" not in metadata:  # a repository of the hub
         metadata = {**metadata, "base_model": source}
     return _CARD.format(
@@ -144,7 +153,8 @@ def card(
         n_sublayers=n_sublayers,
         shares="\n".join(f"| {_TITLES.get(name, name)} | {share:.1%} |" for name, share in shares.items()),
         measured=measured,
-        loading=_LOADING_OWN_CODE if own_code else _LOADING,
+        task=task,
+        loading=loading,
         **blocks,
     )
 

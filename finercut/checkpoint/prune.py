@@ -16,6 +16,7 @@ from finercut.checkpoint.steps import Inputs, Proof
 from finercut.checkpoint.writing import write_pruned
 from finercut.model.costs import costs_of
 from finercut.model.directory import ModelDirectory
+from finercut.model.families import auto_class
 from finercut.selection.selection import Selection, given
 from finercut.selection.settings import Budget
 from finercut.selection.trajectory import Removal, Trajectory
@@ -94,7 +95,8 @@ def _write(parent: ModelDirectory, selection: Selection, budget: Budget | None, 
         )
     shares = costs.shares(removed)
     metadata = inherited(parent.path / "README.md")
-    text = card(taken, shares, len(costs["sublayers"].by_sublayer), parent.weights_sha256, parent.trusted, metadata)
+    auto, n_sublayers = auto_class(parent.config).__name__, len(costs["sublayers"].by_sublayer)
+    text = card(taken, shares, n_sublayers, parent.weights_sha256, parent.trusted, auto, metadata)
     write_pruned(parent, removed, directory, _origin(parent, taken, budget), text)
     child = ModelDirectory(directory)
     last = taken.removals[-1]
@@ -104,7 +106,7 @@ def _write(parent: ModelDirectory, selection: Selection, budget: Budget | None, 
         n_removals=len(taken.removals),
         removed=[str(s) for s in removed],
         n_removed_sublayers=len(removed),
-        n_sublayers=len(costs["sublayers"].by_sublayer),
+        n_sublayers=n_sublayers,
         shares=shares,
         divergence=last.divergence,
         held_out_divergence=last.held_out_divergence,

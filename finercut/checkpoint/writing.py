@@ -11,12 +11,20 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from finercut.model import modeling_finercut, tokenizer_files
 from finercut.model.directory import ModelDirectory, one_line_errors, quiet
-from finercut.model.families import LAYOUT_KEY, Layout, base_architecture, check_supported, is_declared, layout_of
+from finercut.model.families import (
+    LAYOUT_KEY,
+    Layout,
+    auto_class,
+    base_architecture,
+    check_supported,
+    is_declared,
+    layout_of,
+)
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.remote_code import code_sha256, note_trusted, pruned_class
 from finercut.model.tensors import copy_tensors
@@ -77,7 +85,7 @@ def write_all_but_weights(
         setattr(config, LAYOUT_KEY, layout_of(load_whole(source).config).to_dict())
     config.dtype = getattr(torch, source.dtype, config.dtype)  # whatever its file says
     with one_line_errors(f"transformers makes no model of the config in {source}"):
-        whole = AutoModelForCausalLM.from_pretrained(
+        whole = auto_class(config).from_pretrained(
             source.path,
             config=config,
             device_map="meta",
@@ -88,11 +96,14 @@ def write_all_but_weights(
     if source.trusted:
         model_class = pruned_class(whole, source.path, directory)
     else:
-        model_class = getattr(modeling_finercut, modeling_finercut.PREFIX + base_architecture(config.model_type))
+        model_class = getattr(modeling_finercut, modeling_finercut.PREFIX + base_architecture(config))
         shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
     settings = pruned_config(model_class, config, layout_of(config), removed, origin)
     with torch.device("meta"):
         pruned = model_class(settings)
+    if config.get_text_config() is not config:
+        # What lies around a language model has several names in files: they stay what they are.
+        pruned._weight_conversions = whole._weight_conversions
     with one_line_errors(f"transformers does not save the config of {source} without {removed[0]}"):
         settings.save_pretrained(directory)
     # The whole model's own; where it has a file, that is copied below.
@@ -173,7 +184,8 @@ def pruned_config(
     """
     if not removed:
         raise ValueError("nothing to remove")
-    blocks: dict[str, dict[str, Any]] = {str(i): of for i, of in modeling_finercut.own_settings(config).items()}
+    language = config.get_text_config()
+    blocks: dict[str, dict[str, Any]] = {str(i): of for i, of in modeling_finercut.own_settings(language).items()}
     for sublayer in sorted(removed):
         blocks.setdefault(str(sublayer.block), {}).setdefault("skip", []).append(sublayer.kind)
     config_class = model_class.config_class
@@ -185,9 +197,14 @@ def pruned_config(
         settings.pop(name, None)
     settings["architectures"] = [model_class.__name__]
     file = model_class.__module__.rpartition(".")[2]
+    # By that of causal models too: language models inside others answer to text alone.
+    autos = {"AutoModelForCausalLM", auto_class(config).__name__}
     settings["auto_map"] = {
         "AutoConfig": f"{file}.{config_class.__name__}",
-        "AutoModelForCausalLM": f"{file}.{model_class.__name__}",
+        **dict.fromkeys(sorted(autos), f"{file}.{model_class.__name__}"),
     }
     settings["finercut"] = {"layout": layout.to_dict(), **origin, "removals": [str(s) for s in removed]}
-    return config_class(**settings, per_layer_config=blocks)
+    # Where the language model is inside another, its own part of the config says what it lacks.
+    part = settings if language is config else settings[next(n for n, of in vars(config).items() if of is language)]
+    part["per_layer_config"] = blocks
+    return config_class(**settings)

@@ -6,11 +6,11 @@ import logging
 import re
 
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from finercut.model.configs import read_object
 from finercut.model.directory import ModelDirectory, one_line_errors
-from finercut.model.families import check_supported
+from finercut.model.families import auto_class, check_supported
 from finercut.model.tensors import INDEX, safetensors_files, shards
 
 logger = logging.getLogger("finercut")
@@ -32,7 +32,7 @@ def check_model(model: ModelDirectory) -> None:
     _check_index(model)
     _check_weights(model)
     _check_finite(model)
-    check_supported(language)
+    check_supported(model.config)
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
@@ -68,7 +68,7 @@ def _check_weights(model: ModelDirectory) -> None:
     if n_blocks > len(stored):
         raise ValueError(f"the weights do not fit the config: {n_blocks} blocks, and {len(stored)} tensors in all")
     with one_line_errors("the weights do not fit the config, or it describes no model that can be built"):
-        empty, found = AutoModelForCausalLM.from_pretrained(
+        empty, found = auto_class(model.config).from_pretrained(
             model.path,
             config=model.config,
             device_map="meta",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from finercut.model.directory import ModelDirectory
-from finercut.model.families import layout_of
+from finercut.model.families import auto_class, layout_of
 from finercut.model.modeling_finercut import counting
 from finercut.sublayers import KINDS, Sublayer
 
@@ -56,9 +56,9 @@ def costs_of_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
     Args:
         trust_remote_code: whether the code beside that config may run, for models that need it.
     """
-    layout = layout_of(config)
+    layout, language = layout_of(config), config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     element_bytes = torch.empty(0, dtype=config.dtype or torch.float32).element_size()
     parameters: dict[Sublayer, float] = {}
     kv_bytes: dict[Sublayer, float] = {}
@@ -68,9 +68,9 @@ def costs_of_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
             members = [getattr(block, name) for name in branch.members] if branch else []
             parameters[sublayer] = sum(p.numel() for m in members for p in m.parameters())
             kv_bytes[sublayer] = 0
-            if branch and kind == "attention" and counting(config, [index]):
+            if branch and kind == "attention" and counting(language, [index]):
                 paths = [getattr(block, path.core) for path in branch.paths]
-                kv_bytes[sublayer] = _cached_numbers(config.per_layer_config[index], paths) * element_bytes
+                kv_bytes[sublayer] = _cached_numbers(language.per_layer_config[index], paths) * element_bytes
     there = layout.sublayers(len(model.get_submodule(layout.blocks)))
     n_parameters = sum(p.numel() for p in model.parameters())
     return Costs(

@@ -163,7 +163,7 @@ def _gemma4(config: Any) -> Layout:
     return replace(_GEMMA_4, mlp=replace(dense, beside=(experts, Branch("router", n_outputs=3))))
 
 
-# By the whole model's `model_type`: the layout, or what makes it from the config where that decides.
+# By the `model_type` of a decoder: the layout, or what makes it from the config where that decides.
 FAMILIES: dict[str, Layout | Callable[[Any], Layout]] = {
     "gemma2": SANDWICH_NORM,
     "gemma3_text": SANDWICH_NORM,
@@ -199,6 +199,11 @@ def layout_of(config: Any) -> Layout:
             f"cannot prune a {config.model_type} model whose sublayers nobody looked for: `finercut fetch` does; "
             f"known families: {', '.join(sorted(FAMILIES))}"
         )
+    return declared(config)
+
+
+def declared(config: Any) -> Layout:
+    """The layout that `FAMILIES` has of a decoder."""
     family = FAMILIES[config.model_type]
     return family if isinstance(family, Layout) else family(config)
 
@@ -211,16 +216,17 @@ def fixed_sublayers(config: Any) -> dict[Sublayer, str]:
     """
     from finercut.model.modeling_finercut import counting, readers
 
-    layout, n_blocks = layout_of(config), config.num_hidden_layers
+    layout, language = layout_of(config), config.get_text_config()
+    n_blocks = language.num_hidden_layers
     here = layout.sublayers(n_blocks)
     fixed = {Sublayer(i, kind): "the block has none" for i in range(n_blocks) for kind in KINDS}
     fixed = {sublayer: why for sublayer, why in fixed.items() if sublayer not in here}
-    reading = readers(config)
+    reading = readers(language)
     for read in sorted(set(reading.values())):
         blocks = ", ".join(str(reader) for reader, of in reading.items() if of == read)
         fixed[Sublayer(read, "attention")] = f"its keys and values are read by the attention of {blocks}"
     attentions = [s.block for s in here if s.kind == "attention" and s.block not in reading]
-    lasting = counting(config, attentions)
+    lasting = counting(language, attentions)
     if lasting and len(lasting) < len(attentions):
         fixed[Sublayer(lasting[0], "attention")] = "it is the first by whose keys the cache counts tokens"
     return fixed
@@ -243,16 +249,19 @@ def check_supported(config: Any, *, dequantised: bool = False) -> None:
         raise ValueError(f"{kind}: it is pruned already; take the whole model")
     if getattr(config, "quantization_config", None):
         _check_quantised(config, kind, dequantised)
-    if config.model_type == "falcon_h1":
+    language = config.get_text_config()
+    if language.model_type == "falcon_h1":
         raise ValueError(f"{kind}: transformers' code for loading it asks every block for its state space model")
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder or language.is_encoder_decoder:
         raise ValueError(f"{kind}: it is an encoder and a decoder, and only decoders are searched")
-    if config.get_text_config() is not config:
-        raise ValueError(
-            f"{kind}: it is a language model ({config.get_text_config().model_type}) with other inputs around it; "
-            "save the language model by itself first (docs/families.md) and take that"
-        )
-    if config.is_heterogeneous and not type(config)().is_heterogeneous:
+    if language is not config:
+        if config.model_type not in auto_class(config)._model_mapping._model_mapping:
+            raise ValueError(
+                f"{kind}: it is a language model ({language.model_type}) with other inputs around it, and transformers "
+                "has no class of it that writes text"
+            )
+        base_architecture(config)
+    if language.is_heterogeneous and not type(language)().is_heterogeneous:
         raise ValueError(f"{kind} with a per_layer_config of its own: transformers' code of that type does not read it")
 
 
@@ -272,17 +281,31 @@ def _check_quantised(config: Any, kind: str, dequantised: bool) -> None:
         )
 
 
-def base_architecture(model_type: str) -> str:
-    """Name of transformers' causal language model class of a family.
+def auto_class(config: Any) -> Any:
+    """Transformers' Auto class that loads a model as a whole, with what lies around its language model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    # Of some models inside others transformers has a causal class that leaves the others out.
+    plain = [AutoModelForCausalLM] if config.get_text_config() is config else []
+    candidates = (*plain, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    return next((c for c in candidates if config.model_type in c._model_mapping._model_mapping), AutoModelForCausalLM)
+
+
+def base_architecture(config: Any) -> str:
+    """Name of transformers' class of a whole model that writes text.
 
     Raises:
-        ValueError: transformers has none, the model's code is its own.
+        ValueError: transformers has none, the model's code is its own; or it has that of another type.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    import transformers
 
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    name = auto_class(config)._model_mapping._model_mapping.get(config.model_type)
+    if name is None:
         raise ValueError(
-            f"cannot write a pruned {model_type} model: its code is not transformers', a checkpoint would have to "
-            "carry it and vLLM has no model of it; it can be searched, and run with sublayers masked"
+            f"cannot write a pruned {config.model_type} model: its code is not transformers', a checkpoint would have "
+            "to carry it and vLLM has no model of it; it can be searched, and run with sublayers masked"
         )
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    of = getattr(transformers, name).config_class
+    if not isinstance(config, of):
+        raise ValueError(f"cannot prune a {config.model_type} model: its class in transformers is {of.model_type}'s")
+    return name

@@ -22,7 +22,7 @@ def note_layout(model: ModelDirectory) -> ModelDirectory:
     Raises:
         ValueError: the sublayers are not found.
     """
-    if is_declared(model.language):
+    if is_declared(model.config):
         return model
     layout = getattr(load_whole(model).config, LAYOUT_KEY)
     logger.info("found the sublayers of this undeclared family: %s", json.dumps(layout))

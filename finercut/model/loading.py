@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from finercut.model.devices import device_of, no_room, room_for
 from finercut.model.directory import ModelDirectory, one_line_errors, quiet
-from finercut.model.families import LAYOUT_KEY, check_supported, is_declared
+from finercut.model.families import LAYOUT_KEY, auto_class, check_supported, is_declared
 from finercut.model.probe import find_layout
 from finercut.model.streaming import stream
 
@@ -23,7 +23,7 @@ def load_whole(
     *,
     room: Mapping[int | str, int] | None = None,
 ) -> PreTrainedModel:
-    """The whole model, in evaluation mode.
+    """The whole model, in evaluation mode, with what lies around its language model.
 
     Args:
         dtype: `auto` keeps what the weights are stored as.
@@ -37,7 +37,7 @@ def load_whole(
     check_supported(directory.config)
     _ = directory.tensors  # names the file that is damaged; transformers does not
     with quiet():
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto_class(directory.config).from_pretrained(
             directory.path,
             dtype=dtype,
             local_files_only=True,
@@ -153,4 +153,5 @@ def load_on(
 
 def _attention(config: PreTrainedConfig) -> dict[str, str]:
     # Transformers' default attention leaves soft caps out; vLLM's does not.
-    return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}

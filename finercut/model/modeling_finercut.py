@@ -1,7 +1,9 @@
 """Models with sublayers removed, on top of transformers' own classes.
 
-`FinerCut<Base>` exists here for every causal language model `<Base>` of transformers, and is made when it is asked
-for: `FinerCutLlamaForCausalLM` is `LlamaForCausalLM` less the sublayers that its config lists as skipped.
+`FinerCut<Base>` exists here for every language model `<Base>` of transformers, and is made when it is asked for:
+`FinerCutLlamaForCausalLM` is `LlamaForCausalLM` less the sublayers that its config lists as skipped. Where the language
+model lies inside another with vision or audio around it, its part of the config lists them, and the rest is as it was:
+`FinerCutLlavaForConditionalGeneration`.
 
 This file is copied into every pruned checkpoint, so that `trust_remote_code=True` loads it where finercut is not
 installed. It therefore imports nothing of finercut.
@@ -22,6 +24,7 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 PREFIX = "FinerCut"
+INNER = "Inner"
 KINDS = ("attention", "mlp")
 WITHOUT_LENGTH = ("linear_attention", "conv", "moe", "mlp")
 """Types of blocks, as transformers names them, whose layer of a cache does not know how many tokens went by."""
@@ -81,10 +84,11 @@ def bypass(block: nn.Module, kind: str, branch: dict[str, Any] | None) -> dict[s
 
 
 def removed_sublayers(config: transformers.PreTrainedConfig) -> list[tuple[int, str]]:
-    """(block, kind) of every sublayer the config lists as skipped, by depth."""
-    if not config.is_heterogeneous:
+    """(block, kind) of every sublayer the config, or its language model's part, lists as skipped, by depth."""
+    language = config.get_text_config()
+    if not language.is_heterogeneous:
         return []
-    blocks = config.per_layer_config
+    blocks = language.per_layer_config
     return [(i, kind) for i in range(len(blocks)) for kind in KINDS if kind in getattr(blocks[i], "skip", ())]
 
 
@@ -134,7 +138,7 @@ def remove_sublayers(model: nn.Module) -> None:
     Raises:
         ValueError: the config does not say where the sublayers are, or no attention is left.
     """
-    config = model.config
+    config = model.config.get_text_config()
     removed = removed_sublayers(config)
     if not removed:
         return
@@ -213,6 +217,13 @@ class _PerLayer(Sequence):
 class PrunedConfig:
     """What a pruned model's config adds to its base's: a cache sees the kept attentions only."""
 
+    def __post_init__(self, **settings: Any) -> None:
+        super().__post_init__(**settings)
+        inner = self.get_text_config()
+        if inner is not self:
+            inner.__class__ = inner_config_class(type(inner))
+            inner.finercut = self.finercut
+
     @property
     def per_layer_config(self) -> Sequence:
         return _PerLayer(super().per_layer_config, getattr(self, "layer_types", None))
@@ -231,7 +242,16 @@ class PrunedConfig:
     def to_diff_dict(self) -> dict[str, Any]:
         """As transformers', and the number of blocks by its common name: where no finercut is installed, transformers
         reads the tokenizer with a bare `PreTrainedConfig`, which checks `per_layer_config` against that name."""
-        return super().to_diff_dict() | {"num_hidden_layers": self.num_hidden_layers}
+        settings = super().to_diff_dict()
+        return settings | {"num_hidden_layers": self.num_hidden_layers} if self.is_heterogeneous else settings
+
+
+class InnerConfig(PrunedConfig):
+    """What is added to the config of a language model inside another. It stays of its type: models are made by that."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', without the origin, which the config around it stores."""
+        return {name: value for name, value in super().to_dict().items() if name != "finercut"}
 
 
 class PrunedModel:
@@ -282,6 +302,18 @@ def pruned_config_class(base: type, module: str) -> type:
     return type(PREFIX + base.__name__, (PrunedConfig, base), body)
 
 
+@functools.cache
+def inner_config_class(base: type) -> type:
+    """`base` of a language model inside another: of the same name, by which transformers finds the model's class."""
+    body = {
+        "__module__": __name__,
+        "__qualname__": f"{PREFIX}{INNER}{base.__name__}",  # which it is pickled by
+        "__annotations__": {"finercut": dict | None},
+        "finercut": None,
+    }
+    return type(base.__name__, (InnerConfig, base), body)
+
+
 def pruned_model_class(base: type, config_class: type, module: str) -> type:
     """`FinerCut<base>`, a class of the module of that name.
 
@@ -295,11 +327,10 @@ def pruned_model_class(base: type, config_class: type, module: str) -> type:
         "config_class": config_class,
     }
     # Where a family's files and modules name weights differently, transformers looks the renaming up by class or type.
-    renaming = get_checkpoint_conversion_mapping(base.__name__)
-    if renaming is None:
-        renaming = get_checkpoint_conversion_mapping(base.config_class.model_type)
-    if renaming is not None:
-        register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
+    ours = (name, config_class.model_type)
+    for key, theirs in zip(ours, (base.__name__, base.config_class.model_type), strict=True):
+        if (renaming := get_checkpoint_conversion_mapping(theirs)) is not None:
+            register_checkpoint_conversion_mapping(key, renaming, overwrite=True)
     return type(name, (PrunedModel, base), body)
 
 
@@ -316,6 +347,8 @@ def _class(name: str) -> type:
 
 
 def __getattr__(name: str) -> Any:
+    if name.startswith(PREFIX + INNER):
+        return inner_config_class(getattr(transformers, name.removeprefix(PREFIX + INNER)))
     if name.startswith(PREFIX) and hasattr(transformers, name.removeprefix(PREFIX)):
         return _class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from finercut.model.families import EXAMPLE, LAYOUT_KEY, Branch, Layout, Variant
+from finercut.model.families import EXAMPLE, FAMILIES, LAYOUT_KEY, Branch, Layout, Variant, declared
 from finercut.model.masking import masked
 from finercut.model.modeling_finercut import branch_of, bypass, cache_config, cached_by, counting, readers, renumber
 from finercut.sublayers import KINDS, Sublayer
@@ -26,6 +26,9 @@ from finercut.sublayers import KINDS, Sublayer
 N_TOKENS = 8
 # Differences below this share of the norm count as rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# How a model fails of which a part is bypassed that was something else, or that lacks an input.
+_FAILURES = (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError, StopIteration)
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,20 @@ class _Call:
 
 @torch.no_grad()
 def find_layout(model: PreTrainedModel) -> Layout:
-    """Where an undeclared model keeps its sublayers.
+    """Where an undeclared model keeps its sublayers, or one whose language model lies inside.
 
     Args:
         model: on any device, in evaluation mode; is as it was afterwards.
 
     Raises:
         ValueError: what was found is not one attention or one MLP a block, or both, whose outputs are added to the
-            stream; says what was found and how to declare it.
+            stream; says what was found and how to declare it. Or text alone does not run all blocks.
     """
-    tokens = torch.arange(1, 1 + N_TOKENS, device=model.device)[None] % model.config.vocab_size
-    name, blocks = _blocks(model)
+    language = model.config.get_text_config()
+    tokens = torch.arange(1, 1 + N_TOKENS, device=model.device)[None] % language.vocab_size
+    name, blocks = _blocks(model, tokens)
+    if language is not model.config and language.model_type in FAMILIES:
+        return replace(declared(language), blocks=name)
     members = {(i, child): module for i, block in enumerate(blocks) for child, module in block.named_children()}
     calls: list[list[_Call]] = [[] for _ in blocks]
     for (i, child), call in _watch(model, members, tokens):
@@ -105,8 +111,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
             sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
         layout = replace(layout, sequential=all(sequential))
         _check_cache(model, blocks, layout, tokens)
-    # A model may fail in any of these ways when a part of it is bypassed that was something else.
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError, StopIteration) as error:
+    except _FAILURES as error:
         raise ValueError(
             f"cannot tell the sublayers of this {model.config.model_type} model: {error}. Found {found}. "
             f"If you know better, write into config.json, as {LAYOUT_KEY!r}, what is like {EXAMPLE}"
@@ -126,16 +131,30 @@ def _listed(calls: Sequence[_Call]) -> str:
     return ", ".join(f"{c.name} ({type(c.module).__name__})" for c in calls)
 
 
-def _blocks(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
+def _blocks(model: PreTrainedModel, tokens: Tensor) -> tuple[str, list[nn.Module]]:
+    kind, n_blocks = model.config.model_type, model.config.get_text_config().num_hidden_layers
     lists = [(n, list(m)) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    fitting = [(n, m) for n, m in lists if len(m) == model.config.num_hidden_layers]
+    fitting = [(n, m) for n, m in lists if len(m) == n_blocks]
     if not fitting:
-        n_blocks, found = model.config.num_hidden_layers, ", ".join(name for name, _ in lists)
+        found = ", ".join(name for name, _ in lists)
         raise ValueError(
-            f"cannot tell the blocks of this {model.config.model_type} model: none of its lists holds {n_blocks} "
-            f"modules. Found {found or 'no lists'}"
+            f"cannot tell the blocks of this {kind} model: none of its lists holds {n_blocks} modules. Found "
+            f"{found or 'no lists'}"
         )
-    return min(fitting, key=lambda one: len(set(map(type, one[1]))))
+    members = {(n, i): module for n, of in fitting for i, module in enumerate(of)}
+    try:
+        ran = {key for key, _ in _watch(model, members, tokens)}
+    except _FAILURES as error:
+        raise ValueError(f"cannot prune a {kind} model: it does not run on text alone: {error}") from error
+    # Blocks of a vision or audio part do not run on text.
+    counts = {name: sum((name, i) in ran for i in range(n_blocks)) for name, _ in fitting}
+    name, blocks = min(fitting, key=lambda one: (-counts[one[0]], len(set(map(type, one[1])))))
+    if counts[name] < n_blocks and model.config.get_text_config() is not model.config:
+        raise ValueError(
+            f"cannot prune a {kind} model: of its {n_blocks} blocks text alone runs {counts[name]}, and the search has "
+            "nothing but text"
+        )
+    return name, blocks
 
 
 def _watch(model: PreTrainedModel, modules: Mapping[Any, nn.Module], tokens: Tensor) -> list[tuple[Any, _Call]]:
@@ -269,7 +288,7 @@ def _check_block(model: PreTrainedModel, number: int, call: _Call, layout: Layou
 
 def _check_cache(model: PreTrainedModel, blocks: Sequence[nn.Module], layout: Layout, tokens: Tensor) -> None:
     """That the attentions can be numbered anew once the first is gone, as pruned models do."""
-    config = model.config
+    config = model.config.get_text_config()
     reading = readers(config)
     caching = [i for i in range(len(blocks)) if layout.branch("attention", i) and i not in reading]
     lasting = counting(config, caching)

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from finercut.model.configs import read_object, write_object
 from finercut.model.directory import ModelDirectory, one_line_errors
+from finercut.model.families import auto_class
 from finercut.model.tensors import INDEX, safetensors_files
 
 
@@ -46,7 +47,7 @@ def dequantise(directory: Path) -> None:
     old, config = safetensors_files(directory), model.config
     with one_line_errors(f"the quantised weights in {directory} cannot be read"):
         config.quantization_config["dequantize"] = True
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto_class(config).from_pretrained(
             directory,
             config=config,
             dtype=torch.bfloat16,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def register_configs() -> None:
@@ -29,24 +31,60 @@ def register_configs() -> None:
 
 
 def register_models() -> None:
-    """Make transformers' `AutoModelForCausalLM` know the pruned models, by name too. May be called again."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Make transformers' Auto classes of models that write text know the pruned ones. May be called again.
+
+    `AutoModelForCausalLM` knows them all: language models inside others answer to text alone.
+    """
+    from transformers.models.auto import modeling_auto as auto
 
     from finercut.model.modeling_finercut import PREFIX
 
-    for model_type, architecture in list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
-        if model_type.startswith("finercut_"):
-            continue
+    for mapping in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    ):
+        for known in {id(m): m for m in (mapping, auto.MODEL_FOR_CAUSAL_LM_MAPPING)}.values():
+            _register(known, {of: PREFIX + name for of, name in _whole(mapping).items()})
+
+
+def register_processors(module: str, name: str) -> None:
+    """Make one of transformers' Auto classes of processors know the pruned models. May be called again.
+
+    Args:
+        module, name: of its mapping.
+    """
+    mapping = getattr(sys.modules[module], name)
+    _register(mapping, _whole(mapping))
+
+
+def _whole(mapping: Any) -> dict[str, Any]:
+    """The names of classes that one of transformers' mappings has, by the type of the whole model."""
+    return {of: name for of, name in mapping._model_mapping.items() if not of.startswith("finercut_")}
+
+
+def _register(mapping: Any, names: dict[str, Any]) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    for model_type, name in names.items():
         pruned = f"finercut_{model_type}"
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[pruned] = PREFIX + architecture
-        # Made from the configs' names when that module was imported, which may have been before ours were among them.
-        MODEL_FOR_CAUSAL_LM_MAPPING._reverse_config_mapping[CONFIG_MAPPING_NAMES[pruned]] = pruned
+        if pruned in CONFIG_MAPPING_NAMES:
+            mapping._model_mapping[pruned] = name
+            # Made from the configs' names when its module was imported, which may have been before ours were among them
+            mapping._reverse_config_mapping[CONFIG_MAPPING_NAMES[pruned]] = pruned
 
 
+_AUTO = "transformers.models.auto"
+_PROCESSORS = {
+    "processing_auto": "PROCESSOR_MAPPING",
+    "image_processing_auto": "IMAGE_PROCESSOR_MAPPING",
+    "video_processing_auto": "VIDEO_PROCESSOR_MAPPING",
+    "feature_extraction_auto": "FEATURE_EXTRACTOR_MAPPING",
+}
 _REGISTER: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": register_configs,
-    "transformers.models.auto.modeling_auto": register_models,
+    f"{_AUTO}.configuration_auto": register_configs,
+    f"{_AUTO}.modeling_auto": register_models,
+    **{f"{_AUTO}.{of}": partial(register_processors, f"{_AUTO}.{of}", name) for of, name in _PROCESSORS.items()},
 }
 
 

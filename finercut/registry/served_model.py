@@ -16,7 +16,8 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 def attention_of(config):
     """The attention that the model was evaluated with: transformers' default one does not apply soft caps."""
-    return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 class ServedModel(PythonModel):

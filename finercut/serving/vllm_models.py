@@ -120,8 +120,11 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
 
 
 @contextmanager
-def removing(vllm_config: VllmConfig) -> Iterator[None]:
+def removing(vllm_config: VllmConfig, model_class: type) -> Iterator[None]:
     """Whatever model vLLM builds inside lacks the sublayers that its config lists as skipped.
+
+    Args:
+        model_class: vLLM's, which knows where the blocks are if its modules have other names than transformers'.
 
     Raises:
         ValueError: the model's blocks were not built where the config says they are.
@@ -134,17 +137,17 @@ def removing(vllm_config: VllmConfig) -> Iterator[None]:
     layout = (config.finercut or {}).get("layout")
     if layout is None:
         raise ValueError(f"{type(config).__name__} skips sublayers but has no finercut.layout to find them by")
-    built: list[str] = []
+    blocks, built = _renaming(config, model_class)(f"{layout['blocks']}.").removesuffix("."), []
 
     def make_layers(num_hidden_layers: int, layer_fn: Callable[..., nn.Module], prefix: str) -> Any:
-        if prefix != layout["blocks"]:
+        if prefix != blocks:
             return original(num_hidden_layers, layer_fn, prefix)
         built.append(prefix)
 
         def make_block(prefix: str) -> nn.Module:
             block = layer_fn(prefix=prefix)
             for index, kind in removed:
-                if prefix == f"{layout['blocks']}.{index}":
+                if prefix == f"{blocks}.{index}":
                     remove_sublayer(block, prefix, kind, layout, vllm_config)
             return block
 
@@ -154,25 +157,31 @@ def removing(vllm_config: VllmConfig) -> Iterator[None]:
     with _replaced_wherever_imported(original, make_layers):
         yield
     if not built:
-        raise ValueError(f"vLLM built no blocks at {layout['blocks']}: cannot serve {type(config).__name__}")
+        raise ValueError(f"vLLM built no blocks at {blocks}: cannot serve {type(config).__name__}")
+
+
+def _renaming(config: Any, model_class: type) -> Callable[[str], str]:
+    """What names of weights become in vLLM's model where it nests a language model otherwise than transformers does."""
+    mapper = getattr(model_class, "hf_to_vllm_mapper", None)
+    if mapper is None or config.get_text_config() is config:
+        return lambda name: name
+    renames = mapper.get_rename_mapper()
+    return lambda name: renames.map_name(name) or name
 
 
 @contextmanager
 def _replaced_wherever_imported(function: Callable[..., Any], replacement: Callable[..., Any]) -> Iterator[None]:
-    # Models import it by name: each module that did holds its own reference.
-    name = function.__name__
-    holders = [
-        module
-        for module_name, module in list(sys.modules.items())
-        if module_name.startswith("vllm.") and getattr(module, name, None) is function
-    ]
-    for module in holders:
-        setattr(module, name, replacement)
+    # Models import it by name: each module that did holds its own reference. Some are imported meanwhile.
+    def replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith("vllm.") and getattr(module, function.__name__, None) is old:
+                setattr(module, function.__name__, new)
+
+    replace(function, replacement)
     try:
         yield
     finally:
-        for module in holders:
-            setattr(module, name, function)
+        replace(replacement, function)
 
 
 class CheckedWeights:
@@ -181,6 +190,7 @@ class CheckedWeights:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         # Quantized weights have other names, and dummy ones are filled in piece by piece by whoever asked for them.
+        self._stored_config = vllm_config.model_config.hf_config
         self._weights_to_check = vllm_config.quant_config is None and vllm_config.load_config.load_format != "dummy"
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -198,18 +208,31 @@ class CheckedWeights:
 
         loaded = super().load_weights(noted())
         if self._weights_to_check:
-            _check_names(self.config, seen)
+            _check_names(self._stored_config, seen, _renaming(self._stored_config, type(self)))
             self._weights_to_check = False
         return loaded
 
 
-def _check_names(config: Any, seen: set[str]) -> None:
+def _check_names(config: Any, seen: set[str], renamed: Callable[[str], str]) -> None:
     with torch.device("meta"):
         model = getattr(modeling_finercut, config.architectures[0])(config)
+    # What lies around a language model has several names in files, all of which vLLM knows; so have its experts.
+    inside = f"{config.finercut['layout']['blocks']}." if config.get_text_config() is not config else ""
+
+    def compared(names: Iterable[str]) -> dict[str, str]:
+        by_renamed = {renamed(name): name for name in names}
+        return {
+            key: name
+            for key, name in by_renamed.items()
+            if key.startswith(renamed(inside)) and not (inside and ".experts." in key)
+        }
+
     # By the names in a checkpoint, where experts are apart. A tied weight is a parameter once, under the name it is
     # stored by, and in the state twice.
-    missing = revert_weight_conversion(model, dict(model.named_parameters())).keys() - seen
-    unexpected = seen - revert_weight_conversion(model, model.state_dict()).keys()
+    needed = compared(revert_weight_conversion(model, dict(model.named_parameters())))
+    known, stored = compared(revert_weight_conversion(model, model.state_dict())), compared(seen)
+    missing = [needed[key] for key in needed.keys() - stored.keys()]
+    unexpected = [stored[key] for key in stored.keys() - known.keys()]
     wrong = {what: sorted(names) for what, names in (("missing", missing), ("unexpected", unexpected)) if names}
     if wrong:
         found = "; ".join(f"{what}: {', '.join(names[:3])} ({len(names)})" for what, names in wrong.items())
@@ -220,7 +243,7 @@ class PrunedModel(CheckedWeights):
     """What a pruned model adds to vLLM's own: it builds kept sublayers only."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        with removing(vllm_config):
+        with removing(vllm_config, type(self)):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
 
 

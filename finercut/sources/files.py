@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _OTHER_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _ADAPTER = "adapter_config.json"
 # What its licence asks to travel with a model, and the card that names the licence.
 _LEGAL = re.compile(r"(licen[cs]e|notice|copying|.*use_policy|acceptable_use).*|readme\.md", re.IGNORECASE)
@@ -112,12 +113,16 @@ def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> li
     scripts = [n for n in names if n.endswith(".py")] if trusted else []
     if taken := sorted(set(scripts).intersection(OUR_FILES)):
         raise ValueError(f"{where} has a {taken[0]}, as finercut's own file is called: give it another name")
-    known = (n for n in names if n in TOKENIZER_FILES or n in _OTHER_FILES or _LEGAL.fullmatch(n))
+    fixed = {*TOKENIZER_FILES, *_OTHER_FILES, *_PROCESSOR_FILES}
+    known = (n for n in names if n in fixed or _LEGAL.fullmatch(n))
     return sorted([*weights, *scripts, *templates, *known])
 
 
 def check_config(file: Path, where: str, code: Code, dequantised: bool) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
 
     from finercut.model.directory import ModelDirectory
 
@@ -129,7 +134,7 @@ def check_config(file: Path, where: str, code: Code, dequantised: bool) -> None:
         raise ValueError(f"{where} is a pruned model, {model_type}: take the whole one")
     if TRUSTED_KEY in config:
         raise ValueError(f"the config.json of {where} has {TRUSTED_KEY}, which only finercut may note: take it out")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
         if "auto_map" in config:
             if code.trusted:
                 return  # what its config says is not known before its code is run
