@@ -17,6 +17,7 @@ from finercut.evaluation.records import EvaluateReport
 from finercut.registry import runs
 from finercut.registry.records import Check, RegisterReport
 from finercut.report.frontier import FrontierReport, Point, Rule, choose, picture
+from finercut.selection.settings import SMALLER_IS_MORE
 from finercut.serving.records import ThroughputReport
 
 from . import paths, register, settings, summary
@@ -51,10 +52,10 @@ def run(
     """
     if len(set(budgets)) < len(budgets):
         raise ValueError(f"the frontier's budgets {', '.join(map(str, budgets))} name one twice")
-    # A number of sublayers may come as 8.0.
-    budgets = [int(amount) if amount >= 1 and amount == int(amount) else amount for amount in budgets]
     params = load()
     unit = unit or params.prune.budget.unit
+    if unit == "sublayers":  # a number of them may come as 8.0
+        budgets = [int(amount) if amount >= 1 and amount == int(amount) else amount for amount in budgets]
     before = paths.PARAMS.read_text(encoding="utf-8")
 
     def take(amount: float) -> None:
@@ -74,7 +75,7 @@ def run(
         tags = {"mlflow.parentRunId": parent.run_id}
         with _restored_on_error(before):
             points = []
-            for amount in sorted(budgets, reverse=True):
+            for amount in sorted(budgets, reverse=unit not in SMALLER_IS_MORE):
                 take(amount)
                 _, checks, run_id = execute(load(), tags | {"frontier.amount": str(amount)}, False)
                 points.append(_point(amount, checks, run_id))

@@ -14,7 +14,7 @@ from finercut.sources.records import FetchReport
 from finercut.system.records import flatten
 
 from . import paths
-from .params import Params, shown
+from .params import Params
 
 # Characters in a cell of a table, and in one of three beside each other.
 _CELL, _SAMPLE = 120, 60
@@ -45,8 +45,8 @@ def plan(params: Params) -> str:
     search, heal = params.search, params.heal
     healing = "heals nothing" if heal.method == "none" else f"heals by {heal.method}"
     return (
-        f"removes {shown(params.prune.budget)} from {params.model}, chosen by {search.method} ({search.divergence}), "
-        f"and {healing}. The figures come when all stages have ended."
+        f"makes {params.title}, chosen by {search.method} ({search.divergence}), and {healing}. The figures come when "
+        "all stages have ended."
     )
 
 

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.timeout(1800)
 STAGES = (
     "fetch",
     "calibrate",
+    "costs",
     "search",
     "prune",
     "heal",

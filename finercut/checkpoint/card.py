@@ -95,7 +95,7 @@ to {perplexity_after:.2f}.
 
 """
 
-_TITLES = {"kv_cache": "KV cache"}
+_TITLES = {"kv_cache": "KV cache", "memory": "memory under the load"}
 
 
 def inherited(readme: Path) -> dict[str, Any]:
