@@ -22,7 +22,7 @@ from finercut.model.fitted_costs import CostsReport, Fit, Timed, fitted, groups_
 from finercut.selection.settings import MEASURED
 from finercut.serving import timing, vllm_engine
 from finercut.serving.claim import check_servable
-from finercut.serving.settings import Throughput
+from finercut.serving.settings import EngineSettings, Throughput
 from finercut.serving.vllm_engine import Engine, Round
 from finercut.sublayers import KINDS, Sublayer, parse
 
@@ -59,15 +59,15 @@ def run(params: Params) -> CostsReport:
 
 def _measured(model: ModelDirectory, settings: Throughput) -> dict[str, object]:
     """Fields of the report."""
-    installed = vllm_engine.installed()
+    installed, start = vllm_engine.installed(), settings.engine
     check_servable(model)
     groups = groups_of(model, costs_of(model))
     sets = removal_sets(groups)
     wholes: list[list[Round]] = []
     pruned: list[list[Round]] = []
-    with _whole(model, settings) as (beside, hardware):
+    with _whole(model, settings, start) as (beside, hardware):
         for number, removed in enumerate(sets, 1):
-            with _pruned(model, removed) as directory, vllm_engine.engine(directory, settings.engine) as engine:
+            with _pruned(model, removed) as directory, vllm_engine.engine(directory, start) as engine:
                 whole_rounds, pruned_rounds = beside(engine)
             wholes.append(whole_rounds)
             pruned.append(pruned_rounds)
@@ -97,20 +97,20 @@ def _measured(model: ModelDirectory, settings: Throughput) -> dict[str, object]:
         "engine": installed,
         "torch_version": torch.__version__,
         "hardware": hardware(),
-        "dtype": settings.engine.dtype,
+        "dtype": start.dtype,
         "n_rounds": settings.n_rounds,
     }
 
 
 @contextmanager
 def _whole(
-    model: ModelDirectory, settings: Throughput
+    model: ModelDirectory, settings: Throughput, start: EngineSettings
 ) -> Iterator[tuple[Callable[[Engine], list[list[Round]]], Callable[[], str]]]:
     """What times the whole model beside another, and what then says on which hardware.
 
     The whole model's engine stays; where two do not fit, it is timed first, once, and ends.
     """
-    with vllm_engine.engine(model.path, settings.engine) as engine:
+    with vllm_engine.engine(model.path, start) as engine:
         if settings.interleave:
             yield lambda other: timing.in_turn([engine, other], settings, settings, "costs"), lambda: engine.hardware
             return

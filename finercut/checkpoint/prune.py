@@ -107,7 +107,7 @@ def _write(
         n_removed_sublayers=len(removed),
         n_sublayers=len(costs["sublayers"].by_sublayer),
         shares=shares,
-        predicted=_predicted(costs, removed),
+        predicted=_predicted(costs, removed, budget),
         divergence=last.divergence,
         held_out_divergence=last.held_out_divergence,
         whole_parameters=int(parameters.whole),
@@ -120,14 +120,14 @@ def _write(
     )
 
 
-def _predicted(costs: Costs, removed: Sequence[Sublayer]) -> dict[str, Predicted]:
+def _predicted(costs: Costs, removed: Sequence[Sublayer], budget: Budget | None) -> dict[str, Predicted]:
     """In the units of a budget."""
     found = {}
     for unit, name in TARGETS.items():
         if (cost := costs.get(name)) is not None:
-            value = comes_to(unit, cost, cost.of(removed))
-            bounds = [value * (1 - (cost.error or 0.0)), value * (1 + (cost.error or 0.0))]
-            found[unit] = Predicted(value=value, low=bounds[0], high=bounds[1])
+            value, error = comes_to(unit, cost, cost.of(removed)), cost.error or 0.0
+            asked = budget.amount if budget is not None and budget.unit == unit else None
+            found[unit] = Predicted(value=value, low=value * (1 - error), high=value * (1 + error), asked=asked)
     return found
 
 

@@ -21,7 +21,9 @@ class Predicted(Record):
     value: float
     low: float
     high: float
-    """As far as the prediction may be off; no more than `value` where it is counted."""
+    """As far as the prediction may be off; `value` where it is counted."""
+    asked: float | None = None
+    """By `prune.budget`."""
 
 
 class PruneReport(Pruned):

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from finercut.serving.records import Served
+from finercut.serving.records import OtherLoad, Served, Speed
 from finercut.serving.settings import Load, Throughput
 from finercut.serving.vllm_engine import Engine, Round
 from finercut.system.records import Spread
@@ -52,7 +52,7 @@ def _tell(stage: str, engine: Engine, load: Load, measured: Round, which: str) -
     )
 
 
-def shown(load: Load) -> str:
+def shown(load: Load | Speed | OtherLoad) -> str:
     """For people: `8 requests of 64 + 64 tokens`."""
     requests = f"{load.n_requests or load.concurrency} requests of {load.input_tokens} + {load.output_tokens} tokens"
     if load.request_rate is None:
