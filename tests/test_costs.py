@@ -28,11 +28,10 @@ def test_memory_is_weights_and_the_cache_of_the_load():
 
 def ratios(width=0.0, both=1.0):
     """Of models less two of four attentions, of four MLPs, and both: base 8 ms, an attention 1, an MLP 2; 20 in all."""
-    times = {(0, "attention"): 18, (1, "mlp"): 16, None: 14 * both}
-    sets = removal_sets(GROUPS)
+    times, sets = (18, 16, 14 * both), removal_sets(GROUPS)
     return {
         tuple(removed): Spread(median=ms / 20, low=ms / 20 * (1 - width), high=ms / 20 * (1 + width))
-        for removed, ms in zip(sets, times.values(), strict=True)
+        for removed, ms in zip(sets, times, strict=True)
     }
 
 

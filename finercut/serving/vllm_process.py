@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
@@ -138,24 +139,27 @@ def _serve_arrivals(
     from vllm.sampling_params import RequestOutputKind
 
     sampling.output_kind = RequestOutputKind.FINAL_ONLY
-    arrived: SimpleQueue[tuple[float, dict[str, Any]]] = SimpleQueue()
+    arrived: SimpleQueue[tuple[float, dict[str, Any]] | None] = SimpleQueue()
 
     async def arrive() -> None:
         async for prompt, _ in get_request(prompts, request_rate):
             arrived.put((time.time(), prompt))
 
     np.random.seed(seed)  # whose numbers the benchmark draws
-    arrivals = threading.Thread(target=asyncio.run, args=(arrive(),))
-    arrivals.start()
     engine, answers, n_added = llm.llm_engine, [], 0
-    while len(answers) < len(prompts):
-        idle = n_added == len(answers)
-        while n_added < len(prompts) and n_added - len(answers) < concurrency and (idle or not arrived.empty()):
-            at, prompt = arrived.get()
-            engine.add_request(f"{seed}-{n_added}-{at}", prompt, sampling, arrival_time=at)
-            n_added, idle = n_added + 1, False
-        answers += [answer for answer in engine.step() if answer.finished]
-    arrivals.join()
+    with ThreadPoolExecutor(1) as pool:
+        arrivals = pool.submit(asyncio.run, arrive())
+        arrivals.add_done_callback(lambda _: arrived.put(None))
+        while len(answers) < len(prompts):
+            idle = n_added == len(answers)
+            while n_added < len(prompts) and n_added - len(answers) < concurrency and (idle or not arrived.empty()):
+                request = arrived.get()
+                if request is None:  # the arrivals ended before the last one
+                    raise arrivals.exception()
+                at, prompt = request
+                engine.add_request(f"{seed}-{n_added}-{at}", prompt, sampling, arrival_time=at)
+                n_added, idle = n_added + 1, False
+            answers += [answer for answer in engine.step() if answer.finished]
     return answers
 
 
