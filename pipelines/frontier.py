@@ -117,6 +117,7 @@ def _point(amount: float, checks: Sequence[Check], run_id: str) -> Point:
         mean_retention=evaluate.mean_retention,
         perplexity_ratio=evaluate.perplexity_ratio,
         speed_up=ThroughputReport.read(paths.report("throughput")).speed_up,
+        predicted_speed_up=prune.predicted["speed_up"].value if "speed_up" in prune.predicted else None,
         passed=all(check.passed for check in checks),
         reasons=[check.reason for check in checks if not check.passed],
         sha256=HealReport.read(paths.report("heal")).sha256,
@@ -136,7 +137,8 @@ def markdown() -> str:
         [
             f"{point.amount:g}{' *' if point.amount == report.chosen else ''}",
             *(f"-{100 * share:.1f} %" for share in point.shares.values()),
-            f"x {point.speed_up:.2f}",
+            f"x {point.speed_up:.2f}"
+            + (f" (predicted {point.predicted_speed_up:.2f})" if point.predicted_speed_up is not None else ""),
             "-" if point.mean_retention is None else f"{100 * point.mean_retention:.1f} %",
             f"{point.perplexity_ratio:.2f}",
             "passed" if point.passed else "; ".join(point.reasons),

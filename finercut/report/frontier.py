@@ -27,6 +27,8 @@ class Point(Record):
     mean_retention: float | None
     perplexity_ratio: float
     speed_up: float
+    predicted_speed_up: float | None = None
+    """Of the pruned model, where sublayers' times were measured beforehand."""
     passed: bool
     """The gate."""
     reasons: list[str]
