@@ -25,6 +25,7 @@ from finercut.serving.claim import check_servable
 from finercut.serving.settings import EngineSettings, Throughput
 from finercut.serving.vllm_engine import Engine, Round
 from finercut.sublayers import KINDS, Sublayer, parse
+from finercut.system.records import Spread
 
 from . import paths
 from .params import Params
@@ -74,7 +75,7 @@ def _measured(model: ModelDirectory, settings: Throughput) -> dict[str, object]:
             logger.info("costs: %d/%d models timed: %s", number, len(sets), directory.name)
     whole_s = [r for rounds in wholes for r in rounds]
 
-    def fit(of: Callable[[Round], float]) -> tuple[Fit, list[timing.Spread]]:
+    def fit(of: Callable[[Round], float]) -> tuple[Fit, list[Spread]]:
         ratios = [
             timing.spread([of(p) / of(w) for w, p in zip(ours, theirs, strict=True)])
             for ours, theirs in zip(wholes, pruned, strict=True)
