@@ -148,7 +148,7 @@ def run(file: Path | None, pull: bool) -> None:
 @click.option("--budgets", required=True, help="Amounts, joined by commas: 0.1,0.2,0.3")
 @click.option(
     "--unit",
-    type=click.Choice(["sublayers", "parameters", "kv_cache"]),
+    type=click.Choice(["sublayers", "parameters", "kv_cache", "memory_gib", "speed_up", "tpot_ms"]),
     help="Of the budgets.  [default: that of prune.budget]",
 )
 @click.option(

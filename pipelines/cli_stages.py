@@ -34,13 +34,22 @@ STAGES = {
     Reads     artifacts/model (its tokenizer), the texts that calibrate names
     Writes    artifacts/calibration, reports/calibrate.json
     """,
+    "costs": """Find what sublayers cost, for a prune.budget in memory_gib, speed_up or tpot_ms.
+
+    For the last two, times the whole model and a few pruned ones in vLLM under the load of throughput, and fits what
+    attentions and MLPs take of the time of a token. For other budgets there is nothing to do.
+
+    \b
+    Reads     artifacts/model
+    Writes    reports/costs.json
+    """,
     "search": """Select sublayers to remove, by search.method.
 
     The longest stage. A search that was interrupted goes on after its last removal when started again. With
     search.removals: auto it goes as far as prune.budget needs; a larger budget later continues it.
 
     \b
-    Reads     artifacts/model, artifacts/calibration
+    Reads     artifacts/model, artifacts/calibration, reports/costs.json
     Writes    artifacts/trajectory.jsonl (a line a removal), artifacts/selection.json, reports/search.json,
               reports/curve.csv, reports/search.png
     """,
@@ -49,7 +58,7 @@ STAGES = {
     Budgets that the search went up to need no new search.
 
     \b
-    Reads     artifacts/selection.json, artifacts/model
+    Reads     artifacts/selection.json, artifacts/model, reports/costs.json
     Writes    artifacts/pruned, reports/prune.json, reports/removals.png
     """,
     "heal": """Repair the pruned checkpoint by heal.method; none keeps it as it is.

@@ -37,7 +37,7 @@ from pydantic import JsonValue
 from finercut.registry import runs, server
 from finercut.registry.records import Check, RegisterReport
 from finercut.report.frontier import Rule
-from finercut.selection.settings import CostName
+from finercut.selection.settings import Unit
 from finercut.system.machine import prepare
 from finercut.system.processes import BOUND, GRACE_S, end_group
 from finercut.system.redaction import redacted
@@ -64,7 +64,7 @@ def compress(
     collect: bool = False,
     accelerator: str | None = None,
     budgets: list[float] | None = None,
-    unit: CostName | None = None,
+    unit: Unit | None = None,
     rule: Rule = "leanest",
 ) -> RegisterReport:
     """Compress the model `params.yaml` names, in the current directory, and register the result.

@@ -17,6 +17,7 @@ from finercut.evaluation.records import EvaluateReport
 from finercut.registry import runs
 from finercut.registry.records import Check, RegisterReport
 from finercut.report.frontier import FrontierReport, Point, Rule, choose, picture
+from finercut.selection.settings import SMALLER_IS_MORE
 from finercut.serving.records import ThroughputReport
 
 from . import paths, register, settings, summary
@@ -51,10 +52,10 @@ def run(
     """
     if len(set(budgets)) < len(budgets):
         raise ValueError(f"the frontier's budgets {', '.join(map(str, budgets))} name one twice")
-    # A number of sublayers may come as 8.0.
-    budgets = [int(amount) if amount >= 1 and amount == int(amount) else amount for amount in budgets]
     params = load()
     unit = unit or params.prune.budget.unit
+    if unit == "sublayers":  # a number of them may come as 8.0
+        budgets = [int(amount) if amount >= 1 and amount == int(amount) else amount for amount in budgets]
     before = paths.PARAMS.read_text(encoding="utf-8")
 
     def take(amount: float) -> None:
@@ -74,7 +75,7 @@ def run(
         tags = {"mlflow.parentRunId": parent.run_id}
         with _restored_on_error(before):
             points = []
-            for amount in sorted(budgets, reverse=True):
+            for amount in sorted(budgets, reverse=unit not in SMALLER_IS_MORE):
                 take(amount)
                 _, checks, run_id = execute(load(), tags | {"frontier.amount": str(amount)}, False)
                 points.append(_point(amount, checks, run_id))
@@ -116,6 +117,7 @@ def _point(amount: float, checks: Sequence[Check], run_id: str) -> Point:
         mean_retention=evaluate.mean_retention,
         perplexity_ratio=evaluate.perplexity_ratio,
         speed_up=ThroughputReport.read(paths.report("throughput")).speed_up,
+        predicted_speed_up=prune.predicted["speed_up"].value if "speed_up" in prune.predicted else None,
         passed=all(check.passed for check in checks),
         reasons=[check.reason for check in checks if not check.passed],
         sha256=HealReport.read(paths.report("heal")).sha256,
@@ -135,7 +137,8 @@ def markdown() -> str:
         [
             f"{point.amount:g}{' *' if point.amount == report.chosen else ''}",
             *(f"-{100 * share:.1f} %" for share in point.shares.values()),
-            f"x {point.speed_up:.2f}",
+            f"x {point.speed_up:.2f}"
+            + (f" (predicted {point.predicted_speed_up:.2f})" if point.predicted_speed_up is not None else ""),
             "-" if point.mean_retention is None else f"{100 * point.mean_retention:.1f} %",
             f"{point.perplexity_ratio:.2f}",
             "passed" if point.passed else "; ".join(point.reasons),

@@ -7,12 +7,12 @@ from datetime import date
 from pathlib import Path, PurePath
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, ValidationError
+from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from finercut.checkpoint.settings import Heal, Prove, Prune
 from finercut.evaluation.settings import Evaluate
 from finercut.registry.settings import Collect, Promote, Register
-from finercut.selection.settings import Budget, Search
+from finercut.selection.settings import MEASURED, TARGETS, Budget, Search
 from finercut.serving.settings import Throughput
 from finercut.sources.settings import Calibrate, Fetch, HubModel, LocalModel
 from finercut.system import redaction, yaml_files
@@ -22,7 +22,17 @@ from finercut.system.yaml_files import Entry
 from . import paths
 
 Stage = Literal[
-    "fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput", "report"
+    "fetch",
+    "calibrate",
+    "costs",
+    "search",
+    "prune",
+    "heal",
+    "prove",
+    "evaluate_whole",
+    "evaluate",
+    "throughput",
+    "report",
 ]
 # Errors beyond these are only counted.
 N_ERRORS_SHOWN = 5
@@ -65,12 +75,30 @@ class Params(Section):
     @property
     def title(self) -> str:
         """Model and budget: what an execution is called."""
-        return f"{self.model} less {shown(self.prune.budget)}"
+        return f"{self.model} {shown(self.prune.budget)}"
+
+    @model_validator(mode="after")
+    def _per_is_measured(self) -> Params:
+        per, budget = self.search.per, self.prune.budget
+        if per in TARGETS.values() and per != budget.cost and budget.cost not in MEASURED:
+            units = [unit for unit, cost in TARGETS.items() if cost == per or cost in MEASURED]
+            raise ValueError(
+                f"search.per = {per} goes with a prune.budget in {' or '.join(units)}, not in {budget.unit}: give the "
+                "budget in one of these, or set search.per to parameters, say"
+            )
+        return self
 
 
 def shown(budget: Budget) -> str:
+    """`less 20 % of parameters`, `at 1.3 times the speed`."""
+    if budget.is_target:
+        return {
+            "memory_gib": f"within {budget.amount:g} GiB",
+            "speed_up": f"at {budget.amount:g} times the speed",
+            "tpot_ms": f"within {budget.amount:g} ms a token",
+        }[budget.unit]
     unit = budget.unit.replace("kv_cache", "KV cache")
-    return f"{100 * budget.amount:g} % of {unit}" if budget.amount < 1 else f"{budget.amount:g} {unit}"
+    return f"less {100 * budget.amount:g} % of {unit}" if budget.amount < 1 else f"less {budget.amount:g} {unit}"
 
 
 def load(path: Path = paths.PARAMS) -> Params:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from finercut.checkpoint.records import PruneReport
+from finercut.model.fitted_costs import costs_with
 from finercut.report.pictures import removal_map
 
 from . import paths, steps
@@ -19,7 +21,8 @@ def run(params: Params) -> PruneReport:
         FileNotFoundError: the model or the selection is missing.
         ValueError: they do not belong together, or the selection does not reach the budget.
     """
-    report: PruneReport = steps.run("prune", params)
+    costs = partial(costs_with, report=paths.report("costs"))
+    report: PruneReport = steps.run("prune", params, costs=costs)
     selection = steps.read_selection().first(report.n_removals)
     source = selection.origin.model_source if selection.origin else paths.MODEL
     title = f"{source}: {report.n_removed_sublayers} of {report.n_sublayers} sublayers removed"

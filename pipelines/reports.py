@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finercut.checkpoint.records import HealReport, ProveReport, PruneReport
 from finercut.evaluation.records import EvaluateReport, Measured
+from finercut.model.fitted_costs import CostsReport
 from finercut.selection.records import SearchReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport
@@ -14,6 +15,7 @@ from . import paths
 KINDS: dict[str, type[Record]] = {
     "fetch": FetchReport,
     "calibrate": CalibrateReport,
+    "costs": CostsReport,
     "search": SearchReport,
     "prune": PruneReport,
     "heal": HealReport,

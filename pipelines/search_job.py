@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import finercut
-from finercut.model.costs import costs_of
 from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import fixed_sublayers
+from finercut.model.fitted_costs import costs_with
 from finercut.model.loading import load_on
 from finercut.selection import distributed
 from finercut.selection.bench import Bench, source_weights
@@ -57,12 +57,13 @@ def prepared(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Job:
     dtype = dtype_of(settings.dtype, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    budget_decides = settings.fill or settings.swaps or settings.method in NOT_NESTED
+    budget_decides = goal.fills or settings.swaps or settings.method in NOT_NESTED
     provenance = Provenance(
         method=settings.method,
         per=settings.per,
         swaps=settings.swaps,
         budget=f"{budget.amount} {budget.unit}" if budget_decides else None,
+        costs_sha256=goal.costs_sha256({settings.per, budget.cost if budget_decides else None}),
         seed=settings.seed if settings.method in ("random", "evolutionary") else None,
         evolution=settings.evolution.model_dump_json() if settings.method == "evolutionary" else None,
         task_sha256=None if examples is None else examples.sha256,
@@ -181,7 +182,7 @@ def inputs(settings: Search, budget: Budget) -> tuple[Search, FetchReport, Token
     for sublayer, why in fixed.items():
         logger.info("search: %s stays: %s", sublayer, why)
     settings = settings.model_copy(update={"protect": sorted({*settings.protect, *map(str, fixed)})})
-    goal = Goal(settings, budget, costs_of(whole), fetched.n_blocks)
+    goal = Goal(settings, budget, costs_with(whole, paths.report("costs")), fetched.n_blocks)
     goal.check()
     if settings.refit is not None and (tokens.healing is None or distributed.started()):
         raise ValueError(

@@ -72,7 +72,7 @@ def _stopped(job: Job, steps: Sequence[Step]) -> tuple[int, str] | None:
 def _greedy(job: Job) -> Selected:
     """The removals of greedy search, up to the goal or to a limit of `search.stop`."""
     settings, goal, ranks = job.settings, job.goal, job.ranks
-    fill = settings.fill or settings.method == "evolutionary"
+    fill = goal.fills or settings.method == "evolutionary"
     provenance = job.provenance.model_copy(
         update={
             "method": "greedy",

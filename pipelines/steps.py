@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from finercut.checkpoint.steps import Inputs, step
 from finercut.model.directory import ModelDirectory
@@ -48,8 +49,11 @@ def read_selection() -> Selection:
     return Selection.read(paths.SELECTION)
 
 
-def run(name: str, params: Params) -> Record:
+def run(name: str, params: Params, **more: Any) -> Record:
     """Run a step and write its checkpoint. The caller, or `run_and_report`, writes its report.
+
+    Args:
+        more: fields of the step's `Inputs` that all others leave as they are.
 
     Raises:
         FileNotFoundError: its parent, or another input, is missing.
@@ -61,6 +65,7 @@ def run(name: str, params: Params) -> Record:
         whole=ModelDirectory(paths.MODEL),
         work=paths.WORK / name,
         on_metrics=live.log_metrics,
+        **more,
     )
     parent = parent_of(name)
     with staged(paths.CHAIN[name]) as directory:

@@ -9,12 +9,14 @@ from pathlib import Path
 from finercut.checkpoint.records import PruneReport
 from finercut.evaluation.records import EvaluateReport, Measured, Sample, written
 from finercut.registry.records import Check, RegisterReport
+from finercut.report.prediction import confirmed
 from finercut.serving.records import ThroughputReport
+from finercut.serving.timing import shown
 from finercut.sources.records import FetchReport
 from finercut.system.records import flatten
 
 from . import paths
-from .params import Params, shown
+from .params import Params
 
 # Characters in a cell of a table, and in one of three beside each other.
 _CELL, _SAMPLE = 120, 60
@@ -45,8 +47,8 @@ def plan(params: Params) -> str:
     search, heal = params.search, params.heal
     healing = "heals nothing" if heal.method == "none" else f"heals by {heal.method}"
     return (
-        f"removes {shown(params.prune.budget)} from {params.model}, chosen by {search.method} ({search.divergence}), "
-        f"and {healing}. The figures come when all stages have ended."
+        f"makes {params.title}, chosen by {search.method} ({search.divergence}), and {healing}. The figures come when "
+        "all stages have ended."
     )
 
 
@@ -175,10 +177,16 @@ def _speed() -> str:
         ]
         for name, engine in (("whole", report.whole), ("pruned", report.pruned))
     ]
+    spread = report.speed_up_spread
+    bounds = f" [{spread.low:.2f}, {spread.high:.2f}]" if spread else ""
     return table(["model", "output tokens/s", "TTFT ms", "TPOT ms", "KV-cache tokens"], rows) + (
-        f"\n\n{report.engine}, {report.dtype}, {report.concurrency} requests of {report.input_tokens} + "
-        f"{report.output_tokens} tokens, on {report.hardware}{_more_loads(report)}"
+        f"\n\nspeed-up x {report.speed_up:.2f}{bounds}; {report.engine}, {report.dtype}, {shown(report)}, on "
+        f"{report.hardware}{_predictions(report)}{_more_loads(report)}"
     )
+
+
+def _predictions(report: ThroughputReport) -> str:
+    return "".join(f"\n\n{line}" for line in confirmed(PruneReport.read(paths.report("prune")), report))
 
 
 def _more_loads(report: ThroughputReport) -> str:
@@ -186,13 +194,16 @@ def _more_loads(report: ThroughputReport) -> str:
         return ""
     rows = [
         [
-            f"{load.concurrency} x ({load.input_tokens} + {load.output_tokens})",
+            shown(load),
             *(f"{served.output_tokens_per_s.median:.1f}" for served in (load.whole, load.pruned)),
+            *(f"{1000 * served.ttft_s.median:.1f}" for served in (load.whole, load.pruned)),
+            *(f"{1000 * served.tpot_s.median:.2f}" for served in (load.whole, load.pruned)),
             f"x {load.speed_up:.2f} [{load.speed_up_spread.low:.2f}, {load.speed_up_spread.high:.2f}]",
         ]
         for load in report.more_loads
     ]
-    return "\n\n" + table(["requests x (input + output tokens)", "whole tokens/s", "pruned tokens/s", "speed-up"], rows)
+    columns = [f"{model} {figure}" for figure in ("tokens/s", "TTFT ms", "TPOT ms") for model in ("whole", "pruned")]
+    return "\n\n" + table(["load", *columns, "speed-up"], rows)
 
 
 def comparison(checks: Sequence[Check]) -> str:

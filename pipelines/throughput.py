@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,19 +12,16 @@ import torch
 
 from finercut.checkpoint.records import ProveReport
 from finercut.model.directory import ModelDirectory
-from finercut.serving import vllm_engine
+from finercut.serving import timing, vllm_engine
 from finercut.serving.claim import check_servable
-from finercut.serving.records import EngineFigures, OtherLoad, Served, Spread, ThroughputReport
-from finercut.serving.settings import EngineSettings, Load, Throughput
+from finercut.serving.records import EngineFigures, OtherLoad, ThroughputReport
+from finercut.serving.settings import EngineSettings, Throughput
 from finercut.serving.vllm_engine import Round
 
 from . import paths
 from .params import Params
 
 logger = logging.getLogger("finercut")
-
-# A vLLM worker goes on looking for work, on a whole core, for a second after its last.
-SETTLE_S = 1.5
 
 
 def run(params: Params) -> ThroughputReport:
@@ -47,8 +42,11 @@ def run(params: Params) -> ThroughputReport:
     for model in models:
         check_servable(model)
     timings = _timings([model.path for model in models], settings, start)
-    whole, pruned = (_figures(m, timing, start.dtype) for m, timing in zip(models, timings, strict=True))
-    speed_up, *others = [_speed_up(*rounds) for rounds in zip(*(timing.rounds for timing in timings), strict=True)]
+    whole, pruned = (_figures(m, timed, start.dtype) for m, timed in zip(models, timings, strict=True))
+    speed_up, *others = [
+        timing.speed_up(load, *rounds)
+        for load, *rounds in zip(settings.loads, *(timed.rounds for timed in timings), strict=True)
+    ]
     report = ThroughputReport(
         whole=whole,
         pruned=pruned,
@@ -58,6 +56,8 @@ def run(params: Params) -> ThroughputReport:
         input_tokens=settings.input_tokens,
         output_tokens=settings.output_tokens,
         concurrency=settings.concurrency,
+        request_rate=settings.request_rate,
+        n_requests=settings.n_requests,
         n_warmups=settings.n_warmups,
         n_rounds=settings.n_rounds,
         engine=engine,
@@ -71,8 +71,8 @@ def run(params: Params) -> ThroughputReport:
         more_loads=[
             OtherLoad(
                 **load.model_dump(),
-                whole=_served(timings[0].rounds[number]),
-                pruned=_served(timings[1].rounds[number]),
+                whole=timing.served(timings[0].rounds[number]),
+                pruned=timing.served(timings[1].rounds[number]),
                 speed_up=ratio.median,
                 speed_up_spread=ratio,
             )
@@ -109,52 +109,16 @@ def _timings(directories: Sequence[Path], settings: Throughput, start: EngineSet
 def _time_in_turn(directories: Sequence[Path], settings: Throughput, start: EngineSettings) -> list[Timing]:
     with ExitStack() as stack:
         engines = [stack.enter_context(vllm_engine.engine(directory, start)) for directory in directories]
-        rounds: list[list[list[Round]]] = [[[] for _ in settings.loads] for _ in engines]
-        for number, load in enumerate(settings.loads):
-            for seed in range(settings.n_warmups + settings.n_rounds):
-                for engine, measured in zip(engines, rounds, strict=True):
-                    if len(engines) > 1:
-                        time.sleep(SETTLE_S)
-                    one = engine.round(seed, load)
-                    if seed >= settings.n_warmups:
-                        measured[number].append(one)
-                        _tell(engine.directory, load, one, f"{len(measured[number])}/{settings.n_rounds}")
-        return [Timing(r, e.kv_cache_tokens, e.hardware) for e, r in zip(engines, rounds, strict=True)]
+        by_load = [timing.in_turn(engines, load, settings, "throughput") for load in settings.loads]
+        return [
+            Timing(list(rounds), e.kv_cache_tokens, e.hardware)
+            for e, rounds in zip(engines, zip(*by_load, strict=True), strict=True)
+        ]
 
 
-def _tell(directory: Path, load: Load, measured: Round, which: str) -> None:
-    logger.info(
-        "throughput: %s, %d requests of %d + %d tokens, round %s: %.1f output tokens/s, TTFT %.3f s, TPOT %.4f s",
-        directory.name,
-        load.concurrency,
-        load.input_tokens,
-        load.output_tokens,
-        which,
-        measured.output_tokens_per_s,
-        measured.ttft_s,
-        measured.tpot_s,
-    )
-
-
-def _figures(model: ModelDirectory, timing: Timing, dtype: str) -> EngineFigures:
+def _figures(model: ModelDirectory, timed: Timing, dtype: str) -> EngineFigures:
     return EngineFigures(
-        **dict(_served(timing.rounds[0])),
-        kv_cache_tokens=timing.kv_cache_tokens,
+        **dict(timing.served(timed.rounds[0])),
+        kv_cache_tokens=timed.kv_cache_tokens,
         weights_gib=model.n_elements * getattr(torch, dtype).itemsize / 2**30,
     )
-
-
-def _served(rounds: Sequence[Round]) -> Served:
-    return Served(
-        output_tokens_per_s=_spread([r.output_tokens_per_s for r in rounds]),
-        ttft_s=_spread([r.ttft_s for r in rounds]),
-        tpot_s=_spread([r.tpot_s for r in rounds]),
-    )
-
-
-def _speed_up(whole: Sequence[Round], pruned: Sequence[Round]) -> Spread:
-    return _spread([p.output_tokens_per_s / w.output_tokens_per_s for w, p in zip(whole, pruned, strict=True)])
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(median=statistics.median(values), low=min(values), high=max(values))

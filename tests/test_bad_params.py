@@ -105,6 +105,8 @@ PARAMS = [
     ("prune.budget", {"unit": "layers", "amount": 0.25}),
     ("prune.budget", {"unit": "parameters", "amount": 3}),
     ("prune.budget", {"unit": "kv_cache", "amount": -0.1}),
+    ("prune.budget", {"unit": "sublayers", "amount": 3.5}),
+    ("prune.budget", {"unit": "speed_up", "amount": 0.9}),
     ("prune.budget.amount", "25%"),
     ("evaluate.tasks", {"name": "piqa", "metric": "acc"}),
     ("evaluate.tasks", [{"name": "piqa"}]),

@@ -33,15 +33,20 @@ BY_NAME = {
     ],
     "prune": ["finercut/checkpoint/prune.py"],
     "prove": ["finercut/checkpoint/prune.py", "finercut/checkpoint/heal.py", "finercut/serving/vllm_models.py"],
+    "costs": [
+        "finercut/serving/vllm_models.py",
+        "finercut/serving/vllm_plugin.py",
+        "finercut/serving/vllm_process.py",
+    ],
     "throughput": [
         "finercut/serving/vllm_models.py",
         "finercut/serving/vllm_plugin.py",
         "finercut/serving/vllm_process.py",
     ],
 }
-ORDER = ["fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput"]
+ORDER = ["fetch", "calibrate", "costs", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput"]
 # Their sections of params.yaml bear other names.
-SECTIONS = {"evaluate_whole": "evaluate"}
+SECTIONS = {"evaluate_whole": "evaluate", "costs": "throughput"}
 MODULES = {"heal": "steps"}
 
 each_stage = pytest.mark.parametrize("stage", ORDER)
@@ -236,11 +241,11 @@ def change_environment(**changes):
 @pytest.mark.parametrize(
     ("key", "stale"),
     [
-        ("vllm", ["prove", "throughput"]),
+        ("vllm", ["costs", "prove", "throughput"]),
         ("lm_eval", ["evaluate", "evaluate_whole"]),
         ("tokenizers", ["calibrate"]),
-        ("hardware", ["prove", "throughput"]),
-        ("torch", ["calibrate", "evaluate", "evaluate_whole", "heal", "prove", "search", "throughput"]),
+        ("hardware", ["costs", "prove", "throughput"]),
+        ("torch", ["calibrate", "costs", "evaluate", "evaluate_whole", "heal", "prove", "search", "throughput"]),
         ("transformers", ["calibrate", "evaluate", "evaluate_whole", "heal", "prove", "prune", "search"]),
     ],
 )
@@ -258,7 +263,7 @@ def test_a_comment_in_every_module_does_not_make_fetch_stale(reproduced):
 @pytest.mark.parametrize(
     ("room", "stale"),
     [
-        ("finercut/serving/vllm_engine.py", ["prove", "throughput"]),
+        ("finercut/serving/vllm_engine.py", ["costs", "prove", "throughput"]),
         ("finercut/evaluation/harness.py", ["evaluate", "evaluate_whole"]),
         ("finercut/sources/texts.py", ["calibrate"]),
         ("finercut/registry/gate.py", []),

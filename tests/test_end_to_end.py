@@ -30,6 +30,7 @@ pytestmark = pytest.mark.timeout(1800)
 STAGES = (
     "fetch",
     "calibrate",
+    "costs",
     "search",
     "prune",
     "heal",
@@ -166,7 +167,7 @@ def test_a_model_goes_from_fetch_to_a_registered_version(project, monkeypatch):
     # A round lasts no shorter than the first tokens of its requests.
     assert 0 < long.pruned.output_tokens_per_s.low < 3 * 2 / long.pruned.ttft_s.low
     monkeypatch.chdir(project.root)
-    assert "3 x (48 + 2)" in summary.markdown()
+    assert "3 requests of 48 + 2 tokens" in summary.markdown()
     assert project.report(RegisterReport, "register").status == "registered"
     assert (project.root / "reports/removals.png").is_file()
     run_id = project.report(RegisterReport, "register").run_id

@@ -1,12 +1,14 @@
 """Selections, budgets and how far a search goes, on a table of costs that can be added up by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from finercut.model.costs import Cost, Costs
 from finercut.selection.goal import Goal
 from finercut.selection.selection import Chosen, Selection, given, left_over, whole_number
 from finercut.selection.settings import Budget, Search
-from finercut.sublayers import Sublayer, candidates
+from finercut.sublayers import Sublayer, candidates, parse
 from pipelines.params import load
 
 SUBLAYERS = [s for c in candidates(4) for s in c.sublayers]
@@ -155,3 +157,56 @@ def test_the_last_attention_is_never_left_over():
     left = left_over(4, "both", [], ["0.attention", "1.attention", "2.attention"])
     assert "3.attention" not in map(str, left)
     assert "3.mlp" in map(str, left)
+
+
+# Each attention takes 1 ms of a token, an MLP 2, and what stays 8: 20 in all. A model less ORDER takes 19, 18, 16, 15.
+MS = Cost("ms per output token", {s: 1 if s.kind == "attention" else 2 for s in SUBLAYERS}, 20, error=0.1)
+TIMED = Costs(COSTS | {"time": MS, "tpot": MS, "memory": Cost("GiB", COSTS["parameters"].by_sublayer, 200)})
+
+
+@pytest.mark.parametrize(
+    ("unit", "amount", "expected"),
+    [("speed_up", 1.25, 3), ("speed_up", 1.2, 3), ("speed_up", 1.05, 1), ("tpot_ms", 17, 3), ("memory_gib", 185, 2)],
+)
+def test_a_target_takes_the_fewest_removals_that_reach_it(unit, amount, expected):
+    chosen = replace(goal(unit, amount, fill=True), costs=TIMED)
+    assert ends(chosen) == [None if n < expected else expected for n in range(len(ORDER) + 1)]
+    assert len(selection().within(Budget(unit=unit, amount=amount), TIMED).removals) == expected
+    assert [str(c) for c in chosen.take(map(parse, ORDER))] == ORDER[:expected]
+
+
+def test_what_goes_in_place_of_a_removal_reaches_the_target_too():
+    # 4 ms have to go; beside two attentions only an MLP saves the other two
+    chosen = replace(goal("speed_up", 1.25), costs=TIMED)
+    *kept_out, out = map(parse, ORDER[:3])
+    assert {str(c) for c in chosen.replacements(kept_out, out)} == {"0.mlp", "1.mlp", "3.mlp"}
+    # and not as much as the removals before, where these saved more than needed
+    assert chosen.least(map(parse, ORDER)) == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("unit", "amount", "message"),
+    [
+        # all but one attention gone: 8 + 1 ms of 20
+        ("speed_up", 3, "cannot be reached: without all candidates .* the model comes to 2.222"),
+        ("tpot_ms", 20, "the whole model comes to 20 already"),
+        ("memory_gib", 10, "cannot be reached: .* comes to 50"),
+    ],
+)
+def test_a_target_that_cannot_be_reached_says_what_can(unit, amount, message):
+    with pytest.raises(ValueError, match=message):
+        replace(goal(unit, amount), costs=TIMED).check()
+
+
+def test_a_target_nobody_measured_names_the_stage_that_does():
+    with pytest.raises(ValueError, match="prune.budget in speed_up needs the costs in time, .* run `finercut costs`"):
+        goal("speed_up", 1.25).check()
+
+
+def test_a_selection_that_ends_before_the_target_is_refused():
+    with pytest.raises(ValueError, match="ends after 4 removals, at speed_up 1.333; prune.budget asks for 1.4"):
+        selection(left=[]).within(Budget(unit="speed_up", amount=1.4), TIMED)
+
+
+def test_a_prediction_is_no_share_that_is_saved():
+    assert TIMED.shares(selection().sublayers).keys() == {"sublayers", "parameters", "kv_cache", "memory"}

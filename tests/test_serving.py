@@ -20,6 +20,7 @@ from servers import open_to_others
 from finercut.checkpoint.records import Claim, ProveReport
 from finercut.checkpoint.writing import write_pruned
 from finercut.model.directory import ModelDirectory
+from finercut.model.fitted_costs import CostsReport, costs_with
 from finercut.model.loading import load_whole
 from finercut.model.masking import masked
 from finercut.serving import vllm_engine
@@ -27,7 +28,7 @@ from finercut.serving.settings import Throughput
 from finercut.serving.vllm_engine import Continuation, largest_difference
 from finercut.sublayers import Sublayer
 from finercut.tokens import Tokens, write_tokens
-from pipelines import paths, prove, throughput
+from pipelines import costs, paths, prove, throughput
 from pipelines.params import load
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,8 @@ def test_a_served_model_is_timed_caches_only_its_kept_attentions_and_leaves_no_s
 
     with vllm_engine.engine(pruned, SETTINGS) as engine:
         rounds = [engine.round(seed, SETTINGS) for seed in range(2)]
+        rate = SETTINGS.model_copy(update={"request_rate": 12.0, "n_requests": 6})
+        arrivals = engine.round(0, rate)
         # 2 of 4 attentions, keys and values, 2 heads of 32 float32 each
         n_tokens = 0.0625 * 2**30 / (2 * 2 * 2 * 32 * 4)
         assert engine.kv_cache_tokens == pytest.approx(n_tokens, rel=0.01)
@@ -96,6 +99,9 @@ def test_a_served_model_is_timed_caches_only_its_kept_attentions_and_leaves_no_s
         # A round lasts as long as its first tokens and the three after them, and a little
         seconds = 2 * 4 / measured.output_tokens_per_s
         assert 0.2 * seconds < measured.ttft_s + 3 * measured.tpot_s < 1.1 * seconds
+    # Six requests at 12 a second are half a second's, however fast they are served
+    assert arrivals.output_tokens_per_s < 12 * 4
+    assert 0 < arrivals.ttft_s < 0.5
 
 
 def test_a_failed_engine_says_why(pruned, tmp_path):
@@ -261,3 +267,22 @@ def test_vllm_that_computes_otherwise_fails_the_proof_and_the_report_says_so(sta
         "serve": False,
     }
     assert all(c.figures["max_logprob_difference"] < 0.001 for c in report.claims if c.name.startswith("serve"))
+
+
+def test_the_costs_of_sublayers_are_fitted_to_pruned_models_in_vllm(tokenizer, tmp_path, monkeypatch):
+    # of one block only the MLP may go: one pruned model beside the whole one
+    settings = load(ROOT / "params.yaml").model_copy(update={"throughput": SETTINGS})
+    budget = settings.prune.budget.model_copy(update={"unit": "speed_up", "amount": 1.01})
+    monkeypatch.chdir(tmp_path)
+    random_llama(num_hidden_layers=1).save_pretrained(paths.MODEL)
+    tokenizer.save_pretrained(paths.MODEL)
+    paths.REPORTS.mkdir()
+    found = costs.run(settings.model_copy(update={"prune": settings.prune.model_copy(update={"budget": budget})}))
+    assert found == CostsReport.read(paths.report("costs"))
+    (timed,) = found.timed
+    assert timed.removed == ["0.mlp"]
+    assert timed.time_ratio.low <= timed.time_ratio.median <= timed.time_ratio.high
+    for fit in (found.time, found.tpot):
+        assert sum(len(group.sublayers) * group.ms for group in fit.groups) + fit.base_ms > 0
+    assert not (paths.WORK / "costs").exists()
+    assert {"memory", "time", "tpot"} <= costs_with(ModelDirectory(paths.MODEL), paths.report("costs")).keys()

@@ -100,7 +100,7 @@ _TASKS = {
     "AutoModelForCausalLM": ("text-generation", "Tokenizer"),
     "AutoModelForImageTextToText": ("image-text-to-text", "Processor"),
 }
-_TITLES = {"kv_cache": "KV cache"}
+_TITLES = {"kv_cache": "KV cache", "memory": "memory under the load"}
 
 
 def inherited(readme: Path) -> dict[str, Any]:

@@ -10,15 +10,15 @@ import finercut
 from finercut.checkpoint.card import card, inherited
 from finercut.checkpoint.lineage import entry
 from finercut.checkpoint.parity import check_parity
-from finercut.checkpoint.records import Claim, PruneReport
+from finercut.checkpoint.records import Claim, Predicted, PruneReport
 from finercut.checkpoint.settings import Prune
 from finercut.checkpoint.steps import Inputs, Proof
 from finercut.checkpoint.writing import write_pruned
-from finercut.model.costs import costs_of
+from finercut.model.costs import Costs, costs_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import auto_class
-from finercut.selection.selection import Selection, given
-from finercut.selection.settings import Budget
+from finercut.selection.selection import Selection, comes_to, given
+from finercut.selection.settings import TARGETS, Budget
 from finercut.selection.trajectory import Removal, Trajectory
 from finercut.sublayers import Sublayer, parse
 from finercut.system.staging import staged
@@ -43,12 +43,12 @@ def prune(
     """
     parent, chosen = ModelDirectory.of(model).written_by("fetch"), _selection(selection)
     with staged(Path(directory)) as partial:
-        return _write(parent, chosen, budget, partial)
+        return _write(parent, chosen, budget, costs_of(parent), partial)
 
 
 def apply(parent: ModelDirectory, directory: Path, settings: Prune, inputs: Inputs) -> PruneReport:
     """The step, for the pipeline; see `finercut.checkpoint.steps`."""
-    return _write(parent, inputs.selection(), settings.budget, directory)
+    return _write(parent, inputs.selection(), settings.budget, inputs.costs(parent), directory)
 
 
 def claim(parent: ModelDirectory, child: ModelDirectory, proof: Proof) -> Claim:
@@ -82,11 +82,12 @@ def _selection(selection: Selection | Trajectory | Sequence[Sublayer | Removal |
     return given(names)
 
 
-def _write(parent: ModelDirectory, selection: Selection, budget: Budget | None, directory: Path) -> PruneReport:
+def _write(
+    parent: ModelDirectory, selection: Selection, budget: Budget | None, costs: Costs, directory: Path
+) -> PruneReport:
     if not selection.removals:
         raise ValueError("nothing to remove: the selection is empty")
     _check_origin(parent, selection)
-    costs = costs_of(parent)
     taken = selection if budget is None else selection.within(budget, costs)
     removed = taken.sublayers
     if unknown := [str(s) for s in removed if s not in costs["sublayers"].by_sublayer]:
@@ -108,6 +109,7 @@ def _write(parent: ModelDirectory, selection: Selection, budget: Budget | None, 
         n_removed_sublayers=len(removed),
         n_sublayers=n_sublayers,
         shares=shares,
+        predicted=_predicted(costs, removed, budget),
         divergence=last.divergence,
         held_out_divergence=last.held_out_divergence,
         whole_parameters=int(parameters.whole),
@@ -118,6 +120,17 @@ def _write(parent: ModelDirectory, selection: Selection, budget: Budget | None, 
         pruned_kv_bytes_per_token=int(kv_cache.whole - kv_cache.of(removed)),
         sha256=child.weights_sha256,
     )
+
+
+def _predicted(costs: Costs, removed: Sequence[Sublayer], budget: Budget | None) -> dict[str, Predicted]:
+    """In the units of a budget."""
+    found = {}
+    for unit, name in TARGETS.items():
+        if (cost := costs.get(name)) is not None:
+            value, error = comes_to(unit, cost, cost.of(removed)), cost.error or 0.0
+            asked = budget.amount if budget is not None and budget.unit == unit else None
+            found[unit] = Predicted(value=value, low=value * (1 - error), high=value * (1 + error), asked=asked)
+    return found
 
 
 def _check_origin(parent: ModelDirectory, selection: Selection) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from finercut.system.records import Record
 
 
@@ -13,6 +15,17 @@ class Pruned(Record):
     removed: list[str]
 
 
+class Predicted(Record):
+    """By the costs that the stage `costs` found, before anything was healed or timed."""
+
+    value: float
+    low: float
+    high: float
+    """As far as the prediction may be off; `value` where it is counted."""
+    asked: float | None = None
+    """By `prune.budget`."""
+
+
 class PruneReport(Pruned):
     method: str = "greedy"
     """That made the selection."""
@@ -21,7 +34,10 @@ class PruneReport(Pruned):
     n_removed_sublayers: int
     n_sublayers: int
     shares: dict[str, float]
-    """What is saved of each cost, as a share of the whole model: sublayers, parameters, kv_cache."""
+    """What is saved of each cost that is counted, as a share of the whole model: sublayers, parameters, kv_cache."""
+    predicted: dict[str, Predicted] = Field({})
+    """What the pruned model comes to, by the units of a budget: memory_gib, speed_up, tpot_ms. Those there are costs
+    for."""
     divergence: float | None
     """After the last removal, on the calibration tokens; null for a selection that nobody measured."""
     held_out_divergence: float | None

@@ -23,6 +23,7 @@ from types import ModuleType
 
 import torch
 
+from finercut.model.costs import Costs, costs_of
 from finercut.model.directory import ModelDirectory
 from finercut.selection.selection import Selection
 from finercut.tokens import Tokens
@@ -40,6 +41,8 @@ class Inputs:
     """Folder of the step's own, for what an interrupted run continues from; it need not exist."""
     on_metrics: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
     """Takes figures by name while the step works, and the number they belong to."""
+    costs: Callable[[ModelDirectory], Costs] = costs_of
+    """Of a whole model."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ class Cost:
     by_sublayer: Mapping[Sublayer, float]
     whole: float
     """Of the whole model, what is in no sublayer included."""
+    error: float | None = None
+    """Of what a pruned model is predicted to come to, relative; None where the cost is counted, not measured."""
 
     def of(self, sublayers: Iterable[Sublayer]) -> float:
         return sum(self.by_sublayer[s] for s in sublayers)
@@ -36,9 +38,9 @@ class Costs(dict[str, Cost]):
     """The table of costs by name. A budget is the name of a cost and an amount; shares are read from the table."""
 
     def shares(self, removed: Iterable[Sublayer]) -> dict[str, float]:
-        """What removing these sublayers saves of each cost, as a share of the whole model."""
+        """What removing these sublayers saves of each cost, as a share of the whole model; not of predicted ones."""
         gone = list(removed)
-        return {name: cost.share(gone) for name, cost in self.items()}
+        return {name: cost.share(gone) for name, cost in self.items() if cost.error is None}
 
 
 def costs_of(model: ModelDirectory) -> Costs:

@@ -17,6 +17,8 @@ LOAD = (
     "input_tokens",
     "output_tokens",
     "concurrency",
+    "request_rate",
+    "n_requests",
     "n_warmups",
     "n_rounds",
     "dtype",

@@ -9,12 +9,13 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from finercut.selection.settings import TARGETS
 from finercut.system.records import Record
 from finercut.system.staging import staged_file
 
 Rule = Literal["leanest", "best"]
-"""leanest: of the points that pass the gate, the one that saves most of the budget's cost. best: the one that keeps
-most of the tasks' accuracy."""
+"""leanest: of the points that pass the gate, the one that saves most of the budget's cost; of time, the fastest. best:
+the one that keeps most of the tasks' accuracy."""
 
 
 class Point(Record):
@@ -26,6 +27,8 @@ class Point(Record):
     mean_retention: float | None
     perplexity_ratio: float
     speed_up: float
+    predicted_speed_up: float | None = None
+    """Of the pruned model, where sublayers' times were measured beforehand."""
     passed: bool
     """The gate."""
     reasons: list[str]
@@ -59,7 +62,8 @@ def choose(points: Sequence[Point], unit: str, rule: Rule) -> Point | None:
     passing = [point for point in points if point.passed]
 
     def saved(point: Point) -> float:
-        return point.shares[unit]
+        # A cost that was predicted is confirmed by the speed-up.
+        return point.shares.get(TARGETS.get(unit, unit), point.speed_up)
 
     if rule == "leanest":
         return max(passing, key=saved, default=None)

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from finercut.evaluation.records import Sample, SublayerFigures, written
 from finercut.report import charts
 from finercut.report.inputs import Inputs
+from finercut.report.prediction import confirmed
 from finercut.serving.records import Spread
 from finercut.sublayers import KINDS, Sublayer, parse
 
@@ -61,6 +62,7 @@ def html(inputs: Inputs) -> str:
         redundancy=_redundancy(inputs),
         idle_head=IDLE_HEAD,
         points=_points(inputs),
+        predictions=confirmed(inputs.prune, inputs.throughput),
         divergence=charts.divergence(inputs),
         scores=charts.scores(inputs),
         frontier=charts.frontier(inputs),
@@ -356,7 +358,7 @@ def _loads(inputs: Inputs) -> list[list[Cell]]:
     for load in inputs.throughput.more_loads:
         speed_up = f"x {load.speed_up:.2f} [{load.speed_up_spread.low:.2f}, {load.speed_up_spread.high:.2f}]"
         tokens = [spread_cell(served.output_tokens_per_s, 1, 1) for served in (load.whole, load.pruned)]
-        requests = [count(load.concurrency), count(load.input_tokens), count(load.output_tokens)]
+        requests = [count(load.n_requests or load.concurrency), count(load.input_tokens), count(load.output_tokens)]
         rows.append([*requests, *tokens, Cell(speed_up, load.speed_up)])
     return rows
 

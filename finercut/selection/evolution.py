@@ -90,7 +90,7 @@ def evolve(
         earlier: generations of the same search made before; goes on after them.
     """
     settings = goal.settings.evolution
-    least = goal.saved(start)
+    least = goal.least(start)
     parent = after(start, earlier)
     now = (bench.divergence_now(), bench.held_out_divergence())
     for generation in range(len(earlier), settings.generations):

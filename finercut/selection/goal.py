@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finercut.model.costs import Cost, Costs
 from finercut.selection.records import Controls
-from finercut.selection.selection import allowance, could_go_on, fits, left_over, whole_number
-from finercut.selection.settings import Budget, Search
+from finercut.selection.selection import allowance, comes_to, fits, left_over, whole_number
+from finercut.selection.settings import TARGETS, Budget, Search
 from finercut.sublayers import Candidate, candidates, most_removals, open_candidates, parse, protected
 
 
@@ -42,9 +43,19 @@ class Goal:
         return most_removals(open_candidates(pool, [], protected(self.settings.protect, self.n_blocks)))
 
     @property
+    def fills(self) -> bool:
+        """Whether what the budget has no room for is passed over; a target always has."""
+        return self.settings.fill and not self.budget.is_target
+
+    @property
     def per(self) -> Cost | None:
         """Of `search.per`."""
         return None if self.settings.per is None else self.costs[self.settings.per]
+
+    def costs_sha256(self, names: Iterable[str | None]) -> str | None:
+        """Of those of these columns that depend on a load or were measured; None where there are none."""
+        added = {name: self.costs[name] for name in names if name in TARGETS.values() and name in self.costs}
+        return hashlib.sha256(repr(sorted(added.items())).encode()).hexdigest() if added else None
 
     def check(self) -> None:
         """
@@ -60,37 +71,45 @@ class Goal:
                     f"search.removals = {settings.removals}: cannot remove {n} of {self.n_candidates} candidates"
                 )
             return
-        cost, allowed = allowance(budget, self.costs)
-        pool = self._left([])
-        amounts = [cost.of(candidate.sublayers) for candidate in pool]
+        allowed = allowance(budget, self.costs)
+        cost, pool = allowed.cost, self._left([])
         asked = f"prune.budget = {budget.amount} {budget.unit}"
         which = f"of search.candidates = {settings.candidates} that search.protect leaves"
-        if not any(amount > 0 and fits(amount, allowed) for amount in amounts):
-            raise ValueError(f"{asked} is less than any single candidate {which}: raise the budget")
         # One attention stays, whatever the budget.
         attending = [c for c in pool if any(s.kind == "attention" for s in c.sublayers)]
         stays = min(cost.of(c.sublayers) for c in attending) if most_removals(attending) == self.n_blocks else 0
         most = cost.of({s for c in pool for s in c.sublayers}) - stays
-        if most < allowed:
+        if budget.is_target:
+            if not allowed.reached(most):
+                raise ValueError(
+                    f"{asked} cannot be reached: without all candidates {which}, the model comes to "
+                    f"{comes_to(budget.unit, cost, most):.4g}"
+                )
+            return
+        if not allowed.could_go_on(0.0, pool):
+            raise ValueError(f"{asked} is less than any single candidate {which}: raise the budget")
+        if most < allowed.amount:
             share = most / cost.whole
             raise ValueError(f"{asked} is more than all candidates {which}, {share:.3g}: lower the budget")
 
     def end(self, removals: Sequence[str]) -> int | None:
         """How many of these removals, by name, the goal needs; None: the search has to go on.
 
-        With a budget, the last one needed is the first that the budget does not allow.
+        With a budget, the last one needed is the first that the budget does not allow; with a target, the first that
+        reaches it.
         """
         if self.n_removals is not None:
             return self.n_removals if len(removals) >= self.n_removals else None
-        cost, allowed = allowance(self.budget, self.costs)
+        allowed = allowance(self.budget, self.costs)
         spent = 0.0
         for n, name in enumerate(removals):
-            if not self._could_go_on(cost, allowed, spent, removals[:n]):
+            if not allowed.could_go_on(spent, self._left(removals[:n])):
                 return n
-            spent += cost.of(parse(name).sublayers)
-            if not fits(spent, allowed):
+            amount = allowed.cost.of(parse(name).sublayers)
+            if not allowed.allows(spent, amount):
                 return n + 1
-        return None if self._could_go_on(cost, allowed, spent, removals) else len(removals)
+            spent += amount
+        return None if allowed.could_go_on(spent, self._left(removals)) else len(removals)
 
     def passed(self, controls: Controls | None) -> str | None:
         """Which limit of `search.stop` a model passes, in words; None if it keeps to all."""
@@ -106,9 +125,8 @@ class Goal:
         return None
 
     def allows(self, gone: Iterable[Candidate], candidate: Candidate) -> bool:
-        """Whether removing `candidate` too stays within the budget."""
-        cost, allowed = allowance(self.budget, self.costs)
-        return fits(cost.of(s for c in (*gone, candidate) for s in c.sublayers), allowed)
+        """Whether the budget has room for `candidate` too: of a target, whether it is not reached without."""
+        return allowance(self.budget, self.costs).allows(self.saved(gone), self.saved([candidate]))
 
     def take(self, order: Iterable[Candidate]) -> list[Candidate]:
         """The removals of an order, from its first, that the goal needs.
@@ -130,23 +148,25 @@ class Goal:
         )
 
     def within(self, order: Sequence[Candidate]) -> list[Candidate]:
-        """The first removals of an order, as long as they stay within the budget."""
+        """The first removals of an order, as long as the budget allows them."""
         n = next((n for n, candidate in enumerate(order) if not self.allows(order[:n], candidate)), len(order))
         return list(order[:n])
 
     def replacements(self, kept_out: Sequence[Candidate], out: Candidate) -> list[Candidate]:
-        """What may go in place of `out`, beside `kept_out`: within the budget, and saving at least as much."""
-        cost, _ = allowance(self.budget, self.costs)
-        least = cost.of(out.sublayers)
+        """What may go in place of `out`, beside `kept_out`: within the budget, and saving enough."""
+        least = self.least([*kept_out, out]) - self.saved(kept_out)
         return [
-            c
-            for c in self.left(kept_out)
-            if c != out and fits(least, cost.of(c.sublayers)) and self.allows(kept_out, c)
+            c for c in self.left(kept_out) if c != out and fits(least, self.saved([c])) and self.allows(kept_out, c)
         ]
 
     def saved(self, removals: Iterable[Candidate]) -> float:
-        """Of the budget's unit."""
-        return self.costs[self.budget.unit].of(s for c in removals for s in c.sublayers)
+        """Of the budget's cost."""
+        return self.costs[self.budget.cost].of(s for c in removals for s in c.sublayers)
+
+    def least(self, removals: Iterable[Candidate]) -> float:
+        """What others in place of these have to save of the budget's cost: as much, or what reaches the target."""
+        saved = self.saved(removals)
+        return min(saved, allowance(self.budget, self.costs).amount) if self.budget.is_target else saved
 
     def left(self, removals: Iterable[Candidate]) -> list[Candidate]:
         """What may still go after these removals, within the budget or not."""
@@ -159,20 +179,19 @@ class Goal:
         if self.settings.per is None:
             return
         if self.settings.per not in self.costs:
-            raise ValueError(f"search.per = {self.settings.per}: no such cost; there are {', '.join(self.costs)}")
+            raise ValueError(
+                f"search.per = {self.settings.per}: no such cost; there are {', '.join(self.costs)}; run `finercut "
+                "costs` for others"
+            )
         if free := [str(c) for c in self._left([]) if not self.per.of(c.sublayers) > 0]:
             raise ValueError(
                 f"search.per = {self.settings.per}: removing {free[0]} saves none of it; choose among others by "
                 f"search.candidates, now {self.settings.candidates}"
             )
 
-    def _could_go_on(self, cost: Cost, allowed: float, spent: float, removals: Sequence[str]) -> bool:
-        return could_go_on(cost, allowed, spent, self._left(removals))
-
     def estimate(self, removals: Sequence[str]) -> int:
         """How many removals there will be in all, if the next ones cost what these did on average."""
         if self.n_removals is not None:
             return self.n_removals
-        cost, allowed = allowance(self.budget, self.costs)
-        spent = cost.of(s for name in removals for s in parse(name).sublayers)
+        allowed, spent = allowance(self.budget, self.costs).amount, self.saved(map(parse, removals))
         return min(self.n_most, math.ceil(len(removals) * allowed / spent)) if spent else self.n_most

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from finercut.model.costs import Cost, Costs
-from finercut.selection.settings import Budget
+from finercut.selection.settings import Budget, Unit
 from finercut.sublayers import Candidate, Sublayer, candidates, parse, protected
 from finercut.system.records import Record
 
@@ -83,29 +84,36 @@ class Selection(Record):
         return self.model_copy(update={"removals": self.removals[:n_removals], "left": left})
 
     def within(self, budget: Budget, costs: Costs) -> Selection:
-        """The most removals, from the first, that stay within a budget.
+        """The most removals, from the first, that stay within a budget; the fewest that reach it, if it is a target.
 
         Raises:
             ValueError: there is no such cost; the budget is smaller than the first removal; or it is larger than the
                 selection goes, which another removal could have reached.
         """
-        cost, allowed = allowance(budget, costs)
-        spent = 0.0
+        allowed = allowance(budget, costs)
+        cost, spent = allowed.cost, 0.0
         for n_removals, chosen in enumerate(self.removals):
             sublayers = parse(chosen.candidate).sublayers
             if unknown := [str(s) for s in sublayers if s not in cost.by_sublayer]:
                 raise ValueError(f"cannot remove {', '.join(unknown)}: the model has no such sublayer")
-            spent += cost.of(sublayers)
-            if not fits(spent, allowed):
+            if not allowed.allows(spent, cost.of(sublayers)):
                 if n_removals == 0:
                     raise ValueError(
                         f"the first removal, {chosen.candidate}, is already over {budget.amount} {budget.unit}"
                     )
                 return self.first(n_removals)
-        if could_go_on(cost, allowed, spent, map(parse, self.left)):
+            spent += cost.of(sublayers)
+        if budget.is_target and not allowed.reached(spent):
+            raise ValueError(
+                f"the selection ends after {len(self.removals)} removals, at {budget.unit} "
+                f"{comes_to(budget.unit, cost, spent):.4g}; prune.budget asks for {budget.amount:g}: set "
+                "search.removals to auto, or higher, or ask for less"
+            )
+        if allowed.could_go_on(spent, map(parse, self.left)):
             raise ValueError(
                 f"the selection ends after {len(self.removals)} removals, at {spent / cost.whole:.3g} of the model's "
-                f"{budget.unit}; prune.budget allows {allowed / cost.whole:.3g}: set search.removals to auto, or higher"
+                f"{budget.unit}; prune.budget allows {allowed.amount / cost.whole:.3g}: set search.removals to auto, "
+                "or higher"
             )
         return self
 
@@ -115,21 +123,59 @@ def given(removals: Iterable[Sublayer | str]) -> Selection:
     return Selection(method="given", nested=True, removals=[Chosen(candidate=str(r)) for r in removals], left=[])
 
 
-def allowance(budget: Budget, costs: Costs) -> tuple[Cost, float]:
-    """The cost a budget is counted in, and how much of it may go, in that cost's unit.
+@dataclass(frozen=True)
+class Allowance:
+    """What a budget comes to, in the unit of its cost."""
 
-    Raises:
-        ValueError: there is no such cost, or the budget is the whole model.
+    cost: Cost
+    amount: float
+    """The most that may go; of a target, the least that has to."""
+    is_target: bool
+
+    def allows(self, spent: float, more: float) -> bool:
+        """Whether removals that save `spent` may be followed by one that saves `more`."""
+        return not self.reached(spent) if self.is_target else fits(spent + more, self.amount)
+
+    def reached(self, spent: float) -> bool:
+        return fits(self.amount, spent)
+
+    def could_go_on(self, spent: float, left: Iterable[Candidate]) -> bool:
+        """Whether one of `left` saves something and is allowed."""
+        amounts = (self.cost.of(candidate.sublayers) for candidate in left)
+        return any(amount > 0 and self.allows(spent, amount) for amount in amounts)
+
+
+def allowance(budget: Budget, costs: Costs) -> Allowance:
     """
-    if budget.unit not in costs:
-        raise ValueError(f"no cost {budget.unit!r} for a budget; there are {', '.join(costs)}")
-    cost = costs[budget.unit]
+    Raises:
+        ValueError: there is no such cost; or the budget is the whole model, or a target that the whole model reaches.
+    """
+    if budget.cost not in costs:
+        raise ValueError(
+            f"prune.budget in {budget.unit} needs the costs in {budget.cost}, and there are only {', '.join(costs)}: "
+            "run `finercut costs`"
+        )
+    cost = costs[budget.cost]
+    if budget.is_target:
+        left = cost.whole / budget.amount if budget.unit == "speed_up" else budget.amount
+        if left >= cost.whole:
+            raise ValueError(
+                f"prune.budget = {budget.amount:g} {budget.unit}: the whole model comes to {cost.whole:.4g} already; "
+                "lower the amount"
+            )
+        return Allowance(cost, cost.whole - left, is_target=True)
     if budget.unit != "sublayers":
-        return cost, budget.amount * cost.whole
+        return Allowance(cost, budget.amount * cost.whole, is_target=False)
     allowed = whole_number(budget.amount, int(cost.whole))
     if allowed >= cost.whole:
         raise ValueError(f"cannot remove {budget.amount} of {cost.whole:g} sublayers")
-    return cost, allowed
+    return Allowance(cost, allowed, is_target=False)
+
+
+def comes_to(unit: Unit, cost: Cost, spent: float) -> float:
+    """What a model that saves `spent` of a cost comes to, in the unit of a target."""
+    left = cost.whole - spent
+    return cost.whole / left if unit == "speed_up" else left
 
 
 def whole_number(amount: float, of: int) -> int:
@@ -139,12 +185,6 @@ def whole_number(amount: float, of: int) -> int:
 
 def fits(spent: float, allowed: float) -> bool:
     return spent <= allowed * (1 + TOLERANCE)
-
-
-def could_go_on(cost: Cost, allowed: float, spent: float, left: Iterable[Candidate]) -> bool:
-    """Whether a removal of one of `left` costs something and stays within the budget."""
-    amounts = (cost.of(candidate.sublayers) for candidate in left)
-    return any(amount > 0 and fits(spent + amount, allowed) for amount in amounts)
 
 
 def left_over(n_blocks: int, kinds: str, protect: Iterable[str], gone: Iterable[str]) -> list[Candidate]:

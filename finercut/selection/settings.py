@@ -10,7 +10,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from finercut.system.settings import AnyDtype, Section, Share
 
 Divergence = Literal["js", "kl", "angular", "norm", "js_official", "trajectory", "perplexity", "task"]
-CostName = Literal["sublayers", "parameters", "kv_cache"]
+CostName = Literal["sublayers", "parameters", "kv_cache", "memory", "time", "tpot"]
+Unit = Literal["sublayers", "parameters", "kv_cache", "memory_gib", "speed_up", "tpot_ms"]
+TARGETS: Mapping[str, CostName] = {"memory_gib": "memory", "speed_up": "time", "tpot_ms": "tpot"}
+"""Units in which a budget says what the pruned model is to come to, each with the cost that it is counted in."""
+MEASURED = ("time", "tpot")
+"""Costs that only vLLM can tell."""
+SMALLER_IS_MORE = ("memory_gib", "tpot_ms")
+"""Units in which a smaller amount takes more removals."""
 
 ALL_KINDS = ("attention", "mlp", "both", "blocks")
 CANDIDATES_OF: Mapping[str, Sequence[str]] = {
@@ -109,9 +116,10 @@ class Search(Section):
     """Tokens that go through a sublayer at once; auto: what fits the caches of a CPU, the free memory of a GPU."""
     per: CostName | None = None
     """greedy: remove the candidate that raises the divergence least per unit of what it saves of this cost. null: the
-    one that raises it least."""
+    one that raises it least. memory, time and tpot are those of a budget in memory_gib, speed_up and tpot_ms."""
     fill: bool = False
-    """Go on with what still fits prune.budget where the next removal does not. Without, that one ends the search."""
+    """Go on with what still fits prune.budget where the next removal does not. Without, that one ends the search.
+    Changes nothing for a budget in memory_gib, speed_up or tpot_ms, which the last removal oversteps."""
     swaps: Annotated[int, Field(ge=0, le=100)] = 0
     """greedy: rounds, at most, of trying to put each removed candidate back and to remove another in its place, which
     saves as much."""
@@ -192,14 +200,32 @@ class Search(Section):
 
 
 class Budget(Section):
-    """How much is to go: the most removals of the trajectory that stay within it."""
+    """How much is to go: the most removals of the trajectory that stay within it. In memory_gib, speed_up and tpot_ms,
+    what is to be reached: the fewest removals that do."""
 
-    unit: CostName
-    amount: PositiveInt | Share
-    """A share of the whole model; or, of sublayers only, a number."""
+    unit: Unit
+    """memory_gib: of the weights and of the KV cache of throughput's load, in the dtype of the checkpoint. speed_up and
+    tpot_ms: in vLLM under throughput's load, as the stage costs measured what sublayers take there."""
+    amount: PositiveInt | PositiveFloat
+    """sublayers: a number, or a share of the whole model's. parameters, kv_cache: a share. speed_up: times the whole
+    model's speed. memory_gib, tpot_ms: most GiB, or ms per output token, of the pruned model."""
+
+    @property
+    def cost(self) -> CostName:
+        """What it is counted in."""
+        return TARGETS.get(self.unit, self.unit)
+
+    @property
+    def is_target(self) -> bool:
+        return self.unit in TARGETS
 
     @model_validator(mode="after")
-    def _numbers_count_sublayers(self) -> Budget:
-        if self.unit != "sublayers" and self.amount >= 1:
-            raise ValueError(f"a budget in {self.unit} is a share between 0 and 1, got {self.amount}")
+    def _amount_suits_unit(self) -> Budget:
+        amount = self.amount
+        if self.unit == "sublayers" and amount >= 1 and not isinstance(amount, int):
+            raise ValueError(f"a budget in sublayers is a number of them or a share between 0 and 1, got {amount}")
+        if self.unit in ("parameters", "kv_cache") and amount >= 1:
+            raise ValueError(f"a budget in {self.unit} is a share between 0 and 1, got {amount}")
+        if self.unit == "speed_up" and amount <= 1:
+            raise ValueError(f"a budget in speed_up is above 1, as many times the whole model's speed, got {amount}")
         return self

@@ -44,6 +44,8 @@ class Provenance(Origin, Line):
     """Rounds of them."""
     budget: str | None = None
     """Where it decides what is removed, and not only how much."""
+    costs_sha256: str | None = None
+    """Of costs that are not the config's, where `per` or `budget` may be counted in them."""
     seed: int | None = None
     """Of random and evolutionary."""
     evolution: str | None = None

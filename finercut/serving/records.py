@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import Field
 
-from finercut.system.records import Record
-
-
-class Spread(Record):
-    """Over the timed rounds."""
-
-    median: float
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        """0 where a bound is no number."""
-        width = (self.high - self.low) / 2
-        return width if math.isfinite(width) else 0.0
+from finercut.system.records import Record, Spread
 
 
 class Speed(Record):
     """What promotion compares of a measurement. What version 0.1 did not record is None."""
 
     speed_up: float
-    """Output tokens/s, pruned over whole: the median over rounds."""
+    """Output tokens/s, pruned over whole, or with a request rate TPOT, whole over pruned: the median over rounds."""
     speed_up_spread: Spread | None = None
     """Of the ratio, over the rounds."""
     engine: str | None = None
@@ -38,6 +22,10 @@ class Speed(Record):
     input_tokens: int
     output_tokens: int
     concurrency: int
+    request_rate: float | None = None
+    """Requests that arrive in a second; null: all at once."""
+    n_requests: int | None = None
+    """Of a round; null: as many as `concurrency`."""
     n_warmups: int | None = None
     n_rounds: int | None = None
     enforce_eager: bool
@@ -70,10 +58,12 @@ class OtherLoad(Record):
     input_tokens: int
     output_tokens: int
     concurrency: int
+    request_rate: float | None = None
+    n_requests: int | None = None
     whole: Served
     pruned: Served
     speed_up: float
-    """Output tokens/s, pruned over whole: the median over rounds."""
+    """As of the first load."""
     speed_up_spread: Spread
 
 

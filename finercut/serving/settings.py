@@ -28,14 +28,25 @@ class EngineSettings(Section):
 
 
 class Load(Section):
-    """Requests that are served together."""
+    """Requests that are served together: all at once, or as they arrive."""
 
     input_tokens: PositiveInt
     """Of each request."""
     output_tokens: Annotated[int, Field(ge=2)]
     """Of each request."""
     concurrency: PositiveInt
-    """Requests in flight."""
+    """Requests in flight; with a `request_rate`, at most, and others wait."""
+    request_rate: PositiveFloat | None = None
+    """Requests that arrive in a second, at random times (Poisson); the speed-up is then TPOT's, as tokens/s are given.
+    null: all at once."""
+    n_requests: PositiveInt | None = None
+    """Of each round, with a `request_rate`; null: as many as `concurrency`."""
+
+    @model_validator(mode="after")
+    def _number_goes_with_a_rate(self) -> Load:
+        if self.n_requests is not None and self.request_rate is None:
+            raise ValueError("n_requests goes with request_rate: give both, or leave it null and set concurrency")
+        return self
 
 
 class Throughput(EngineSettings, Load):

@@ -50,13 +50,22 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Round:
-    """As many requests at once as the concurrency says."""
+    """One load, served once."""
 
     output_tokens_per_s: float
+    """From the start of the load to its last token."""
     ttft_s: float
-    """Median over the requests."""
+    """Median over the requests: from the arrival, time in the queue included."""
     tpot_s: float
     """Median over the requests."""
+
+    def token_s(self, load: Load) -> float:
+        """Time per output token, by which a speed-up is counted.
+
+        Of all requests together; where they arrive at a rate, which decides how many tokens there are in a second, of
+        one request's decoding.
+        """
+        return 1 / self.output_tokens_per_s if load.request_rate is None else self.tpot_s
 
 
 def installed() -> str:
@@ -98,7 +107,7 @@ class Engine:
         return self._start["hardware"]
 
     def round(self, seed: int, load: Load) -> Round:
-        """Serve a load once, with random prompts: the same for the same seed and vocabulary.
+        """Serve a load once, with random prompts and arrivals: the same for the same seed and vocabulary.
 
         Args:
             load: of at most the concurrency that the engine was started with.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import platform
@@ -13,12 +14,13 @@ import statistics
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from finercut.serving.settings import EngineSettings
+from finercut.serving.settings import EngineSettings, Load
 from finercut.serving.vllm_engine import N_GENERATED, N_LIKELIEST, Continuation, Round
 
 
@@ -100,22 +102,65 @@ def _continue(llm: Any, windows: list[list[int]]) -> list[Continuation]:
     return found
 
 
-def _serve_load(llm: Any, seed: int, input_tokens: int, output_tokens: int, concurrency: int) -> Round:
+def _serve_load(llm: Any, seed: int, **asked: Any) -> Round:
     from vllm import SamplingParams
 
+    load = Load(**asked)
+    n_requests = load.n_requests or load.concurrency
     draw = random.Random(seed)
     vocabulary = range(llm.llm_engine.vllm_config.model_config.get_vocab_size())
-    prompts = [{"prompt_token_ids": draw.choices(vocabulary, k=input_tokens)} for _ in range(concurrency)]
-    n = output_tokens
+    prompts = [{"prompt_token_ids": draw.choices(vocabulary, k=load.input_tokens)} for _ in range(n_requests)]
+    n = load.output_tokens
     sampling = SamplingParams(temperature=0, max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False)
     started = time.perf_counter()
-    answers = [answer.metrics for answer in llm.generate(prompts, sampling, use_tqdm=False)]
+    if load.request_rate is None:
+        answered = llm.generate(prompts, sampling, use_tqdm=False)
+    else:
+        answered = _serve_arrivals(llm, prompts, sampling, load.request_rate, load.concurrency, seed)
     seconds = time.perf_counter() - started
+    answers = [answer.metrics for answer in answered]
     return Round(
-        output_tokens_per_s=concurrency * output_tokens / seconds,
+        output_tokens_per_s=n_requests * n / seconds,
         ttft_s=statistics.median(a.first_token_latency for a in answers),
-        tpot_s=statistics.median((a.last_token_ts - a.first_token_ts) / (output_tokens - 1) for a in answers),
+        tpot_s=statistics.median((a.last_token_ts - a.first_token_ts) / (n - 1) for a in answers),
     )
+
+
+def _serve_arrivals(
+    llm: Any, prompts: list[dict[str, Any]], sampling: Any, request_rate: float, concurrency: int, seed: int
+) -> list[Any]:
+    """The answers to requests that arrive at the times that vLLM's own benchmark draws: Poisson.
+
+    Args:
+        concurrency: requests that the engine has at once, at most; the next ones wait, and that counts as theirs.
+    """
+    import numpy as np
+    from vllm.benchmarks.serve import get_request
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling.output_kind = RequestOutputKind.FINAL_ONLY
+    arrived: SimpleQueue[tuple[float, dict[str, Any]] | None] = SimpleQueue()
+
+    async def arrive() -> None:
+        async for prompt, _ in get_request(prompts, request_rate):
+            arrived.put((time.time(), prompt))
+
+    np.random.seed(seed)  # whose numbers the benchmark draws
+    engine, answers, n_added = llm.llm_engine, [], 0
+    with ThreadPoolExecutor(1) as pool:
+        arrivals = pool.submit(asyncio.run, arrive())
+        arrivals.add_done_callback(lambda _: arrived.put(None))
+        while len(answers) < len(prompts):
+            idle = n_added == len(answers)
+            while n_added < len(prompts) and n_added - len(answers) < concurrency and (idle or not arrived.empty()):
+                request = arrived.get()
+                if request is None:  # the arrivals ended before the last one
+                    raise arrivals.exception()
+                at, prompt = request
+                engine.add_request(f"{seed}-{n_added}-{at}", prompt, sampling, arrival_time=at)
+                n_added, idle = n_added + 1, False
+            answers += [answer for answer in engine.step() if answer.finished]
+    return answers
 
 
 def tokenizer_sample(directory: str) -> dict[str, Any]:

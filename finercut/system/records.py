@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -40,6 +41,20 @@ class Record(BaseModel):
                 f"{path} is not a {cls.__name__} of this version ({where}: {problem['msg']}): `finercut run` makes it "
                 f"again, or `dvc repro --force --single-item {path.stem}`"
             ) from error
+
+
+class Spread(Record):
+    """Over the timed rounds of a measurement."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """0 where a bound is no number."""
+        width = (self.high - self.low) / 2
+        return width if math.isfinite(width) else 0.0
 
 
 class Environment(Record):
