@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, ValidationError
 
-from finercut.checkpoint.settings import Heal, Prove, Prune
+from finercut.checkpoint.settings import Heal, Prove, Prune, Quantise
 from finercut.evaluation.settings import Evaluate
 from finercut.registry.settings import Collect, Promote, Register
 from finercut.selection.settings import Budget, Search
@@ -22,7 +22,17 @@ from finercut.system.yaml_files import Entry
 from . import paths
 
 Stage = Literal[
-    "fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput", "report"
+    "fetch",
+    "calibrate",
+    "search",
+    "prune",
+    "heal",
+    "quantise",
+    "prove",
+    "evaluate_whole",
+    "evaluate",
+    "throughput",
+    "report",
 ]
 # Errors beyond these are only counted.
 N_ERRORS_SHOWN = 5
@@ -46,6 +56,7 @@ class Params(Section):
     search: Search
     prune: Prune
     heal: Heal
+    quantise: Quantise
     prove: Prove
     evaluate: Evaluate
     throughput: Throughput

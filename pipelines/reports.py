@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finercut.checkpoint.records import HealReport, ProveReport, PruneReport
+from finercut.checkpoint.records import HealReport, ProveReport, PruneReport, QuantiseReport
 from finercut.evaluation.records import EvaluateReport, Measured
 from finercut.selection.records import SearchReport
 from finercut.serving.records import ThroughputReport
@@ -17,6 +17,7 @@ KINDS: dict[str, type[Record]] = {
     "search": SearchReport,
     "prune": PruneReport,
     "heal": HealReport,
+    "quantise": QuantiseReport,
     "prove": ProveReport,
     "evaluate_whole": Measured,
     "evaluate": EvaluateReport,

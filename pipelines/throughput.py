@@ -14,6 +14,7 @@ import torch
 
 from finercut.checkpoint.records import ProveReport
 from finercut.model.directory import ModelDirectory
+from finercut.model.quantised import CONFIG_KEY
 from finercut.serving import vllm_engine
 from finercut.serving.claim import check_servable
 from finercut.serving.records import EngineFigures, OtherLoad, Served, Spread, ThroughputReport
@@ -140,7 +141,10 @@ def _figures(model: ModelDirectory, timing: Timing, dtype: str) -> EngineFigures
     return EngineFigures(
         **dict(_served(timing.rounds[0])),
         kv_cache_tokens=timing.kv_cache_tokens,
-        weights_gib=model.n_elements * getattr(torch, dtype).itemsize / 2**30,
+        weights_gib=(
+            model.weights_bytes if CONFIG_KEY in model.settings else model.n_elements * getattr(torch, dtype).itemsize
+        )
+        / 2**30,
     )
 
 

@@ -38,8 +38,19 @@ BOUNDED = ("workspace", "checkpoints", "worker")
 
 
 # What each setting of the plan makes run again, by hand from dvc.yaml.
-OF_THE_BUDGET = ("search", "prune", "heal", "prove", "evaluate", "throughput")
-STAGES = ("fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput")
+OF_THE_BUDGET = ("search", "prune", "heal", "quantise", "prove", "evaluate", "throughput")
+STAGES = (
+    "fetch",
+    "calibrate",
+    "search",
+    "prune",
+    "heal",
+    "quantise",
+    "prove",
+    "evaluate_whole",
+    "evaluate",
+    "throughput",
+)
 CONCERNED = {"calibrate.shuffle_seed": STAGES[1:], "prune.budget.amount": OF_THE_BUDGET}
 
 

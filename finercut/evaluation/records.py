@@ -139,8 +139,8 @@ class EvaluateReport(Evaluation):
     whole_bits_per_byte: float
     pruned_bits_per_byte: float
     unhealed: Measured | None = None
-    """The pruned checkpoint before it was healed; `pruned` is the final one everywhere else. Null where nothing was
-    healed, or evaluate.unhealed is off."""
+    """The pruned checkpoint before it was healed or quantised; `pruned` is the final one everywhere else. Null where
+    neither was done, or evaluate.unhealed is off."""
     samples: tuple[Sample, ...] = ()
     """Of the final checkpoint."""
     lm_eval_version: str
