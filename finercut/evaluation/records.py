@@ -151,7 +151,7 @@ def written(whole: Measured | None, report: EvaluateReport, final: str) -> dict[
     """What each model wrote, by prompt; without models that wrote nothing.
 
     Args:
-        final: what the final checkpoint is called, pruned or healed
+        final: what the final checkpoint is called: pruned, healed, quantised
     """
     found = {"whole": whole.samples if whole else (), "pruned": report.unhealed.samples if report.unhealed else ()}
     found[final] = report.samples

@@ -86,14 +86,12 @@ _LARGEST_ERROR = 0.01
 
 
 def _scheme_refusal(quantization_config: dict[str, Any], weight_bits: int, dtype: str) -> str | None:
-    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.linear import ReplicatedLinear
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
     from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     torch.manual_seed(0)
-    get_current_vllm_config().model_config = None
     try:
         with set_default_torch_dtype(getattr(torch, dtype)), torch.device(current_platform.device_type):
             quantisation = CompressedTensorsConfig.from_config(quantization_config)
@@ -102,7 +100,8 @@ def _scheme_refusal(quantization_config: dict[str, Any], weight_bits: int, dtype
             )
             weight = _fill(matrix, 2 ** (weight_bits - 1) - 1)
             # Whole numbers, of which every token has the largest: quantised inputs are these very numbers.
-            largest = 448 if weight.dtype.is_floating_point and hasattr(matrix, "weight") else 127
+            floating = hasattr(matrix, "weight") and matrix.weight.is_floating_point()
+            largest = 448 if floating else 127
             inputs = torch.randint(-8, 9, (4, _SIZE)).to(matrix.weight_scale.dtype)
             inputs[:, ::2] = torch.where(inputs[:, ::2] < 0, -largest, largest)
             expected = inputs.double() @ weight.double().T
