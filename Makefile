@@ -1,10 +1,12 @@
-# `make demo` and `make test` set everything up themselves. GPU=1 installs CUDA builds instead of CPU ones.
+# `make demo` and `make test` set everything up themselves. GPU=1 installs CUDA builds instead of CPU ones. QUANTISE=1
+# adds what the step `quantise` needs, where its method is not none.
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
 HARDWARE := $(if $(GPU),cuda,cpu)
 # Files of tests run side by side, each as a whole.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready-$(HARDWARE)
+READY_TO_QUANTISE := .venv/.ready-quantise
 
 # Stages are started by name, from the environment they were installed in.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -17,7 +19,7 @@ export DO_NOT_TRACK := 1
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
-setup: $(READY) ## Create .venv with the locked versions
+setup: $(READY) $(if $(QUANTISE),$(READY_TO_QUANTISE)) ## Create .venv with the locked versions
 
 $(READY): requirements/$(HARDWARE).txt requirements/install pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -25,6 +27,10 @@ $(READY): requirements/$(HARDWARE).txt requirements/install pyproject.toml
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	requirements/install $(HARDWARE)
 	@rm -f .venv/.ready-* && touch $@
+
+$(READY_TO_QUANTISE): $(READY) requirements/quantise.txt
+	requirements/install $(HARDWARE) quantise
+	@touch $@
 
 demo: setup ## Compress the model of params.yaml and show what came out
 	finercut run

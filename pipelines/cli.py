@@ -80,7 +80,7 @@ def main(ctx: click.Context, traceback: bool) -> None:
     finercut run                                    the whole pipeline, as params.yaml says
     finercut run --params params/paper-llama3-8b.yaml
     finercut prune                                  one stage, after a change of its section in params.yaml
-    finercut inspect artifacts/healed               what was removed
+    finercut inspect artifacts/quantised            what was removed
     finercut inspect models:/NAME@challenger        what was registered
 
     All commands work in the current directory, the root of the project: settings come from params.yaml, results go to
@@ -224,7 +224,7 @@ def _where_to_look(local_store: bool) -> str:
             "Page        reports/report.html",
             "Pictures    reports/removals.png, reports/search.png",
             "Figures     reports/*.json, or: dvc metrics show",
-            "Checkpoint  artifacts/healed, or: finercut inspect artifacts/healed",
+            "Checkpoint  artifacts/quantised, or: finercut inspect artifacts/quantised",
             f"MLflow      {_LOCAL_MLFLOW if local_store else 'at MLFLOW_TRACKING_URI'}",
         ]
     )
@@ -253,7 +253,7 @@ def inspect(what: str) -> None:
     """Describe a checkpoint, trajectory or registered version.
 
     \b
-    finercut inspect artifacts/healed
+    finercut inspect artifacts/quantised
     finercut inspect artifacts/trajectory.jsonl
     finercut inspect models:/finercut-smollm2-135m@challenger
     """

@@ -65,12 +65,18 @@ STAGES = {
 
     \b
     Reads     artifacts/pruned; artifacts/model and artifacts/calibration unless the method is none
-    Writes    artifacts/healed, the final checkpoint; reports/heal.json
+    Writes    artifacts/healed, reports/heal.json
+    """,
+    "quantise": """Store the healed checkpoint's matrices in fewer bits by quantise.method; none keeps them as they are.
+
+    \b
+    Reads     artifacts/healed; artifacts/model and artifacts/calibration unless the method is none
+    Writes    artifacts/quantised, the final checkpoint; reports/quantise.json
     """,
     "prove": """Check the claim of every step, and that vLLM computes what transformers does.
 
     \b
-    Reads     artifacts/model, artifacts/pruned, artifacts/healed, artifacts/calibration
+    Reads     artifacts/model, artifacts/pruned, artifacts/healed, artifacts/quantised, artifacts/calibration
     Writes    reports/prove.json
     """,
     "evaluate_whole": """Measure the whole model: tasks, held-out perplexity, redundancy. Once for all budgets.
@@ -82,13 +88,13 @@ STAGES = {
     "evaluate": """Measure the final checkpoint, and compare it with the whole model.
 
     \b
-    Reads     artifacts/healed, artifacts/calibration, reports/evaluate_whole.json
+    Reads     artifacts/quantised, artifacts/calibration, reports/evaluate_whole.json
     Writes    reports/evaluate.json
     """,
     "throughput": """Time the whole model and the final checkpoint in vLLM, in turn, under the same load.
 
     \b
-    Reads     artifacts/model, artifacts/healed, reports/prove.json
+    Reads     artifacts/model, artifacts/quantised, reports/prove.json
     Writes    reports/throughput.json
     """,
     "environment": """Record the versions and the hardware that results depend on. Part of every `dvc repro`.
@@ -101,7 +107,7 @@ STAGES = {
     The version gets its evidence and the alias `challenger`; where a version holds this checkpoint already, that one.
 
     \b
-    Reads     artifacts/healed, reports/, dvc.lock
+    Reads     artifacts/quantised, reports/, dvc.lock
     Writes    reports/register.json, and a version in MLflow (MLFLOW_TRACKING_URI, or mlflow.db here)
     """,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
+from finercut.system import compressor
 from finercut.system.records import Environment
 
 from . import paths
@@ -24,7 +25,8 @@ _DISTRIBUTIONS = {
 
 
 def run(params: Params) -> Environment:
-    found = Environment(**{key: _installed(names) for key, names in _DISTRIBUTIONS.items()}, hardware=_hardware())
+    versions = {key: _installed(names) for key, names in _DISTRIBUTIONS.items()}
+    found = Environment(**versions, llmcompressor=compressor.installed(), hardware=_hardware())
     found.write(paths.ENVIRONMENT)
     return found
 

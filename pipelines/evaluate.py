@@ -42,7 +42,7 @@ def run(params: Params) -> EvaluateReport:
     paths.report("evaluate").unlink(missing_ok=True)
     before = _unhealed(model, params.evaluate)
     unhealed = before and measure("pruned", before, tokens, params.evaluate)
-    pruned = measure("healed" if before else "pruned", model, tokens, params.evaluate)
+    pruned = measure("final" if before else "pruned", model, tokens, params.evaluate)
     results = {task.name: compare(task, whole.tasks[task.name], pruned.tasks[task.name]) for task in tasks}
     retentions = [result.retention for result in results.values() if result.retention is not None]
     report = EvaluateReport(
@@ -69,7 +69,7 @@ def run(params: Params) -> EvaluateReport:
 
 
 def _unhealed(final: ModelDirectory, settings: Evaluate) -> ModelDirectory | None:
-    """The pruned checkpoint, where healing changed it and it is to be measured."""
+    """The pruned checkpoint, where healing or quantising changed it and it is to be measured."""
     if not settings.unhealed:
         return None
     pruned = ModelDirectory(paths.PRUNED).written_by("prune")

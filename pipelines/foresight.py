@@ -11,6 +11,7 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 
+from finercut.checkpoint import quantise
 from finercut.checkpoint.writing import write_all_but_weights
 from finercut.model import tokenizer_files
 from finercut.model.devices import device_of
@@ -54,8 +55,8 @@ def check(params: Params, model: ModelDirectory) -> list[str]:
 def _asked(params: Params, model: ModelDirectory) -> str:
     """Hash of the settings, files and versions that the answer depends on."""
     digest = hashlib.sha256()
-    tolerances = {"logit_tolerance", "log_probability_tolerance"}
-    for section in (params.evaluate, params.throughput, params.prove):
+    tolerances = {"logit_tolerance", "log_probability_tolerance", "quantised_tolerance"}
+    for section in (params.evaluate, params.throughput, params.prove, params.quantise):
         digest.update(section.model_dump_json(exclude=tolerances).encode())
     digest.update(f"{params.calibrate.n_tokens} {_devices(params)}".encode())
     for file in sorted(model.path.rglob("*")):
@@ -70,7 +71,7 @@ def _asked(params: Params, model: ModelDirectory) -> str:
 
 
 def _devices(params: Params) -> dict[str, str]:
-    sections = {"heal": params.heal, "prove": params.prove, "evaluate": params.evaluate}
+    sections = {"heal": params.heal, "quantise": params.quantise, "prove": params.prove, "evaluate": params.evaluate}
     return {name: section.device for name, section in sections.items() if hasattr(section, "device")}
 
 
@@ -94,8 +95,31 @@ def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
             rehearse(model.tokenizer, tasks, **sizes)
     with tempfile.TemporaryDirectory(prefix="finercut-") as folder:
         pruned = ModelDirectory(folder)
-        write_all_but_weights(model, _one_of_each(model), pruned.path, {})
+        without_weights = write_all_but_weights(model, _one_of_each(model), pruned.path, {})
         found += _asked_of_vllm(params, model, pruned)
+        if params.quantise.method != "none":
+            quantise.check_shapes(without_weights, params.quantise)
+            found += _unquantisable(params)
+    return found
+
+
+def _unquantisable(params: Params) -> list[str]:
+    found = []
+    try:
+        quantise.check_installed()
+    except RuntimeError as error:
+        found.append(f"quantise: {error}")
+    try:
+        asked = quantise.quantization_config(params.quantise)
+        n_bits = quantise.scheme(params.quantise)["weights"]["num_bits"]
+        refusal = foresight.ask_scheme(asked, n_bits, params.throughput.engine.dtype)
+    except RuntimeError as error:
+        return [*found, f"whether vLLM serves quantise.scheme {params.quantise.scheme} was not checked: {error}"]
+    if refusal:
+        found.append(
+            f"vLLM does not serve quantise.scheme {params.quantise.scheme} on this machine: {refusal}; take another, "
+            "or method none"
+        )
     return found
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from pydantic import JsonValue
 
-from finercut.checkpoint.records import HealReport, PruneReport
+from finercut.checkpoint.records import ProveReport, PruneReport
 from finercut.evaluation.records import EvaluateReport
 from finercut.registry import runs
 from finercut.registry.records import Check, RegisterReport
@@ -120,7 +120,7 @@ def _point(amount: float, checks: Sequence[Check], run_id: str) -> Point:
         predicted_speed_up=prune.predicted["speed_up"].value if "speed_up" in prune.predicted else None,
         passed=all(check.passed for check in checks),
         reasons=[check.reason for check in checks if not check.passed],
-        sha256=HealReport.read(paths.report("heal")).sha256,
+        sha256=ProveReport.read(paths.report("prove")).sha256,
         run_id=run_id,
     )
 

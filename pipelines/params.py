@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
-from finercut.checkpoint.settings import Heal, Prove, Prune
+from finercut.checkpoint.settings import Heal, Prove, Prune, Quantise
 from finercut.evaluation.settings import Evaluate
 from finercut.registry.settings import Collect, Promote, Register
 from finercut.selection.settings import MEASURED, TARGETS, Budget, Search
@@ -28,6 +28,7 @@ Stage = Literal[
     "search",
     "prune",
     "heal",
+    "quantise",
     "prove",
     "evaluate_whole",
     "evaluate",
@@ -56,6 +57,7 @@ class Params(Section):
     search: Search
     prune: Prune
     heal: Heal
+    quantise: Quantise
     prove: Prove
     evaluate: Evaluate
     throughput: Throughput

@@ -11,9 +11,10 @@ TRAJECTORY = Path("artifacts/trajectory.jsonl")
 SELECTION = Path("artifacts/selection.json")
 PRUNED = Path("artifacts/pruned")
 HEALED = Path("artifacts/healed")
+QUANTISED = Path("artifacts/quantised")
 
 # The steps on a checkpoint, in order, each with what it writes; the first one's parent is the whole model.
-CHAIN = {"prune": PRUNED, "heal": HEALED}
+CHAIN = {"prune": PRUNED, "heal": HEALED, "quantise": QUANTISED}
 # What is evaluated, timed, registered and served.
 FINAL = list(CHAIN.values())[-1]
 

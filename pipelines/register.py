@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from finercut.checkpoint.records import HealReport, ProveReport, PruneReport
+from finercut.checkpoint.records import ProveReport, PruneReport
 from finercut.evaluation.records import EvaluateReport
 from finercut.registry import gate, runs, server, versions
 from finercut.registry.ledger import Ledger
@@ -142,7 +142,7 @@ def _new_version(
     for path in written:
         if path.suffix == ".json":
             metrics |= runs.numbers(path)
-    if containing(paths.report("frontier"), HealReport.read(paths.report("heal")).sha256):
+    if containing(paths.report("frontier"), ProveReport.read(paths.report("prove")).sha256):
         written.append(paths.report("frontier"))  # the version's page shows it
     logger.info("uploading %s as a version of %s", paths.FINAL, name)
     files, tags = [*written, *PIPELINE_FILES], dag.revision() | _provenance(checks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finercut.checkpoint.records import HealReport, ProveReport, PruneReport
+from finercut.checkpoint.records import HealReport, ProveReport, PruneReport, QuantiseReport
 from finercut.evaluation.records import EvaluateReport, Measured
 from finercut.model.fitted_costs import CostsReport
 from finercut.selection.records import SearchReport
@@ -19,6 +19,7 @@ KINDS: dict[str, type[Record]] = {
     "search": SearchReport,
     "prune": PruneReport,
     "heal": HealReport,
+    "quantise": QuantiseReport,
     "prove": ProveReport,
     "evaluate_whole": Measured,
     "evaluate": EvaluateReport,

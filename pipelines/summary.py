@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from finercut.checkpoint.records import PruneReport
+from finercut.checkpoint.records import PruneReport, QuantiseReport
 from finercut.evaluation.records import EvaluateReport, Measured, Sample, written
 from finercut.registry.records import Check, RegisterReport
 from finercut.report.prediction import confirmed
@@ -44,8 +44,10 @@ def result(checks: Sequence[Check]) -> str:
 
 def plan(params: Params) -> str:
     """What an execution is going to do, in one sentence."""
-    search, heal = params.search, params.heal
+    search, heal, quantise = params.search, params.heal, params.quantise
     healing = "heals nothing" if heal.method == "none" else f"heals by {heal.method}"
+    if quantise.method != "none":
+        healing += f", quantises to {quantise.scheme}"
     return (
         f"makes {params.title}, chosen by {search.method} ({search.divergence}), and {healing}. The figures come when "
         "all stages have ended."
@@ -110,7 +112,9 @@ def _deciding() -> dict[str, str]:
 def samples() -> str:
     """The beginnings of what each model writes, and how much of it repeats; empty where nothing was written."""
     report = EvaluateReport.read(paths.report("evaluate"))
-    by_model = written(Measured.read(paths.report("evaluate_whole")), report, "healed" if report.unhealed else "pruned")
+    by_model = written(
+        Measured.read(paths.report("evaluate_whole")), report, _last_step() if report.unhealed else "pruned"
+    )
 
     def told(sample: Sample | None) -> str:
         if sample is None:
@@ -161,8 +165,13 @@ def _quality() -> str:
         row("mean", "", "", "", "", _percent(report.mean_retention)),
         row("held-out text", "perplexity", *(f"{value:.2f}" for value in perplexities), ""),
     ]
-    header = row("task", "metric", "whole", "pruned", "healed" if unhealed else "pruned", "retention")
+    header = row("task", "metric", "whole", "pruned", _last_step() if unhealed else "pruned", "retention")
     return table(header, rows) + f"\n\n{report.note}"
+
+
+def _last_step() -> str:
+    quantised = paths.report("quantise").is_file() and QuantiseReport.read(paths.report("quantise")).method != "none"
+    return "quantised" if quantised else "healed"
 
 
 def _speed() -> str:

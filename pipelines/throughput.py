@@ -12,6 +12,7 @@ import torch
 
 from finercut.checkpoint.records import ProveReport
 from finercut.model.directory import ModelDirectory
+from finercut.model.quantised import CONFIG_KEY
 from finercut.serving import timing, vllm_engine
 from finercut.serving.claim import check_servable
 from finercut.serving.records import EngineFigures, OtherLoad, ThroughputReport
@@ -120,5 +121,8 @@ def _figures(model: ModelDirectory, timed: Timing, dtype: str) -> EngineFigures:
     return EngineFigures(
         **dict(timing.served(timed.rounds[0])),
         kv_cache_tokens=timed.kv_cache_tokens,
-        weights_gib=model.n_elements * getattr(torch, dtype).itemsize / 2**30,
+        weights_gib=(
+            model.weights_bytes if CONFIG_KEY in model.settings else model.n_elements * getattr(torch, dtype).itemsize
+        )
+        / 2**30,
     )

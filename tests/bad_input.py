@@ -22,7 +22,7 @@ VALID = yaml_files.read(ROOT / "params.yaml")
 
 
 def compress(root: Path, model: Path) -> None:
-    """Make `root` a project in which everything up to `heal` has run."""
+    """Make `root` a project in which everything up to `quantise` has run."""
     shutil.copytree(model, root / "mine")
     (root / "text.txt").write_text("\n\n".join(TEXT * 6))
     changed = copy.deepcopy(VALID)
@@ -41,7 +41,8 @@ def compress(root: Path, model: Path) -> None:
         patch.setattr(vllm_engine, "find_spec", lambda name: None)  # its import takes seconds
         for stage in (fetch, calibrate, search, prune):
             stage.run(params.load())
-        steps.run_and_report("heal", params.load())
+        for step in ("heal", "quantise"):
+            steps.run_and_report(step, params.load())
     shutil.rmtree(root / paths.WORK)
 
 

@@ -114,7 +114,7 @@ def without_vllm(monkeypatch):
 
 @pytest.fixture(scope="session")
 def compressed(tmp_path_factory, tiny_model) -> Path:
-    """A project of the tiny model in which everything up to `heal` has run. Read it, do not write to it."""
+    """A project of the tiny model in which everything up to `quantise` has run. Read it, do not write to it."""
     from bad_input import compress
 
     root = tmp_path_factory.mktemp("compressed")

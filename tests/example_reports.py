@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from finercut.checkpoint.records import Claim, HealReport, ProveReport, PruneReport
+from finercut.checkpoint.records import Claim, HealReport, ProveReport, PruneReport, QuantiseReport
 from finercut.evaluation.records import EvaluateReport, Measured, TaskResult
 from finercut.selection.records import SearchReport
 from finercut.serving.records import EngineFigures, Spread, ThroughputReport
@@ -86,6 +86,10 @@ def prune() -> PruneReport:
 
 def heal() -> HealReport:
     return HealReport(method="none", changed=[], sha256="5" * 64)
+
+
+def quantise() -> QuantiseReport:
+    return QuantiseReport(method="none", sha256="5" * 64)
 
 
 def claim(**changes) -> Claim:
@@ -184,7 +188,7 @@ def throughput(**changes) -> ThroughputReport:
 
 def write_model_reports() -> None:
     """Everything up to the pruned checkpoint, which is a file of text."""
-    for report in (fetch, calibrate, search, prune, heal):
+    for report in (fetch, calibrate, search, prune, heal, quantise):
         report().write(paths.report(report.__name__))
     paths.CURVE.write_text(
         "step,sublayer,divergence,held_out_divergence\n1,2.attention,0.125,0.1\n2,3.mlp,0.25,0.375\n"

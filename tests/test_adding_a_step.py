@@ -75,8 +75,18 @@ print(paths.FINAL)
 
 def test_the_steps_command_writes_its_checkpoint_and_its_claim_holds(clone):
     run(clone, "-m", "pipelines.cli", "cast")
-    assert run(clone, "-c", CLAIMS).split() == ["prune", "True", "heal", "True", "cast", "True", "artifacts/cast"]
-    before, after = (load_file(clone / f"artifacts/{name}/model.safetensors") for name in ("healed", "cast"))
+    assert run(clone, "-c", CLAIMS).split() == [
+        "prune",
+        "True",
+        "heal",
+        "True",
+        "quantise",
+        "True",
+        "cast",
+        "True",
+        "artifacts/cast",
+    ]
+    before, after = (load_file(clone / f"artifacts/{name}/model.safetensors") for name in ("quantised", "cast"))
     assert {str(t.dtype) for t in before.values()} == {"torch.float32"}
     assert {str(t.dtype) for t in after.values()} == {"torch.float16"}
     origin = json.loads((clone / "artifacts/cast/config.json").read_text())["finercut"]
@@ -85,6 +95,6 @@ def test_the_steps_command_writes_its_checkpoint_and_its_claim_holds(clone):
     assert report["dtype"] == "float16"
 
 
-def test_its_stage_comes_after_healing_and_before_the_proof(clone):
+def test_its_stage_comes_after_the_other_steps_and_before_the_proof(clone):
     stages = list(yaml.safe_load((clone / "dvc.yaml").read_text())["stages"])
-    assert stages.index("heal") + 1 == stages.index("cast") == stages.index("prove") - 1
+    assert stages.index("quantise") + 1 == stages.index("cast") == stages.index("prove") - 1

@@ -93,9 +93,9 @@ def deployed(tmp_path_factory, prefect_server, mlflow_server, alerts, health, si
         Path("gate.sh").write_text(GATE)
         Path("params/other.yaml").write_text((ROOT / "params.yaml").read_text())
         gated = STAGES["evaluate"] | {"cmd": f"sh gate.sh && {STAGES['evaluate']['cmd']}", "params": ["evaluate.seed"]}
-        another = "grep -o 'error_probability: [0-9.]*' params.yaml >> artifacts/healed/model.safetensors"
+        another = "grep -o 'error_probability: [0-9.]*' params.yaml >> artifacts/quantised/model.safetensors"
         prune = STAGES["prune"] | {"cmd": f"{STAGES['prune']['cmd']} && {another}"}
-        throughput = STAGES["throughput"] | {"deps": [*STAGES["throughput"]["deps"], "artifacts/healed"]}
+        throughput = STAGES["throughput"] | {"deps": [*STAGES["throughput"]["deps"], "artifacts/quantised"]}
         settings = make_toy({"prune": prune, "evaluate": gated, "throughput": throughput})
         said = [deploy(alerts[1]) for _ in range(2)]
         assert [done.exit_code for done in said] == [0, 0], said[0].output

@@ -32,7 +32,13 @@ BY_NAME = {
         "finercut/healing/refit.py",
     ],
     "prune": ["finercut/checkpoint/prune.py"],
-    "prove": ["finercut/checkpoint/prune.py", "finercut/checkpoint/heal.py", "finercut/serving/vllm_models.py"],
+    "quantise": ["finercut/checkpoint/quantise.py", "finercut/checkpoint/quantise_process.py"],
+    "prove": [
+        "finercut/checkpoint/prune.py",
+        "finercut/checkpoint/heal.py",
+        "finercut/checkpoint/quantise.py",
+        "finercut/serving/vllm_models.py",
+    ],
     "costs": [
         "finercut/serving/vllm_models.py",
         "finercut/serving/vllm_plugin.py",
@@ -44,10 +50,22 @@ BY_NAME = {
         "finercut/serving/vllm_process.py",
     ],
 }
-ORDER = ["fetch", "calibrate", "costs", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput"]
+ORDER = [
+    "fetch",
+    "calibrate",
+    "costs",
+    "search",
+    "prune",
+    "heal",
+    "quantise",
+    "prove",
+    "evaluate_whole",
+    "evaluate",
+    "throughput",
+]
 # Their sections of params.yaml bear other names.
 SECTIONS = {"evaluate_whole": "evaluate", "costs": "throughput"}
-MODULES = {"heal": "steps"}
+MODULES = {"heal": "steps", "quantise": "steps"}
 
 each_stage = pytest.mark.parametrize("stage", ORDER)
 
@@ -107,7 +125,8 @@ def files_of(stage: str) -> set[str]:
         and isinstance(node.args[0], ast.Constant)
     }
     # Of the shared module for steps, what the step at hand reads.
-    unused = {str(paths.CALIBRATION), str(paths.SELECTION), str(paths.MODEL)} if stage == "heal" else set()
+    steps = ("heal", "quantise")
+    unused = {str(paths.CALIBRATION), str(paths.SELECTION), str(paths.MODEL)} if stage in steps else set()
     return (named | reports) - {str(paths.WORK), str(paths.REPORTS)} - unused
 
 
@@ -171,7 +190,9 @@ def test_nothing_is_timed_before_the_claims_are_known_to_hold():
 
 def test_a_second_budget_does_not_evaluate_the_whole_model_again():
     deps = DECLARED["evaluate_whole"]["deps"]
-    assert not any(dep.startswith(("artifacts/pruned", "artifacts/healed", "artifacts/sel")) for dep in deps)
+    assert not any(
+        dep.startswith(("artifacts/pruned", "artifacts/healed", "artifacts/quant", "artifacts/sel")) for dep in deps
+    )
 
 
 def test_the_search_in_progress_is_neither_dependency_nor_output():
@@ -242,11 +263,15 @@ def change_environment(**changes):
     ("key", "stale"),
     [
         ("vllm", ["costs", "prove", "throughput"]),
+        ("llmcompressor", ["quantise"]),
         ("lm_eval", ["evaluate", "evaluate_whole"]),
         ("tokenizers", ["calibrate"]),
         ("hardware", ["costs", "prove", "throughput"]),
-        ("torch", ["calibrate", "costs", "evaluate", "evaluate_whole", "heal", "prove", "search", "throughput"]),
-        ("transformers", ["calibrate", "evaluate", "evaluate_whole", "heal", "prove", "prune", "search"]),
+        (
+            "torch",
+            ["calibrate", "costs", "evaluate", "evaluate_whole", "heal", "prove", "quantise", "search", "throughput"],
+        ),
+        ("transformers", ["calibrate", "evaluate", "evaluate_whole", "heal", "prove", "prune", "quantise", "search"]),
     ],
 )
 def test_another_version_makes_those_stages_stale_that_it_decides(reproduced, key, stale):

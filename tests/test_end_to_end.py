@@ -34,6 +34,7 @@ STAGES = (
     "search",
     "prune",
     "heal",
+    "quantise",
     "prove",
     "evaluate_whole",
     "evaluate",
@@ -157,7 +158,7 @@ def test_a_model_goes_from_fetch_to_a_registered_version(project, monkeypatch):
         pruned.removed
         == [r.sublayer for r in read_trajectory(project.root / "artifacts/trajectory.jsonl").removals][:2]
     )
-    assert [claim.name for claim in proof.claims] == ["prune", "heal", "serve_whole", "serve"]
+    assert [claim.name for claim in proof.claims] == ["prune", "heal", "quantise", "serve_whole", "serve"]
     assert proof.holds
     assert set(project.report(EvaluateReport, "evaluate").tasks) == {"finercut_agreement", "finercut_copying"}
     timed = project.report(ThroughputReport, "throughput")
@@ -187,7 +188,7 @@ def test_the_registered_version_can_be_downloaded_and_generates_what_the_checkpo
             ids = tokenizer("The river rises", return_tensors="pt")["input_ids"]
             return model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
 
-    assert generated(directory) == generated(project.root / "artifacts/healed")
+    assert generated(directory) == generated(project.root / "artifacts/quantised")
     version = mlflow.MlflowClient().get_model_version_by_alias(NAME, "challenger")
     assert "| prompt          | whole" in version.description
     told = inspection.describe(f"models:/{NAME}@challenger")
@@ -239,7 +240,7 @@ def test_another_clone_restores_everything_from_the_remote(project, tmp_path):
     clone = project.clone(tmp_path / "clone")
     clone.run("finercut", "run", "--pull")
     assert clone.states() == dict.fromkeys(STAGES, "cached") | {"report": "ran"}
-    weights = Path("artifacts/healed/model.safetensors")
+    weights = Path("artifacts/quantised/model.safetensors")
     assert (clone.root / weights).read_bytes() == (project.root / weights).read_bytes()
 
 

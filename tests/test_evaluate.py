@@ -159,7 +159,7 @@ def test_without_tasks_perplexity_is_still_measured(project):
     assert report.pruned_perplexity > 0
 
 
-@pytest.mark.parametrize(("missing", "stage"), [(paths.MODEL, "fetch"), (paths.FINAL, "heal")])
+@pytest.mark.parametrize(("missing", "stage"), [(paths.MODEL, "fetch"), (paths.FINAL, "quantise")])
 def test_a_missing_model_names_the_stage_that_makes_it(project, missing, stage):
     shutil.rmtree(missing)
     with pytest.raises(FileNotFoundError, match=f"run `finercut {stage}` first"):

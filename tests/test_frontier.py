@@ -46,12 +46,12 @@ def toy(tmp_path, mlflow_store, monkeypatch, prefect_server):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     prune = STAGES["prune"] | {
-        "cmd": f"{TOY} model && grep -o 'amount: [0-9.]*' params.yaml >> artifacts/healed/model.safetensors",
+        "cmd": f"{TOY} model && grep -o 'amount: [0-9.]*' params.yaml >> artifacts/quantised/model.safetensors",
         "params": ["prune.budget"],
     }
     faster = "grep -q 'amount: 0.1$' params.yaml && echo 1.02 > speed_up.txt || echo 1.25 > speed_up.txt"
     throughput = STAGES["throughput"] | {"cmd": f"({faster}) && {TOY} throughput", "params": ["prune.budget"]}
-    throughput["deps"] = ["reports/prove.json", "artifacts/healed"]
+    throughput["deps"] = ["reports/prove.json", "artifacts/quantised"]
     whole = {"cmd": "echo whole >> measured.txt && echo {} > reports/whole.json", "outs": ["reports/whole.json"]}
     return make_toy({"whole": whole, "prune": prune, "evaluate": STAGES["evaluate"], "throughput": throughput})
 

@@ -18,7 +18,18 @@ from pipelines import pages, paths
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate_whole", "evaluate", "throughput")
+STAGES = (
+    "fetch",
+    "calibrate",
+    "search",
+    "prune",
+    "heal",
+    "quantise",
+    "prove",
+    "evaluate_whole",
+    "evaluate",
+    "throughput",
+)
 
 
 @pytest.fixture

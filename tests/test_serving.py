@@ -218,7 +218,12 @@ def test_missing_vllm_names_the_extras_to_install(monkeypatch):
 def stages(pruned, tiny_model, tokens, tmp_path, monkeypatch):
     """Runs a stage on the tiny models with some of its settings changed; no engine starts before a check fails."""
     monkeypatch.chdir(tmp_path)
-    for path, target in ((paths.MODEL, tiny_model), (paths.PRUNED, pruned), (paths.HEALED, pruned)):
+    for path, target in (
+        (paths.MODEL, tiny_model),
+        (paths.PRUNED, pruned),
+        (paths.HEALED, pruned),
+        (paths.QUANTISED, pruned),
+    ):
         path.parent.mkdir(exist_ok=True)
         path.symlink_to(target)
     paths.CALIBRATION.mkdir()
@@ -251,8 +256,8 @@ def test_a_checkpoint_whose_claim_does_not_hold_is_not_timed(stages):
 
 
 def test_a_missing_model_names_the_stage_that_makes_it(stages):
-    paths.HEALED.unlink()
-    with pytest.raises(FileNotFoundError, match="no model in artifacts/healed: run `finercut heal` first"):
+    paths.QUANTISED.unlink()
+    with pytest.raises(FileNotFoundError, match="no model in artifacts/quantised: run `finercut quantise` first"):
         stages(throughput)
 
 
@@ -263,6 +268,7 @@ def test_vllm_that_computes_otherwise_fails_the_proof_and_the_report_says_so(sta
     assert {claim.name: claim.holds for claim in report.claims} == {
         "prune": True,
         "heal": True,
+        "quantise": True,
         "serve_whole": False,
         "serve": False,
     }

@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 from vllm_cases import REMOVED, model_for_vllm, write
 
+from finercut.checkpoint import quantise
+from finercut.checkpoint.settings import Quantised
+from finercut.model.directory import ModelDirectory
 from finercut.model.families import layout_of
 
 
@@ -108,6 +111,36 @@ def test_weights_that_do_not_fit_the_config_are_refused(built):
     with pytest.raises(ValueError, match=r"no module or parameter named|do not belong together: unexpected"):
         built.load(built.tensors | {f"{block}of_another_model.bias": torch.zeros(128)})
     built.load(built.tensors)
+
+
+def quantised(scheme, group_size=None):
+    kept = {"ignore": [], "n_samples": 1, "max_divergence_rise": 0, "device": "cpu"}
+    return Quantised(method="rtn", scheme=scheme, group_size=group_size, **kept)
+
+
+def test_a_quantised_weight_without_its_scale_is_refused(tiny_pruned):
+    from finercut.serving import vllm_models
+
+    config = ModelDirectory(tiny_pruned).config
+    config.quantization_config = quantise.quantization_config(quantised("w4a16", 32))
+    stored = set()
+    for name in ModelDirectory(tiny_pruned).tensors:
+        stored |= {f"{name}_{part}" for part in ("packed", "scale", "shape")} if "proj" in name else {name}
+    vllm_models._check_names(config, stored)
+    for part in ("packed", "scale"):
+        lacking = f"model.layers.1.mlp.up_proj.weight_{part}"
+        with pytest.raises(ValueError, match=f"do not belong together: missing: {lacking}"):
+            vllm_models._check_names(config, stored - {lacking})
+
+
+def test_a_scheme_that_vllm_multiplies_wrongly_is_refused(distributed, monkeypatch):
+    from finercut.serving import vllm_foresight
+
+    asked = quantise.quantization_config(quantised("w7a8"))
+    assert vllm_foresight._scheme_refusal(asked, 7, "float32") is None
+    fill = vllm_foresight._fill
+    monkeypatch.setattr(vllm_foresight, "_fill", lambda *given: 1.1 * fill(*given))
+    assert "wrong by 9%" in vllm_foresight._scheme_refusal(asked, 7, "float32")
 
 
 def test_the_model_is_vllms_own_with_all_it_can_do(built):

@@ -87,7 +87,7 @@ def test_the_command_follows_the_alias_and_ends_with_the_watcher(on_server):
         here.client.set_registered_model_alias(here.name, "champion", "2")
         wait_until(lambda: len(served()) == 2, watcher)
         first, second = served()
-        size = str(Path("artifacts/healed/model.safetensors").stat().st_size)
+        size = str(Path("artifacts/quantised/model.safetensors").stat().st_size)
         folders = [f"watched/{here.name}-{number}-{md5(here, number)}" for number in "12"]
         assert [first[2:], second[2:]] == [[folders[0], size], [folders[1], size]]
         assert not any(psutil.pid_exists(int(pid)) for pid in first[:2])
@@ -114,7 +114,7 @@ def test_the_watcher_ends_when_the_command_does_with_its_status(here, handlers):
 def test_version_1_of_another_model_is_not_served_in_its_place(here, handlers):
     here.register()
     other = replace(here, params=here.params.model_copy(update={"register_": _named(here, f"{here.name}-b")}))
-    Path("artifacts/healed/README.md").write_text("of the other model")
+    Path("artifacts/quantised/README.md").write_text("of the other model")
     other.register()
     for served_by, card in ((here, None), (other, "of the other model"), (here, None)):
         command = ["sh", "-c", "cp {}/README.md card.md"]

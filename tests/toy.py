@@ -15,12 +15,12 @@ STAGES = {
     "prune": {
         "cmd": f"{TOY} model",
         "params": ["search"],
-        "outs": ["artifacts/healed", "reports/curve.csv"],
-        "metrics": [f"reports/{name}.json" for name in ("fetch", "calibrate", "search", "prune", "heal")],
+        "outs": ["artifacts/quantised", "reports/curve.csv"],
+        "metrics": [f"reports/{name}.json" for name in ("fetch", "calibrate", "search", "prune", "heal", "quantise")],
     },
     "evaluate": {
         "cmd": f"{TOY} evaluate",
-        "deps": ["artifacts/healed"],
+        "deps": ["artifacts/quantised"],
         "metrics": ["reports/prove.json", "reports/evaluate_whole.json", "reports/evaluate.json"],
     },
     "throughput": {

@@ -29,7 +29,7 @@ import yaml
 from toy import ROOT
 
 DECLARED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-CHEAP = ("fetch", "calibrate", "search", "prune", "heal", "evaluate_whole", "evaluate")
+CHEAP = ("fetch", "calibrate", "search", "prune", "heal", "quantise", "evaluate_whole", "evaluate")
 # What a report says of how long something took, or of how often it was started; everything else is compared.
 TIMINGS = {
     "search": {"seconds", "resumed_after"},
@@ -37,7 +37,9 @@ TIMINGS = {
     "register": {"run_id", "status"},
 }
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload([f"pipelines.{stage}" for stage in (*(set(CHEAP) - {"heal"}), "register", "steps")])
+_forks.set_forkserver_preload(
+    [f"pipelines.{stage}" for stage in (*(set(CHEAP) - {"heal", "quantise"}), "register", "steps")]
+)
 
 # Starting a process asks all others for their status, which each tells once: a thread must not ask meanwhile.
 _one_at_a_time = threading.Lock()
@@ -182,6 +184,7 @@ OTHER = {
     "search": ("search", "removals", 4),
     "prune": ("prune", "budget", {"unit": "sublayers", "amount": 2}),
     "heal": ("heal", "method", "none"),  # there is no other
+    "quantise": ("quantise", "method", "none"),
     "evaluate_whole": ("evaluate", "seed", 99),
     "evaluate": ("evaluate", "seed", 99),
 }

@@ -15,6 +15,7 @@ from finercut.selection.selection import Selection
 from finercut.sublayers import KINDS
 
 if TYPE_CHECKING:
+    from finercut.checkpoint.settings import Quantised
     from finercut.healing.fidelity import Fidelity
 
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
@@ -92,6 +93,15 @@ _HEALED = """\
 After pruning, weights were fitted to the whole model ({method}, {n_tokens:,} tokens). On held-out tokens, divergence
 (js, nats per token) from the whole model fell from {before:.4f} to {after:.4f}, perplexity from {perplexity_before:.2f}
 to {perplexity_after:.2f}.
+
+"""
+
+_QUANTISED = """\
+## Quantised
+
+The blocks' matrices are stored as {scheme} ({method}, llm-compressor; the format is compressed-tensors'). On held-out
+tokens, divergence (js, nats per token) from the whole model went from {before:.4f} to {after:.4f}, perplexity from
+{perplexity_before:.2f} to {perplexity_after:.2f}.
 
 """
 
@@ -174,4 +184,22 @@ def healed_card(card: str, method: str, n_tokens: int, before: Fidelity, after: 
         perplexity_after=after.perplexity,
     )
     head, load, rest = card.replace(_UNTRAINED, _UNTRAINED.replace(" without training", "")).partition("## Load\n")
+    return f"{head}{section}{load}{rest}"
+
+
+def quantised_card(card: str, settings: Quantised, before: Fidelity, after: Fidelity) -> str:
+    """The card of a checkpoint that was quantised.
+
+    Args:
+        card: of the healed checkpoint.
+    """
+    section = _QUANTISED.format(
+        scheme=settings.scheme + (f" in groups of {settings.group_size}" if settings.group_size else ""),
+        method=settings.method,
+        before=before.divergence,
+        after=after.divergence,
+        perplexity_before=before.perplexity,
+        perplexity_after=after.perplexity,
+    )
+    head, load, rest = card.partition("## Load\n")
     return f"{head}{section}{load}{rest}"

@@ -82,6 +82,31 @@ class HealReport(Record):
     seconds: float | None = None
 
 
+class QuantiseReport(Record):
+    method: str
+    scheme: str | None = None
+    """Null with method none, as is all that follows but the hash."""
+    sha256: str
+    """Of the quantised weights."""
+    n_quantised: int | None = None
+    """Matrices."""
+    bytes_before: int | None = None
+    """Of the safetensors files of the healed checkpoint."""
+    bytes_after: int | None = None
+    divergence_before: float | None = None
+    """js of the healed from the whole model on held-out tokens, nats per token, float32."""
+    divergence_after: float | None = None
+    """The same of the quantised model."""
+    perplexity_before: float | None = None
+    """Of the healed model on held-out tokens, float32."""
+    perplexity_after: float | None = None
+    n_tokens: int | None = None
+    """That gptq looked at; 0 with rtn."""
+    compressor_version: str | None = None
+    """Of llm-compressor."""
+    seconds: float | None = None
+
+
 class Claim(Record):
     """What a step, or serving, promises of a checkpoint, and whether it was found to hold."""
 

@@ -1,12 +1,12 @@
-"""Sections `prune`, `heal` and `prove` of params.yaml."""
+"""Sections `prune`, `heal`, `quantise` and `prove` of params.yaml."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from finercut.healing.settings import Distill, Reconstruct, Refit, Unhealed
+from finercut.healing.settings import Distill, NotNegative, Reconstruct, Refit, Unhealed
 from finercut.selection.settings import Budget
 from finercut.system.settings import Section
 
@@ -19,6 +19,43 @@ Heal = Annotated[Unhealed | Refit | Reconstruct | Distill, Field(discriminator="
 """How the pruned checkpoint is repaired."""
 
 
+class Unquantised(Section):
+    method: Literal["none"]
+    """Keep the weights in the dtype they have."""
+
+
+class Quantised(Section):
+    """Store the blocks' matrices in fewer bits, by llm-compressor; `make setup QUANTISE=1` installs it."""
+
+    method: Literal["rtn", "gptq"]
+    """rtn: every weight to the nearest number. gptq: the columns of a matrix one after another, each making up for what
+    rounding the earlier ones changed on calibration windows."""
+    scheme: Literal["w8a8", "w7a8", "fp8", "w4a16"]
+    """w8a8: 8-bit integers, one scale a row; inputs too, one scale a token. w7a8: the same with weights of half the
+    range, for CPUs without VNNI, on which vLLM's sums of w8a8 overflow. fp8: 8-bit floating point. w4a16: weights in
+    4-bit integers with a scale for each group, inputs as they are."""
+    group_size: PositiveInt | None
+    """Columns that share a scale, with w4a16 only; must divide the columns of every matrix. null: a whole row."""
+    ignore: list[str]
+    """Modules that stay as they are, by name or, after `re:`, regular expression. Embeddings always stay."""
+    n_samples: PositiveInt
+    """Windows that gptq looks at: those for calibration, then those for healing."""
+    max_divergence_rise: NotNegative
+    """Most that the held-out divergence from the whole model may rise by, js, nats per token."""
+    device: str
+    """auto, cpu, cuda, cuda:1, ..."""
+
+    @model_validator(mode="after")
+    def _groups(self) -> Self:
+        if self.group_size is not None and self.scheme != "w4a16":
+            raise ValueError(f"group_size is for w4a16; {self.scheme} has one scale a row: write null")
+        return self
+
+
+Quantise = Annotated[Unquantised | Quantised, Field(discriminator="method")]
+"""How the healed checkpoint's weights are stored."""
+
+
 class Prove(Section):
     """How far numbers may differ for a claim to hold. All are compared in float32."""
 
@@ -26,6 +63,8 @@ class Prove(Section):
     """Between a checkpoint and the model that its step says it equals: largest difference of two logits."""
     log_probability_tolerance: PositiveFloat
     """Between vLLM and transformers: largest difference of two log-probabilities, nats."""
+    quantised_tolerance: PositiveFloat = 0.5
+    """The same of a quantised checkpoint: an input that vLLM rounds up and transformers down is a whole step off."""
     device: str
     """Of transformers: auto, cpu, cuda, cuda:1, ..."""
     weights_gib: PositiveFloat | None = None

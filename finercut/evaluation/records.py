@@ -139,8 +139,8 @@ class EvaluateReport(Evaluation):
     whole_bits_per_byte: float
     pruned_bits_per_byte: float
     unhealed: Measured | None = None
-    """The pruned checkpoint before it was healed; `pruned` is the final one everywhere else. Null where nothing was
-    healed, or evaluate.unhealed is off."""
+    """The pruned checkpoint before it was healed or quantised; `pruned` is the final one everywhere else. Null where
+    neither was done, or evaluate.unhealed is off."""
     samples: tuple[Sample, ...] = ()
     """Of the final checkpoint."""
     lm_eval_version: str
@@ -151,7 +151,7 @@ def written(whole: Measured | None, report: EvaluateReport, final: str) -> dict[
     """What each model wrote, by prompt; without models that wrote nothing.
 
     Args:
-        final: what the final checkpoint is called, pruned or healed
+        final: what the final checkpoint is called: pruned, healed, quantised
     """
     found = {"whole": whole.samples if whole else (), "pruned": report.unhealed.samples if report.unhealed else ()}
     found[final] = report.samples

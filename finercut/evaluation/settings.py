@@ -41,9 +41,10 @@ class Evaluate(Section):
     """Of the device's memory, for weights. Where they need more, sublayers are brought when they run; null: all are
     there."""
     unhealed: bool = True
-    """Measure the pruned checkpoint too, where healing changed it: what selection kept, and what healing brought."""
+    """Measure the pruned checkpoint too, where healing or quantising changed it: what selection kept, and what they
+    did."""
     samples: Samples = Samples(prompts=[], n_tokens=1)
-    """What whole, pruned and healed model write after the same prompts, on the page side by side. Without this there is
+    """What whole, pruned and final model write after the same prompts, on the page side by side. Without this there is
     none."""
     alone_tokens: Annotated[int, Field(ge=0)] = 0
     """Of a calibration window, at most: on these each sublayer of the whole model is removed alone, a pass a sublayer,

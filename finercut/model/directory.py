@@ -192,8 +192,8 @@ class ModelDirectory:
 
     @property
     def n_elements(self) -> int:
-        """Numbers stored; a tied weight counts once."""
-        return sum(tensor.n_elements for tensor in self.tensors.values())
+        """Numbers stored; a tied weight counts once, and an integer that packs eight of 4 bits as eight."""
+        return sum(t.n_elements * (8 if name.endswith("_packed") else 1) for name, t in self.tensors.items())
 
     @property
     def layout(self) -> Layout:

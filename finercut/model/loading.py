@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from finercut.model.devices import device_of, no_room, room_for
 from finercut.model.directory import ModelDirectory, one_line_errors, quiet
 from finercut.model.families import LAYOUT_KEY, auto_class, check_supported, is_declared
 from finercut.model.probe import find_layout
+from finercut.model.quantised import CONFIG_KEY, make_plain
 from finercut.model.streaming import stream
 
 
@@ -63,7 +67,7 @@ def load_pruned(
     *,
     room: Mapping[int | str, int] | None = None,
 ) -> PreTrainedModel:
-    """A pruned model, in evaluation mode.
+    """A pruned model, in evaluation mode. Quantised weights are dequantised, inputs quantised as vLLM does.
 
     Args:
         dtype, room: as of `load_whole`.
@@ -75,18 +79,25 @@ def load_pruned(
     directory = ModelDirectory.of(model).written_by("prune")
     if not directory.is_pruned:
         raise ValueError(f"{directory} holds a {directory.settings.get('model_type')} model, not a pruned one")
-    config, trusted = directory.config, directory.trusted
+    config, trusted = copy.deepcopy(directory.config), directory.trusted
+    if quantised := CONFIG_KEY in directory.settings:
+        config.quantization_config["dequantize"] = True
     _ = directory.tensors
-    with one_line_errors(f"{directory} is no pruned checkpoint, or a damaged one"):
+    # compressed-tensors draws bars that nothing turns off.
+    silent = redirect_stderr(StringIO()) if quantised else nullcontext()
+    with one_line_errors(f"{directory} is no pruned checkpoint, or a damaged one"), silent:
         loaded = AutoModelForCausalLM.from_pretrained(
             directory.path,
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=trusted,
             ignore_mismatched_sizes=True,
+            **({"config": config} if quantised else {}),
             **_attention(config),
             **_spread(room),
         )
+        if quantised:
+            make_plain(loaded)
     _place(loaded, device, room)
     return loaded
 

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from finercut.model.configs import read_object, write_object
 from finercut.model.directory import ModelDirectory, one_line_errors
 from finercut.model.families import auto_class
 from finercut.model.tensors import INDEX, safetensors_files
+
+CONFIG_KEY = "quantization_config"
+"""Of config.json."""
 
 
 def method_of(config: PreTrainedConfig) -> str | None:
@@ -73,6 +77,43 @@ def dequantise(directory: Path) -> None:
     dropped = ("quantization_config", "torch_dtype")
     kept = {name: value for name, value in settings.items() if name not in dropped}
     write_object(directory / "config.json", kept | {"dtype": "bfloat16"})
+
+
+def make_plain(model: PreTrainedModel) -> None:
+    """Leave of a model that compressed-tensors has dequantised plain matrices, and what vLLM does to their inputs.
+
+    Where inputs are quantised, each token has the scale that takes its largest number to the largest that there is.
+    compressed-tensors' own simulation divides by half a step more.
+
+    Raises:
+        ValueError: inputs are quantised in another way.
+    """
+    for name, module in model.named_modules():
+        scheme = module.__dict__.pop("quantization_scheme", None)
+        if scheme is None:
+            continue
+        module.__dict__.pop("forward", None)  # compressed-tensors'
+        for stored in ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"):
+            module._parameters.pop(stored, None)
+            module._buffers.pop(stored, None)
+        if inputs := scheme.input_activations:
+            if not (
+                inputs.dynamic is True and inputs.symmetric and inputs.strategy == "token" and inputs.num_bits == 8
+            ):
+                raise ValueError(f"the inputs of {name} are quantised in a way that is not known: {inputs}")
+            module.register_forward_pre_hook(_rounded_integers if inputs.type == "int" else _rounded_floats)
+
+
+def _rounded_integers(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    states = given[0].float()
+    scale = (states.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
+    return ((states / scale).round().mul(scale).to(given[0].dtype), *given[1:])
+
+
+def _rounded_floats(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    states = given[0].float()
+    scale = (states.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-12)
+    return ((states / scale).to(torch.float8_e4m3fn).float().mul(scale).to(given[0].dtype), *given[1:])
 
 
 def _check_scales(model: ModelDirectory) -> None:

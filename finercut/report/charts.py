@@ -46,7 +46,7 @@ def scores(inputs: Inputs) -> Markup | None:
     if unhealed:
         found = [unhealed.get(name) for name in tasks]
         bars["pruned"] = (_PRUNED, [(score.value, score.stderr) if score else (0.0, None) for score in found])
-    last = ("healed", _HEALED) if inputs.healed else ("pruned", _PRUNED)
+    last = (inputs.last_step, _HEALED) if inputs.healed else ("pruned", _PRUNED)
     bars[last[0]] = (last[1], [(task.pruned, task.pruned_stderr) for task in tasks.values()])
     height = 0.8 / len(bars)
     figure = Figure(figsize=(_WIDTH, 0.9 + 0.5 * len(tasks)), layout="constrained")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from finercut.checkpoint.records import Claim, HealReport, ProveReport, PruneReport
+from finercut.checkpoint.records import Claim, HealReport, ProveReport, PruneReport, QuantiseReport
 from finercut.evaluation.records import EvaluateReport, Measured
 from finercut.registry import evidence, gate
 from finercut.registry.records import Check
@@ -25,7 +25,7 @@ from finercut.system.records import Record
 _Kind = TypeVar("_Kind", bound=Record)
 
 # Sections of params.yaml that decide the result; the others say where and how it is made.
-SECTIONS = ("fetch", "calibrate", "search", "prune", "heal", "prove", "evaluate", "throughput", "register")
+SECTIONS = ("fetch", "calibrate", "search", "prune", "heal", "quantise", "prove", "evaluate", "throughput", "register")
 
 
 class Step(Record):
@@ -55,6 +55,7 @@ class Inputs:
     search: SearchReport | None
     prune: PruneReport
     heal: HealReport | None
+    quantise: QuantiseReport | None
     prove: ProveReport | None
     evaluate_whole: Measured | None
     evaluate: EvaluateReport
@@ -70,12 +71,21 @@ class Inputs:
     @property
     def healed(self) -> bool:
         """Whether the final checkpoint's weights differ from the pruned one's."""
-        return self.heal is not None and self.heal.method != "none"
+        return (self.heal is not None and self.heal.method != "none") or self.quantised
+
+    @property
+    def quantised(self) -> bool:
+        return self.quantise is not None and self.quantise.method != "none"
+
+    @property
+    def last_step(self) -> str:
+        """What the final checkpoint is called where it is not the pruned one."""
+        return "quantised" if self.quantised else "healed"
 
     @property
     def final_sha256(self) -> str:
         """Of the final checkpoint's weights."""
-        return self.heal.sha256 if self.heal else self.prune.sha256
+        return (self.quantise or self.heal or self.prune).sha256
 
     @property
     def checks(self) -> list[Check]:
@@ -100,12 +110,14 @@ def read(folders: Sequence[Path], whose: str) -> Inputs:
     evaluate = _required(folders, "evaluate", EvaluateReport, whose)
     throughput = _required(folders, "throughput", ThroughputReport, whose)
     heal = _optional(folders, "heal", HealReport)
+    quantise = _optional(folders, "quantise", QuantiseReport)
     return Inputs(
         fetch=fetch,
         calibrate=calibrate,
         search=_optional(folders, "search", SearchReport),
         prune=prune,
         heal=heal,
+        quantise=quantise,
         prove=prove,
         evaluate_whole=_optional(folders, "evaluate_whole", Measured),
         evaluate=evaluate,
@@ -113,7 +125,7 @@ def read(folders: Sequence[Path], whose: str) -> Inputs:
         claims=prove.claims if prove else evidence.read(_found(folders, "evaluate.json").parent, whose).claims,
         steps=_steps(folders)[: prune.n_removals],
         settings=_settings(folders, whose),
-        frontier=containing(_found(folders, "frontier.json"), (heal or prune).sha256),
+        frontier=containing(_found(folders, "frontier.json"), (quantise or heal or prune).sha256),
     )
 
 

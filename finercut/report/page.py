@@ -130,9 +130,10 @@ def _figures(inputs: Inputs) -> list[tuple[str, list[Cell]]]:
         "bytes": count(prune.pruned_bytes),
         "kv": count(prune.pruned_kv_bytes_per_token),
     }
+    final_bytes = count(inputs.quantise.bytes_after) if inputs.quantised else pruned["bytes"]
     rows = [
         row("parameters", count(prune.whole_parameters), pruned["parameters"], pruned["parameters"]),
-        row("checkpoint, bytes", count(prune.whole_bytes), pruned["bytes"], pruned["bytes"]),
+        row("checkpoint, bytes", count(prune.whole_bytes), final_bytes, pruned["bytes"]),
         row("KV cache, bytes a token", count(prune.whole_kv_bytes_per_token), pruned["kv"], pruned["kv"]),
         row("weights in the engine, GiB", number(timed.whole.weights_gib, 2), number(timed.pruned.weights_gib, 2)),
         row("tokens the KV memory holds", count(timed.whole.kv_cache_tokens), count(timed.pruned.kv_cache_tokens)),
@@ -153,18 +154,20 @@ def _figures(inputs: Inputs) -> list[tuple[str, list[Cell]]]:
         ),
     ]
     if inputs.healed:
+        last = inputs.quantise if inputs.quantised else heal
+        first = heal if heal and heal.method != "none" else last
         rows += [
             row(
                 "perplexity, float32",
                 Cell("–"),
-                number(heal.perplexity_after, 2),
-                number(heal.perplexity_before, 2),
+                number(last.perplexity_after, 2),
+                number(first.perplexity_before, 2),
             ),
             row(
                 "js from whole, held-out",
                 Cell("0"),
-                number(heal.divergence_after, 4),
-                number(heal.divergence_before, 4),
+                number(last.divergence_after, 4),
+                number(first.divergence_before, 4),
             ),
         ]
     return rows
@@ -246,7 +249,7 @@ def _tasks(inputs: Inputs) -> list[list[Cell]]:
 
 
 def _written(inputs: Inputs) -> dict[str, dict[str, Sample]]:
-    return written(inputs.evaluate_whole, inputs.evaluate, "healed" if inputs.healed else "pruned")
+    return written(inputs.evaluate_whole, inputs.evaluate, inputs.last_step if inputs.healed else "pruned")
 
 
 def _samples(inputs: Inputs) -> dict[str, list[tuple[str, Sample]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,30 @@ def ask(models: Sequence[Path], engines: Sequence[EngineSettings]) -> list[Answe
     Raises:
         RuntimeError: vLLM is missing, or cannot be imported.
     """
-    vllm_engine.installed()
     asked = {
         "models": [str(path.absolute()) for path in models],
         "engines": [settings.model_dump(include=set(EngineSettings.model_fields)) for settings in engines],
     }
+    return [Answer(**answer) for answer in _answer(asked)]
+
+
+def ask_scheme(quantization_config: Mapping[str, Any], weight_bits: int, dtype: str) -> str | None:
+    """Why vLLM's build or its device does not multiply matrices that are quantised so, in one line; None if it does,
+    and gets right what they come to.
+
+    Args:
+        quantization_config: as in config.json of a checkpoint.
+        weight_bits: of which integers make use.
+        dtype: of the engine.
+
+    Raises:
+        RuntimeError: vLLM is missing, or cannot be imported.
+    """
+    return _answer({"quantization_config": dict(quantization_config), "weight_bits": weight_bits, "dtype": dtype})
+
+
+def _answer(asked: Mapping[str, Any]) -> Any:
+    vllm_engine.installed()
     done = subprocess.run(
         [interpreter(), "-m", "finercut.serving.vllm_foresight", json.dumps(asked)],
         stdin=subprocess.DEVNULL,
@@ -52,4 +71,4 @@ def ask(models: Sequence[Path], engines: Sequence[EngineSettings]) -> list[Answe
     )
     if done.returncode:
         raise RuntimeError(f"vLLM failed: {vllm_engine.cause(done.stderr)}")
-    return [Answer(**answer) for answer in json.loads(done.stdout)]
+    return json.loads(done.stdout)

