@@ -18,6 +18,7 @@ import full_disk
 import mlflow
 import pytest
 import yaml
+from click.testing import CliRunner
 from conftest import TEXT
 from hub_server import COMMIT, Hub, Repository, client_environment, serve
 from kill_executions import prepare_registration, registration_trials
@@ -26,9 +27,11 @@ from kill_stages import CHEAP, ROOT, outputs, prepare, state, trials
 from finercut.registry import runs
 from finercut.selection.trajectory import read_trajectory
 from pipelines import paths, register
+from pipelines.cli import main
 from pipelines.params import load
 
-N_KILLS = 3
+N_KILLS = 2
+"""One without and one with an earlier output; `make trials` makes many."""
 LOST = "http://127.0.0.1:9"
 
 
@@ -99,9 +102,11 @@ def test_a_killed_registration_comes_to_one_complete_version(repository, tmp_pat
 # MLflow
 
 
-def test_a_lost_mlflow_is_found_out_before_anything_is_done(toy):
-    done = finercut("register", cwd=toy, MLFLOW_TRACKING_URI=LOST)
-    assert said(done).startswith(f"finercut register: cannot open a run in MLflow at {LOST}: ")
+def test_a_lost_mlflow_is_found_out_before_anything_is_done(toy, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", LOST)
+    done = CliRunner().invoke(main, ["register"])
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith(f"finercut register: cannot open a run in MLflow at {LOST}: ")
     assert not Path("reports/register.json").exists()
 
 
@@ -121,7 +126,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
         cwd=folder,
-        env=os.environ | {"MLFLOW_TRACKING_URI": ""},
+        env=os.environ | {"MLFLOW_TRACKING_URI": "", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         stdout=log,
         stderr=log,
         start_new_session=True,
@@ -313,7 +318,7 @@ def test_without_a_hub_a_pinned_commit_comes_from_the_cache_and_a_branch_does_no
 # Two at once
 
 
-def test_a_second_stage_in_the_same_workspace_is_refused_and_the_first_not_disturbed(project, base):
+def test_a_second_stage_in_the_same_workspace_is_refused_and_the_first_not_disturbed(project, base, monkeypatch):
     for path in outputs("search"):
         (project / path).unlink()
     first = subprocess.Popen(
@@ -335,7 +340,8 @@ def test_a_second_stage_in_the_same_workspace_is_refused_and_the_first_not_distu
     _, told = first.communicate(timeout=300)
     assert first.returncode == 0, told
     assert state(project, "search") == state(base, "search")
-    assert finercut("prune", cwd=project).returncode == 0
+    monkeypatch.chdir(project)
+    assert CliRunner().invoke(main, ["prune"]).exit_code == 0
 
 
 def test_of_two_dvc_repros_at_once_one_may_be_refused_and_neither_harms_the_other(toy):
