@@ -93,6 +93,10 @@ def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
             config = model.language
             sizes = {"vocab_size": config.vocab_size, "n_positions": config.max_position_embeddings}
             rehearse(model.tokenizer, tasks, **sizes)
+    if params.evaluate.samples.prompts:
+        from finercut.evaluation import samples
+
+        samples.check(params.evaluate.samples, model)
     with tempfile.TemporaryDirectory(prefix="finercut-") as folder:
         pruned = ModelDirectory(folder)
         without_weights = write_all_but_weights(model, _one_of_each(model), pruned.path, {})

@@ -11,7 +11,7 @@ from family_models import CASES, random_model
 from vllm_cases import model_for_vllm
 
 from finercut.checkpoint.writing import write_all_but_weights
-from finercut.evaluation.settings import Task
+from finercut.evaluation.settings import Samples, Task
 from finercut.model.directory import ModelDirectory
 from finercut.model.layouts import note_layout
 from finercut.serving import foresight as vllm_foresight
@@ -148,6 +148,14 @@ def test_tasks_that_cannot_be_evaluated_are_found(chosen, monkeypatch):
     paths.FORESEEN.unlink()
     with pytest.raises(ValueError, match="lm-eval cannot run finercut_copying with the model's tokenizer"):
         foresight.check(evaluating(chosen, answers), model)
+
+
+def test_a_prompt_that_leaves_no_context_to_write_in_is_refused(chosen, monkeypatch):
+    asked(monkeypatch, [None, None], [None, None])
+    model = ModelDirectory(paths.MODEL)
+    samples = Samples(prompts=["a b"], n_tokens=model.language.max_position_embeddings)
+    with pytest.raises(ValueError, match="evaluate.samples: a prompt and n_tokens are"):
+        foresight.check(evaluating(chosen, samples=samples), model)
 
 
 def test_a_device_that_is_not_here_is_in_the_way(chosen, monkeypatch):
