@@ -19,11 +19,11 @@ from kill_stages import outputs
 from finercut.serving import vllm_engine
 from pipelines import calibrate, cli, evaluate, fetch, prune, search  # noqa: F401
 
-vllm_engine.find_spec = lambda name: None  # its import takes seconds
 FILL = 'dd if=/dev/zero of=filler bs=4k status=none || true; truncate -s "-$0" filler'
 
 
 def main(project: Path, left: Path, *trials: str) -> None:
+    vllm_engine.find_spec = lambda name: None  # its import takes seconds
     disk = left / "disk"
     disk.mkdir()
     for trial in trials:
