@@ -25,7 +25,7 @@ from prefect.automations import AutomationCore
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Cancelled, Cancelling
+from prefect.states import Cancelling
 from scheduled_runs import Expected, Planned, Site, follow, schedule
 from test_flow import gone, processes_with, runs
 from toy import ROOT, STAGES, make_toy
@@ -35,10 +35,11 @@ from pipelines.cli import main
 pytestmark = pytest.mark.timeout(1200)
 PATIENCE_S = 400
 POOL = "finercut"
-# What the toy stage `evaluate` does first: wait, or hang with a child that would outlive it, as a test wants.
+# What the toy stage `evaluate` does first: wait, hang with a child that would outlive it, or fail, as a test wants.
 GATE = """
 while test -e hold; do sleep 0.2; done
 if test -e hang; then sleep 2718.28 & sleep 2718.28; fi
+if test -e broken; then echo finercut evaluate: broken on purpose >&2; exit 1; fi
 """
 
 
@@ -194,15 +195,15 @@ def test_runs_that_overlap_wait_or_are_skipped_and_share_an_accelerator(deployed
     assert ended(skipped).is_cancelled()
     assert len(runs(deployed)) == 1  # the accelerator is taken: nobody else has begun
     assert not state(waiting).is_running()
-    with get_client(sync_client=True) as client:  # that those which wait come to their turn, the schedule's runs show
-        client.set_flow_run_state(waiting, Cancelled())
     hold.unlink()
-    assert [ended(run_id).is_completed() for run_id in (first, elsewhere)] == [True] * 2
+    assert [ended(run_id).is_completed() for run_id in (first, waiting, elsewhere)] == [True] * 3
 
-    older, later = sorted(runs(deployed), key=lambda run: run.info.start_time)
+    oldest, *later = sorted(runs(deployed), key=lambda run: run.info.start_time)
+    assert oldest.data.params["evaluate.seed"] == "7"
     # what one run overrode, the next does not inherit
-    assert [run.data.params["evaluate.seed"] for run in (older, later)] == ["7", "1234"]
-    assert older.info.end_time <= later.info.start_time
+    assert [run.data.params["evaluate.seed"] for run in later] == ["1234", "1234"]
+    ends = [run.info.end_time for run in (oldest, *later)]
+    assert all(end <= run.info.start_time for end, run in zip(ends, later, strict=False))
 
 
 def test_cancelling_stops_the_stage_and_the_next_run_goes_on_from_there(deployed):
@@ -223,18 +224,33 @@ def test_cancelling_stops_the_stage_and_the_next_run_goes_on_from_there(deployed
     assert [newest.data.tags[f"stage.{name}"] for name in STAGES] == ["cached", "ran", "cached"]
 
 
-def test_a_late_run_raises_an_alert_without_secrets(deployed, alerts):
+def test_a_late_run_and_a_failed_one_raise_an_alert_without_secrets(deployed, alerts):
     posted, address = alerts
-    with get_client(sync_client=True) as client:
-        client.update_work_pool(POOL, WorkPoolUpdate(is_paused=True))
-        run_id = start("nightly")
-        text = f"finercut: {client.read_flow_run(run_id).name} is Late"
-        (late,) = eventually(lambda: [alert for alert in posted if alert["text"] == text])
-        client.set_flow_run_state(run_id, Cancelled())
-        client.update_work_pool(POOL, WorkPoolUpdate(is_paused=False))
-        shown = client.read_block_document_by_name("finercut-alerts", "webhook", include_secrets=False)
+
+    def pause(paused):
+        with get_client(sync_client=True) as client:
+            client.update_work_pool(POOL, WorkPoolUpdate(is_paused=paused))
+
+    def alert_for(run_id, state_name):
+        with get_client(sync_client=True) as client:
+            text = f"finercut: {client.read_flow_run(run_id).name} is {state_name}"
+        return eventually(lambda: [alert for alert in posted if alert["text"] == text])
+
+    pause(True)
+    Path("broken").touch()
+    run_id = start("nightly", overrides={"evaluate.seed": 9})
+    (late,) = alert_for(run_id, "Late")
     assert late["deployment"] == "nightly"
     assert late["url"].endswith(str(run_id))
+    pause(False)
+    found = ended(run_id)
+    assert found.is_failed()
+    assert "evaluate: finercut evaluate: broken on purpose" in found.message
+    assert len(alert_for(run_id, "Failed")) == 1
+    Path("broken").unlink()
+    assert not [alert for alert in posted if "Cancelled" in alert["text"] or "Completed" in alert["text"]]
+    with get_client(sync_client=True) as client:
+        shown = client.read_block_document_by_name("finercut-alerts", "webhook", include_secrets=False)
     assert address not in str(shown.data)
 
 
@@ -271,10 +287,8 @@ def test_a_run_that_is_killed_with_its_machine_is_called_crashed(soon_silent, al
     eventually(lambda: [alert for alert in posted if alert["url"].endswith(str(run_id))])
 
 
-def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_disk(deployed, site, alerts):
+def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_disk(deployed, site):
     """`make soak` does the same many times, with real stages."""
-    posted, _ = alerts
-    before = len(posted)
     named = {"register.name": site.name, "flow.experiment": site.name, "collect.versions": 1}
 
     def run(error_probability, ending="registered", **others):
@@ -286,5 +300,3 @@ def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_di
     assert [run.wrong + run.orphans + run.files for run in done] == [[]] * 3
     # Any of them may have been first; of two versions the older one's has gone.
     assert len({run.disk.checkpoints for run in done} - {0}) == 1
-    eventually(lambda: [alert for alert in posted[before:] if alert["text"].endswith(" is Failed")])
-    assert not [alert for alert in posted if "Cancelled" in alert["text"] or "Completed" in alert["text"]]
