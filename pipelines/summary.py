@@ -129,8 +129,8 @@ def samples() -> str:
 
 
 def _removals() -> str:
-    deciding = _deciding()
-    return f"# {_title()}\n\n{_removed()}\n\n{table(list(deciding), [list(deciding.values())])}"
+    title, deciding = _title(), _deciding()
+    return f"# {title}\n\n{_removed()}\n\n{table(list(deciding), [list(deciding.values())])}"
 
 
 def _title() -> str:

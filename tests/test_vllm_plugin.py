@@ -126,11 +126,11 @@ def test_a_quantised_weight_without_its_scale_is_refused(tiny_pruned):
     stored = set()
     for name in ModelDirectory(tiny_pruned).tensors:
         stored |= {f"{name}_{part}" for part in ("packed", "scale", "shape")} if "proj" in name else {name}
-    vllm_models._check_names(config, stored)
+    vllm_models._check_names(config, stored, str)
     for part in ("packed", "scale"):
         lacking = f"model.layers.1.mlp.up_proj.weight_{part}"
         with pytest.raises(ValueError, match=f"do not belong together: missing: {lacking}"):
-            vllm_models._check_names(config, stored - {lacking})
+            vllm_models._check_names(config, stored - {lacking}, str)
 
 
 def test_a_scheme_that_vllm_multiplies_wrongly_is_refused(distributed, monkeypatch):
