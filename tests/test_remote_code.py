@@ -159,7 +159,8 @@ def test_it_goes_through_the_stages_to_a_checkpoint_that_carries_its_code(own, c
     assert report.whole_parameters - report.pruned_parameters == sum(
         mlp if name.endswith("mlp") else attention for name in report.removed
     )
-    steps.run_and_report("heal", chosen)
+    for name in ("heal", "quantise"):
+        steps.run_and_report(name, chosen)
     evaluate_whole.run(chosen)
     evaluate.run(chosen)
     proof = Proof(tokens[4:], chosen.prove.logit_tolerance, torch.device("cpu"))

@@ -165,13 +165,13 @@ def test_a_frontier_is_shown_on_the_pages_of_its_points_alone(project):
             sha256=sha256,
             run_id="0",
         )
-        for amount, sha256 in ((0.1, "8" * 64), (0.2, example_reports.heal().sha256), (0.3, "9" * 64))
+        for amount, sha256 in ((0.1, "8" * 64), (0.2, example_reports.quantise().sha256), (0.3, "9" * 64))
     ]
     frontier = FrontierReport(unit="parameters", rule="leanest", points=points, chosen=0.2)
     frontier.write(paths.report("frontier"))
     assert '<td data-value="0.2">0.2</td><td>chosen, this page</td><td data-value="0.2">−20.0' in shown()
     assert shown().count("<svg") == 2  # with the tasks'
-    example_reports.heal().model_copy(update={"sha256": "7" * 64}).write(paths.report("heal"))
+    example_reports.quantise().model_copy(update={"sha256": "7" * 64}).write(paths.report("quantise"))
     assert "The frontier" not in shown()
 
 
