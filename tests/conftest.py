@@ -211,6 +211,7 @@ SLOW_FILES = {
     "test_foresight",
     "test_hybrids",
     "test_ledger",
+    "test_multimodal",
     "test_older_versions",
     "test_remote_code",
     "test_search_and_prune",
