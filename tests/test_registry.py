@@ -218,6 +218,7 @@ def test_a_version_that_something_else_made_does_not_count(run):
     assert versions.find_version(run, "strangers", "md5") is None
 
 
+@pytest.mark.slow
 def test_a_model_with_soft_caps_is_served_as_it_was_evaluated(tmp_path):
     model_type, changes = CASES["gemma2"]
     random_model(model_type, **changes).save_pretrained(tmp_path / "whole")

@@ -124,6 +124,7 @@ Path(sys.argv[2], str(mine.rank)).write_text("".join(removal.to_json() for remov
 """
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_search_exchange_exact_numbers_and_pickle_nothing(tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     distributed.start(2, ["-c", RANK, str(Path(__file__).parent), str(tmp_path)])
