@@ -62,6 +62,8 @@ METHODS: dict[str, dict[str, Any]] = OURS | {
         "method": name,
         "candidates": next(kind for kind in ("both", "blocks") if kind in CANDIDATES_OF[name]),
         "mode": "exact",
+        "per": None,
+        "swaps": 0,
         "fill": True,
     }
     for name in BASELINES
