@@ -12,7 +12,9 @@ import torch
 from finercut.model.loading import load_whole
 from finercut.selection.greedy import search
 from finercut.sublayers import Sublayer
+from finercut.system import yaml_files
 from finercut.tokens import load_tokens
+from pipelines.params import Params
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -120,3 +122,15 @@ def test_what_is_replayed_is_what_a_search_finds(replay, compressed, monkeypatch
         assert ways[mode]["sublayer_passes"] == sum(removal.sublayer_passes for removal in found)
         assert ways[mode]["head_tokens"] == sum(removal.head_tokens for removal in found)
         assert (ways[mode]["steps"], ways[mode]["other_removals"]) == (3, 0)
+
+
+@pytest.mark.slow
+def test_every_method_of_the_quality_benchmark_goes_with_the_default_params():
+    quality = load("quality")
+    values = yaml_files.read(BENCHMARKS.parent / "params.yaml")
+    for name, method in quality.METHODS.items():
+        search_ = values["search"] | {"mode": "lazy", "removals": "auto"} | method
+        assert Params.model_validate(values | {"search": search_}).search.method == method.get("method", "greedy"), name
+    for heal in quality.HEALING.values():
+        tokens = {"tokens": 32768} if heal["method"] == "distill" else {}
+        assert Params.model_validate(values | {"heal": heal | tokens}).heal.method == heal["method"]
