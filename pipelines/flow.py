@@ -39,7 +39,7 @@ from finercut.registry.records import Check, RegisterReport
 from finercut.report.frontier import Rule
 from finercut.selection.settings import Unit
 from finercut.system.machine import prepare
-from finercut.system.processes import BOUND, GRACE_S, end_group
+from finercut.system.processes import GRACE_S, end_group, start_group
 from finercut.system.redaction import redacted
 from finercut.system.staging import exclusive
 
@@ -330,16 +330,7 @@ def run_group(
     Raises:
         subprocess.TimeoutExpired: after `timeout_s`, the group being gone.
     """
-    process = subprocess.Popen(
-        [*BOUND, *command],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    process = start_group(command, environment)
 
     def pump() -> None:
         for line in process.stdout:

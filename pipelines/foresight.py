@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from finercut.checkpoint import quantise
 from finercut.checkpoint.writing import write_all_but_weights
+from finercut.evaluation import samples
 from finercut.model import tokenizer_files
 from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
@@ -93,10 +94,7 @@ def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
             config = model.language
             sizes = {"vocab_size": config.vocab_size, "n_positions": config.max_position_embeddings}
             rehearse(model.tokenizer, tasks, **sizes)
-    if params.evaluate.samples.prompts:
-        from finercut.evaluation import samples
-
-        samples.check(params.evaluate.samples, model)
+    samples.check(params.evaluate.samples, model)
     with tempfile.TemporaryDirectory(prefix="finercut-") as folder:
         pruned = ModelDirectory(folder)
         without_weights = write_all_but_weights(model, _one_of_each(model), pruned.path, {})

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections import deque
 from pathlib import Path
@@ -39,7 +38,7 @@ from finercut.model.quantised import CONFIG_KEY
 from finercut.model.remote_code import TRUSTED_KEY
 from finercut.system import compressor
 from finercut.system.machine import interpreter
-from finercut.system.processes import BOUND, end_group
+from finercut.system.processes import end_group, start_group
 from finercut.tokens import Tokens
 
 logger = logging.getLogger("finercut")
@@ -267,16 +266,8 @@ def _run(parent: ModelDirectory, result: Path, settings: Quantised, windows: Ten
         "ignore": _ignored(settings),
         "windows": None if windows is None else str(file.absolute()),
     }
-    process = subprocess.Popen(
-        [*BOUND, interpreter(), "-m", "finercut.checkpoint.quantise_process", json.dumps(task)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=variables,
-        start_new_session=True,
-    )
+    command = [interpreter(), "-m", "finercut.checkpoint.quantise_process", json.dumps(task)]
+    process = start_group(command, variables)
     said, part = deque[str](["it said nothing"], maxlen=1), ""
     try:
         for line in process.stdout:

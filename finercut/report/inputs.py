@@ -85,7 +85,7 @@ class Inputs:
     @property
     def final_sha256(self) -> str:
         """Of the final checkpoint's weights."""
-        return (self.quantise or self.heal or self.prune).sha256
+        return _final(self.prune, self.heal, self.quantise).sha256
 
     @property
     def checks(self) -> list[Check]:
@@ -125,8 +125,15 @@ def read(folders: Sequence[Path], whose: str) -> Inputs:
         claims=prove.claims if prove else evidence.read(_found(folders, "evaluate.json").parent, whose).claims,
         steps=_steps(folders)[: prune.n_removals],
         settings=_settings(folders, whose),
-        frontier=containing(_found(folders, "frontier.json"), (quantise or heal or prune).sha256),
+        frontier=containing(_found(folders, "frontier.json"), _final(prune, heal, quantise).sha256),
     )
+
+
+def _final(
+    prune: PruneReport, heal: HealReport | None, quantise: QuantiseReport | None
+) -> PruneReport | HealReport | QuantiseReport:
+    """The report of the last step that ran."""
+    return quantise or heal or prune
 
 
 def _found(folders: Sequence[Path], name: str) -> Path | None:

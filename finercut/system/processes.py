@@ -1,4 +1,4 @@
-"""Terminates a process with all its descendants.
+"""Starts a process in a group of its own, and terminates it with all its descendants.
 
 As a script, `python -m finercut.system.processes COMMAND ...` runs a command and kills its own process group as soon as
 the process that started the script has ended. It must lead that group, and its standard input must be a pipe.
@@ -12,11 +12,29 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 
 # Before a command: it does not outlive the process that starts it.
 BOUND = (sys.executable, "-m", "finercut.system.processes")
 # Between SIGTERM and SIGKILL.
 GRACE_S = 10.0
+
+
+def start_group(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a command as the leader of a group that ends with this process, with one pipe for all it says.
+
+    Whoever calls ends it by `end_group` and closes its standard input.
+    """
+    return subprocess.Popen(
+        [*BOUND, *command],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
 
 
 def end_group(process: subprocess.Popen) -> None:
