@@ -169,5 +169,5 @@ def test_a_context_that_leaves_nothing_to_compare_is_refused(chosen, without_vll
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 17}))
     before = paths.report("fetch").read_bytes()
     with pytest.raises(ValueError, match="context of 17 tokens is too short to compare vLLM with transformers"):
-        fetch.run(chosen)
+        fetch.run(evaluating(chosen, samples=Samples(prompts=["a b"], n_tokens=1)))
     assert paths.report("fetch").read_bytes() == before
