@@ -313,10 +313,9 @@ def _routed(model_type: str) -> list[int]:
         ("falcon_h1", {}, "asks every block for its state space model"),
         (
             "llama",
-            {"quantization_config": {"quant_method": "awq"}},
-            r"quantised \(awq\): take the model it was made from.* transformers cannot dequantise it",
+            {"quantization_config": {"quant_method": "hqq"}},
+            r"quantised \(hqq\): take the model it was made from.*; fetch dequantises awq",
         ),
-        ("llama", {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ("llama", {"per_layer_config": {"1": {"intermediate_size": 8}}}, "does not read it"),
     ],
 )

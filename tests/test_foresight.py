@@ -29,9 +29,13 @@ ENGINES = {
     "long": {"max_model_len": 300},
     "three ranks": {"tensor_parallel_size": 3},
     "two stages": {"pipeline_parallel_size": 2},
+    # A block of 128 tokens of the llama's cache is 128 x 4 attentions x 2 heads x 32 x 2 (keys, values) x 4 bytes,
+    # 0.25 MiB. vLLM keeps one, 256 tokens take two, and this is 2.5; of 3 attentions it is 3.3.
+    "small cache": {"max_model_len": 256, "kv_cache_gib": 2.5 * 0.25 / 1024},
 }
 MODELS = {
     "llama": lambda: random_llama(),
+    "small heads": lambda: random_llama(num_attention_heads=8),
     "gemma2": lambda: model_for_vllm("gemma2"),
     "olmo2": lambda: model_for_vllm("olmo2"),
     "stablelm": lambda: random_model("stablelm", **WIDE),
@@ -61,15 +65,24 @@ def refused(answer: dict[str, str | None]) -> set[str]:
 
 def test_vllm_says_which_settings_it_will_not_start_with(answers):
     for name in ("llama", "llama pruned"):
-        assert refused(answers[name]) == {"long", "three ranks"}
+        assert refused(answers[name]) - {"small cache"} == {"long", "three ranks"}
         assert "max_model_len (300) is greater than the derived max_model_len" in answers[name]["long"]
         assert "(4) must be divisible by tensor parallel size (3)" in answers[name]["three ranks"]
     for name in ("gemma2", "gemma2 pruned"):
         assert "does not support float16" in answers[name]["float16"]
 
 
+def test_a_sequence_that_does_not_fit_the_cache_is_found(answers):
+    assert answers["llama"]["small cache"] == (
+        "a sequence of max_model_len 256 takes 0.000488 GiB of KV cache, and kv_cache_gib 0.00061 holds 128 tokens: "
+        "set one higher or the other lower"
+    )
+    assert answers["llama pruned"]["small cache"] is None
+
+
 def test_vllm_says_which_models_it_will_not_serve(answers):
-    assert refused(answers["stablelm pruned"]) == refused(answers["stablelm"])
+    assert answers["small heads"]["plain"].startswith("CPU_ATTN has no kernel for heads of size 16, only for those of")
+    assert refused(answers["stablelm pruned"]) == refused(answers["stablelm"]) - {"small cache"}
     assert answers["olmo2"]["two stages"] is None
     assert "use tensor_parallel_size" in answers["olmo2 pruned"]["two stages"]
     assert answers["helium"]["plain"] is None

@@ -266,19 +266,15 @@ def check_supported(config: Any, *, dequantised: bool = False) -> None:
 
 
 def _check_quantised(config: Any, kind: str, dequantised: bool) -> None:
-    from finercut.model.quantised import can_dequantise, method_of
+    from finercut.model.quantised import check_dequantisable, method_of
 
-    method = method_of(config)
-    if not can_dequantise(method):
-        raise ValueError(
-            f"{kind} that is quantised ({method}): take the model it was made from, and quantise after pruning; "
-            "transformers cannot dequantise it"
-        )
+    refused = f"{kind} that is quantised ({method_of(config)}): take the model it was made from"
+    try:
+        check_dequantisable(config)
+    except ValueError as error:
+        raise ValueError(f"{refused}, and quantise after pruning; {error}") from error
     if not dequantised:
-        raise ValueError(
-            f"{kind} that is quantised ({method}): take the model it was made from, or write dequantise: true into "
-            "fetch.source to have its weights as bfloat16"
-        )
+        raise ValueError(f"{refused}, or write dequantise: true into fetch.source to have its weights as bfloat16")
 
 
 def auto_class(config: Any) -> Any:

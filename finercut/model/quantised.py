@@ -1,4 +1,4 @@
-"""Quantised models: which ones transformers can dequantise, and their weights as bfloat16."""
+"""Quantised models: which ones can be dequantised, and their weights as bfloat16."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from finercut.model import packed
 from finercut.model.configs import read_object, write_object
 from finercut.model.directory import ModelDirectory, one_line_errors
 from finercut.model.families import auto_class
@@ -21,62 +22,94 @@ from finercut.model.tensors import INDEX, safetensors_files
 
 CONFIG_KEY = "quantization_config"
 """Of config.json."""
+# The one is in no config; the other is dequantised on Apple's GPUs.
+_NOT_HERE = {"gguf", "metal"}
 
 
 def method_of(config: PreTrainedConfig) -> str | None:
-    """How the weights are quantised, by transformers' name; None if they are not."""
-    quantisation: Any = getattr(config, "quantization_config", None)
+    """How the weights are quantised, by transformers' name or the config's own; None if they are not."""
+    quantisation: Any = getattr(config, CONFIG_KEY, None)
     if not quantisation:
         return None
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+    if not isinstance(quantisation, dict):
+        method = getattr(quantisation, "quant_method", quantisation)
+    elif quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit"):
+        method = "bitsandbytes"
+    else:
+        method = quantisation.get("quant_method", "by a method that its config does not name")
     return str(getattr(method, "value", method))
 
 
-def can_dequantise(method: str) -> bool:
-    """Whether transformers dequantises weights of that kind while it loads them."""
-    settings = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-    return settings is not None and "dequantize" in inspect.signature(settings).parameters
+def methods() -> list[str]:
+    """That `dequantise` takes: those that transformers dequantises while it loads weights, and those unpacked here."""
+    while_loading = {
+        method
+        for method, settings in AUTO_QUANTIZATION_CONFIG_MAPPING.items()
+        if "dequantize" in inspect.signature(settings).parameters
+    }
+    return sorted(while_loading - _NOT_HERE | set(packed.METHODS))
+
+
+def check_dequantisable(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: the weights are quantised in a way that cannot be undone here; says which ways can.
+    """
+    method = method_of(config)
+    if method not in methods():
+        raise ValueError(f"fetch dequantises {', '.join(methods())}")
+    if method in packed.METHODS:
+        packed.check_format(method, config.quantization_config)
 
 
 def dequantise(directory: Path) -> None:
-    """Replace the weights of a quantised model by what they stand for, in bfloat16. The model is in memory meanwhile.
+    """Replace the weights of a quantised model by what they stand for, in bfloat16.
 
     Raises:
         ValueError: they cannot be read, or do not fit the config.
     """
     model = ModelDirectory(directory)
-    _check_scales(model)
-    if block := model.settings["quantization_config"].get("weight_block_size"):
-        _complete_grids(model, block)
-    old, config = safetensors_files(directory), model.config
     with one_line_errors(f"the quantised weights in {directory} cannot be read"):
-        config.quantization_config["dequantize"] = True
-        loaded, info = auto_class(config).from_pretrained(
-            directory,
-            config=config,
-            dtype=torch.bfloat16,
-            local_files_only=True,
-            trust_remote_code=model.trusted,
-            output_loading_info=True,
-        )
-        if wrong := sorted(name for kind in ("missing_keys", "unexpected_keys") for name in info[kind]):
-            raise ValueError(f"{wrong[0]} is missing, or not expected ({len(wrong)} so)")
-        # One that was loaded would be saved as it was stored.
-        with torch.device("meta"):
-            plain = type(loaded)(loaded.config)
-        names = plain.state_dict().keys()
-        plain.load_state_dict({n: t for n, t in loaded.state_dict().items() if n in names}, assign=True)
-        plain.save_pretrained(directory / "dequantised")
+        if (method := method_of(model.config)) in packed.METHODS:
+            packed.unpack(model, method)
+        else:
+            _load_dequantised(model)
+    settings = read_object(directory / "config.json")
+    dropped = (CONFIG_KEY, "torch_dtype")
+    kept = {name: value for name, value in settings.items() if name not in dropped}
+    write_object(directory / "config.json", kept | {"dtype": "bfloat16"})
+
+
+def _load_dequantised(model: ModelDirectory) -> None:
+    """By transformers; the model is in memory meanwhile."""
+    _check_scales(model)
+    if block := model.settings[CONFIG_KEY].get("weight_block_size"):
+        _complete_grids(model, block)
+    directory, config = model.path, model.config
+    old = safetensors_files(directory)
+    config.quantization_config["dequantize"] = True
+    loaded, info = auto_class(config).from_pretrained(
+        directory,
+        config=config,
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        trust_remote_code=model.trusted,
+        output_loading_info=True,
+    )
+    if wrong := sorted(name for kind in ("missing_keys", "unexpected_keys") for name in info[kind]):
+        raise ValueError(f"{wrong[0]} is missing, or not expected ({len(wrong)} so)")
+    # One that was loaded would be saved as it was stored.
+    with torch.device("meta"):
+        plain = type(loaded)(loaded.config)
+    names = plain.state_dict().keys()
+    plain.load_state_dict({n: t for n, t in loaded.state_dict().items() if n in names}, assign=True)
+    plain.save_pretrained(directory / "dequantised")
     # No file is written in place: those of a cache are links to it.
     for file in (*old, directory / INDEX):
         file.unlink(missing_ok=True)
     for file in (directory / "dequantised").glob("model*.safetensors*"):
         file.rename(directory / file.name)
     shutil.rmtree(directory / "dequantised")
-    settings = read_object(directory / "config.json")
-    dropped = ("quantization_config", "torch_dtype")
-    kept = {name: value for name, value in settings.items() if name not in dropped}
-    write_object(directory / "config.json", kept | {"dtype": "bfloat16"})
 
 
 def make_plain(model: PreTrainedModel) -> None:
@@ -121,7 +154,7 @@ def _check_scales(model: ModelDirectory) -> None:
     scaled = {name.rpartition(".")[0] for name in model.tensors if "scale" in name}
     for name, stored in model.tensors.items():
         if stored.dtype.startswith("F8") and "scale" not in name and name.rpartition(".")[0] not in scaled:
-            raise ValueError(f"the quantised weights in {model} are not complete: {name} has no scale")
+            raise ValueError(f"{name} has no scale")
 
 
 def _complete_grids(model: ModelDirectory, block: Sequence[int]) -> None:

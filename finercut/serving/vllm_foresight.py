@@ -71,12 +71,55 @@ def _refusal(directory: str, settings: EngineSettings) -> str | None:
             torch.device("meta"),
         ):
             initialize_model(config)
+            _check_attention(config, settings)
     except Exception as error:
         # vLLM refuses by errors of every class, also by assertions.
         said = _one_line(error)
         # What cannot be made without memory may be made with it.
         return None if " meta " in f" {said} " else said
     return None
+
+
+def _check_attention(config: Any, settings: EngineSettings) -> None:
+    """What an engine finds out after it has loaded all weights.
+
+    Args:
+        config: vLLM's, with which a model was made.
+
+    Raises:
+        ValueError: vLLM has no kernel for the heads, or a sequence does not fit the KV cache.
+    """
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.platforms import current_platform
+    from vllm.v1.core.kv_cache_utils import estimate_max_model_len, is_kv_cache_spec_uniform, max_memory_usage_bytes
+
+    current_platform.update_block_size_for_backend(config)
+    caches = {}
+    for name, layer in get_layers_from_vllm_config(config, AttentionLayerBase).items():
+        if isinstance(layer, Attention):
+            if layer.kv_sharing_target_layer_name is not None:
+                continue
+            backend = layer.get_attn_backend()
+            if not backend.supports_head_size(layer.head_size):
+                raise ValueError(
+                    f"{backend.get_name()} has no kernel for heads of size {layer.head_size}, only for those of "
+                    f"{', '.join(map(str, backend.get_supported_head_sizes()))}"
+                )
+        if cache := layer.get_kv_cache_spec(config):
+            caches[name] = cache
+    # Here is one rank of them all.
+    n_bytes = int(settings.kv_cache_gib * 2**30) * settings.tensor_parallel_size * settings.pipeline_parallel_size
+    if is_kv_cache_spec_uniform(caches):
+        # vLLM keeps a block of tokens for itself.
+        n_bytes -= sum(cache.page_size_bytes for cache in caches.values())
+    if (needed := max_memory_usage_bytes(config, caches.values())) > n_bytes:
+        raise ValueError(
+            f"a sequence of max_model_len {settings.max_model_len} takes {needed / 2**30:.3g} GiB of KV cache, and "
+            f"kv_cache_gib {settings.kv_cache_gib:.3g} holds {max(estimate_max_model_len(config, caches, n_bytes), 0)} "
+            "tokens: set one higher or the other lower"
+        )
 
 
 # Of a matrix that is multiplied to see whether vLLM does; divided by every group size that models take.

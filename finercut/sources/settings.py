@@ -54,7 +54,8 @@ class HubModel(Section):
     revision: str
     """Commit, branch or tag; the commit it stood for is recorded."""
     dequantise: bool = False
-    """Take weights that are quantised (FP8, MXFP4, compressed-tensors) as bfloat16; they are refused otherwise."""
+    """Take weights that are quantised (FP8, MXFP4, compressed-tensors, GPTQ, AWQ, bitsandbytes) as bfloat16; they are
+    refused otherwise."""
     trust_remote_code: str | None = None
     """For models with Python code of their own, which is then run on this machine: `owner/name@commit`, the repository
     and revision whose code somebody has read and trusts."""
@@ -78,7 +79,8 @@ class LocalModel(Section):
     kind: Literal["local"]
     path: File
     dequantise: bool = False
-    """Take weights that are quantised (FP8, MXFP4, compressed-tensors) as bfloat16; they are refused otherwise."""
+    """Take weights that are quantised (FP8, MXFP4, compressed-tensors, GPTQ, AWQ, bitsandbytes) as bfloat16; they are
+    refused otherwise."""
     trust_remote_code: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """For models with Python code of their own, which is then run on this machine: the sha256 of the Python files that
     somebody has read and trusts, as `finercut fetch` names it when it refuses them."""
