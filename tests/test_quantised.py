@@ -221,7 +221,7 @@ def make(tmp_path, tokenizer):
             part = {name: stored[name].contiguous() for name in names}
             save_file(part, directory / f"model-{number}.safetensors", {"format": "pt"})
         weight_map = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(stored)}
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
         return directory, weights
@@ -274,7 +274,7 @@ def test_a_packed_matrix_whose_parts_are_not_all_there_is_refused(make, tmp_path
     (tmp_path / "fetched").mkdir()
     for file in safetensors_files(directory):
         save_file({n: t for n, t in load_file(file).items() if "scales" not in n}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"the quantised weights in .* proj.scales is missing"):
+    with pytest.raises(ValueError, match=r"the quantised weights in .*proj.scales is missing"):
         fetch_model(LocalModel(kind="local", path=directory, dequantise=True), tmp_path / "fetched", tmp_path / "work")
 
 
