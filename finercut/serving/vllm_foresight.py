@@ -95,20 +95,23 @@ def _check_attention(config: Any, settings: EngineSettings) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.core.kv_cache_utils import estimate_max_model_len, is_kv_cache_spec_uniform, max_memory_usage_bytes
 
+    layers = get_layers_from_vllm_config(config, AttentionLayerBase)
+    attentions = {name: layer for name, layer in layers.items() if isinstance(layer, Attention)}
+    for layer in attentions.values():
+        backend = layer.get_attn_backend()
+        if not backend.supports_head_size(layer.head_size):
+            raise ValueError(
+                f"{backend.get_name()} has no kernel for heads of size {layer.head_size}, only for those of "
+                f"{', '.join(map(str, backend.get_supported_head_sizes()))}"
+            )
+    if len(attentions) < len(layers):
+        return  # recurrent states and latent attention, whose caches only an engine lays out
     current_platform.update_block_size_for_backend(config)
-    caches = {}
-    for name, layer in get_layers_from_vllm_config(config, AttentionLayerBase).items():
-        if isinstance(layer, Attention):
-            if layer.kv_sharing_target_layer_name is not None:
-                continue
-            backend = layer.get_attn_backend()
-            if not backend.supports_head_size(layer.head_size):
-                raise ValueError(
-                    f"{backend.get_name()} has no kernel for heads of size {layer.head_size}, only for those of "
-                    f"{', '.join(map(str, backend.get_supported_head_sizes()))}"
-                )
-        if cache := layer.get_kv_cache_spec(config):
-            caches[name] = cache
+    caches = {
+        name: cache
+        for name, layer in attentions.items()
+        if layer.kv_sharing_target_layer_name is None and (cache := layer.get_kv_cache_spec(config))
+    }
     # Here is one rank of them all.
     n_bytes = int(settings.kv_cache_gib * 2**30) * settings.tensor_parallel_size * settings.pipeline_parallel_size
     if is_kv_cache_spec_uniform(caches):
