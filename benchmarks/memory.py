@@ -1,11 +1,11 @@
-"""Whether stages finish a model larger than the memory they may take: fetch, search, prune, the proof, evaluation.
+"""Whether stages finish a model larger than the memory they may take: pruning, the proof, evaluation.
 
     python benchmarks/memory.py [--device cuda] [--limit-mib 256] [--times 4] [--blocks 48]
 
-A random Llama of `--times` the limit, in bfloat16, in a temporary directory. `fetch` is what checks a model there, the
-search one removal from the last blocks. Each stage works in a process of its own that the system gives no more memory
-than the limit beyond what it has after its imports; pages of files do not count, which the system drops as it needs. On
-a GPU the limit is of the memory for weights there. The last line is one JSON document.
+A random Llama of `--times` the limit, in bfloat16, in a temporary directory. Each stage works in a process of its own
+that the system gives no more memory than the limit beyond what it has after its imports; pages of files do not count,
+which the system drops as it needs. On a GPU the limit is of the memory for weights there. The last line is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from typing import Any
 import torch
 import transformers
 from streaming import _peak_bytes
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import finercut
 from finercut.checkpoint.parity import check_parity
 from finercut.evaluation.harness import fit
-from finercut.model.checks import check_model
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_on
 from finercut.model.tensors import weights_bytes
@@ -39,8 +37,6 @@ from finercut.model.tensors import weights_bytes
 # Of the limit, what may hold weights; the rest is for activations, logits and what is read from files.
 FOR_WEIGHTS = 0.6
 HIDDEN, VOCABULARY, TOKENS = 512, 512, 32
-SEARCHED = 4
-"""Blocks, the last ones: a search through all takes longer, not more memory."""
 
 
 class Words:
@@ -91,22 +87,10 @@ def _write_model(directory: Path, arguments: argparse.Namespace) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory, max_shard_size="200MB")
-    words = models.WordLevel({"?": 0, "finercut": 1}, unk_token="?")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(directory)
 
 
 def _tokens() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))
-
-
-def _fetch(directory: Path, arguments: argparse.Namespace) -> None:
-    check_model(ModelDirectory(directory / "whole"))
-
-
-def _search(directory: Path, arguments: argparse.Namespace) -> None:
-    model = load_on(directory / "whole", torch.bfloat16, arguments.device, _weights_gib(arguments))
-    front = [f"{block}.block" for block in range(arguments.blocks - SEARCHED)]
-    next(finercut.search(model, *_tokens().split(1), n_removals=1, mode="lazy", protect=front))
 
 
 def _prune(directory: Path, arguments: argparse.Namespace) -> None:
@@ -125,8 +109,6 @@ def _evaluate(directory: Path, arguments: argparse.Namespace) -> None:
 
 
 STAGES: dict[str, Callable[[Path, argparse.Namespace], None]] = {
-    "fetch": _fetch,
-    "search": _search,
     "prune": _prune,
     "prove": _prove,
     "evaluate": _evaluate,
