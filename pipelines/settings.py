@@ -149,7 +149,7 @@ def check_budgets(amounts: Sequence[float], unit: str) -> None:
         try:
             Budget.model_validate(budget)
         except ValidationError as error:
-            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            said = " or ".join(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in error.errors()))
             raise ValueError(f"budget {budget['amount']:g} {unit}: {said}") from error
     # What goes together with a unit goes with every amount.
     changes = {f"prune.budget.{name}": value for name, value in budgets[0].items()}
