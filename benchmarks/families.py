@@ -11,6 +11,7 @@ Each type runs in a process of its own, forked from this one. Types with a row i
 
 from __future__ import annotations
 
+import inspect
 import json
 import multiprocessing
 import resource
@@ -20,6 +21,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib import import_module
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from finercut.checkpoint.writing import write_pruned
+from finercut.model.caches import forward
 from finercut.model.checks import check_sizes
 from finercut.model.directory import quiet
 from finercut.model.families import FAMILIES, auto_class, check_supported, fixed_sublayers, layout_of
@@ -56,19 +59,20 @@ SMALL: dict[str, Any] = {
     "tie_word_embeddings": False,
     # Widths.
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "dim", "out_hidden_size"), 64),
-    **dict.fromkeys(("embed_dim", "projection_dim", "vision_output_dim", "encoder_hidden_size"), 64),
-    "word_embed_proj_dim": 64,
+    **dict.fromkeys(("embed_dim", "projection_dim", "vision_output_dim", "encoder_hidden_size", "output_dim"), 64),
+    **dict.fromkeys(("word_embed_proj_dim", "text_hidden_size", "projector_hidden_size"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 32),
     **dict.fromkeys(("intermediate_size_mlp", "expert_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank", "mamba_dt_rank", "time_step_rank"), 8),
-    **dict.fromkeys(("index_head_dim", "qk_nope_head_dim", "index_topk"), 8),
+    **dict.fromkeys(("rotary_dim", "qk_nope_head_dim", "index_topk"), 8),
     **dict.fromkeys(
         ("head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank", "kv_lora_rank", "global_head_dim"), 16
     ),
+    "index_head_dim": 32,
     # Depths and heads.
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth"), N_BLOCKS),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "index_n_heads", "num_kv_shared_layers"), 2),
     # Mixtures of experts.
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -79,21 +83,39 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 16),
     **dict.fromkeys(("mamba_n_groups", "mamba_ngroups", "n_groups"), 1),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 8),
-    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size"), 4),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size", "index_kpool"), 4),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
     "mamba_d_ssm": 128,
-    "linear_num_value_heads": 4,
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
     "linear_num_key_heads": 2,
 }
+_INDEXER = dict.fromkeys(("indexer_n_heads", "indexer_compress_ratio"), 4)
+_INDEXER |= {"indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
+_ROPE_BY_TYPE = {"rope_parameters": {"full_attention": {"rope_theta": 1e4, "mrope_section": [3, 3, 2]}}}
+_IMAGE_TOKEN = {"vocabulary_map": {"<image>": 399}}
 # By type: what its default config lacks, or has otherwise than models that people use.
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": list(range(1, N_BLOCKS, 2))},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "chameleon": _IMAGE_TOKEN,
+    "cohere_compass": {"text_config": _ROPE_BY_TYPE},
+    "cohere_compass_text": _ROPE_BY_TYPE,
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": _IMAGE_TOKEN,
     "gpt_neo": {"attention_types": [[["global", "local"], N_BLOCKS // 2]]},
+    "granite4_vision": {"text_config": {"model_type": "granite4_vision_text"}, "deepstack_layer_map": [[-2, 0]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * (N_BLOCKS // 2)},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (N_BLOCKS // 2)},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "step3p7": {"text_config": {"sliding_window": 16}},
 }
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Lists with an entry a block.
@@ -112,16 +134,19 @@ class Outcome:
 def tiny(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of a small model of the same type."""
     settings: dict[str, Any] = {}
+    usual = type(config)().to_dict()
     for name, value in config.to_dict().items():
         own = config.__dict__.get(name)
         if isinstance(own, PreTrainedConfig):
             settings[name] = {"model_type": own.model_type, **tiny(own)}
         elif name == "head_dim" and hasattr(config, "qk_rope_head_dim"):
             continue  # which it is made from
+        elif name == "num_key_value_heads" and hasattr(config, "kv_lora_rank"):
+            settings[name] = SMALL["num_attention_heads"]  # latent attention has as many
         elif name in SMALL and isinstance(value, int) and (value > SMALL[name] or isinstance(value, bool)):
             settings[name] = SMALL[name]
-        elif isinstance(value, dict) and "mrope_section" in value:
-            settings[name] = value | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}
+        elif name == "rope_parameters" and isinstance(value, dict) and "rope_theta" in value and has_sections(config):
+            settings[name] = value | {"mrope_section": [3, 3, 2], "partial_rotary_factor": 1.0}
         elif name.endswith("layer_types") or name in PER_BLOCK:
             if isinstance(value, list) and value and not name.startswith("mtp"):
                 settings[name] = varied(value)
@@ -129,7 +154,21 @@ def tiny(config: PreTrainedConfig) -> dict[str, Any]:
             settings[name] = SPECIAL_TOKENS.index(name)
         elif name.endswith("token_id") and isinstance(value, int) and value >= 300:
             settings[name] = 300 + len(name)
+        elif value != usual.get(name):
+            settings[name] = value  # which the config around it asks for
     return settings
+
+
+def has_sections(config: PreTrainedConfig) -> bool:
+    """Whether its rotary embeddings are of three dimensions, whose sections must sum to half a head."""
+    code = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    return "mrope_section" in inspect.getsource(code)
+
+
+def merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with `more` in them, config by config."""
+    inner = {k: merged(settings[k], v) for k, v in more.items() if isinstance(v, dict) and k in settings}
+    return settings | more | inner
 
 
 def varied(sorts: list[Any]) -> list[Any]:
@@ -144,7 +183,7 @@ def random_model(model_type: str) -> Any:
         ValueError: it is not tiny.
     """
     config_class = CONFIG_MAPPING[model_type]
-    config = config_class(**tiny(config_class()) | MORE.get(model_type, {}))
+    config = config_class(**merged(tiny(config_class()), MORE.get(model_type, {})))
     auto = auto_class(config)
     with torch.device("meta"):
         n_parameters = sum(p.numel() for p in auto.from_config(config).parameters())
@@ -177,8 +216,8 @@ def largest_difference(whole: Any, pruned: Any, tokens: Tensor, removed: Any) ->
 
 
 def _in_parts(model: Any, tokens: Tensor) -> Tensor:
-    first = model(tokens[:, :-4], use_cache=True)
-    second = model(tokens[:, -4:], past_key_values=first.past_key_values, use_cache=True)
+    first, cache = forward(model, tokens[:, :-4])
+    second, _ = forward(model, tokens[:, -4:], cache)
     return torch.cat([first.logits, second.logits], 1)
 
 
@@ -186,11 +225,14 @@ def attempt(model_type: str) -> Outcome:
     """What comes of one type."""
     try:
         config = CONFIG_MAPPING[model_type]()
+    except Exception as error:
+        return Outcome("not tried", f"no default config: {_line(error)}")
+    try:
         check_supported(config)
         check_sizes(config.get_text_config())
     except ValueError as error:
         return Outcome("refused", _line(error))
-    # Whatever else a config or a model raises is about the tiny one: the type was not tried.
+    # Whatever a tiny config or its model raises is about the tiny one: the type was not tried.
     try:
         made = random_model(model_type)
         tokens = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -208,9 +250,9 @@ def attempt(model_type: str) -> Outcome:
             (directory / "pruned").mkdir()
             write_pruned(directory / "whole", removed, directory / "pruned", {}, "")
             pruned = load_pruned(directory / "pruned", torch.float32)
+            largest = largest_difference(whole, pruned, tokens, removed)
         except ValueError as error:
             return Outcome("refused", _line(error))
-        largest = largest_difference(whole, pruned, tokens, removed)
     inside = "" if language is whole.config else f", {language.model_type} inside"
     return Outcome(
         "works" if largest <= TOLERANCE else "wrong",

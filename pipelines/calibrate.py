@@ -49,10 +49,9 @@ def run(params: Params) -> CalibrateReport:
     settings = params.calibrate
     model = ModelDirectory(paths.MODEL).written_by("fetch")
     config = model.language
-    if settings.n_tokens > config.max_position_embeddings:
+    if settings.n_tokens > model.context:
         raise ValueError(
-            f"calibrate.n_tokens = {settings.n_tokens} is more than the model's context of "
-            f"{config.max_position_embeddings} tokens"
+            f"calibrate.n_tokens = {settings.n_tokens} is more than the model's context of {model.context} tokens"
         )
     tokenizer = model.tokenizer
     _check_tokenizer(len(tokenizer), config.vocab_size)

@@ -83,7 +83,7 @@ def run(params: Params, file_format: int | None = None) -> FetchReport:
             weights_bytes=model.weights_bytes,
             dtype=model.dtype,
             vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=model.context,
         )
         # Remove the stale report first, so that a crash cannot leave it beside the new model.
         paths.report("fetch").unlink(missing_ok=True)

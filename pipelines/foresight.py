@@ -91,8 +91,7 @@ def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
         except RuntimeError as error:
             found.append(f"evaluate: {error}")
         else:
-            config = model.language
-            sizes = {"vocab_size": config.vocab_size, "n_positions": config.max_position_embeddings}
+            sizes = {"vocab_size": model.language.vocab_size, "n_positions": model.context}
             rehearse(model.tokenizer, tasks, **sizes)
     samples.check(params.evaluate.samples, model)
     with tempfile.TemporaryDirectory(prefix="finercut-") as folder:

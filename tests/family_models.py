@@ -176,6 +176,19 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_dt_rank": 4,
         },
     ),
+    # A block is one state space model, without an MLP.
+    "mamba": ("mamba", {"state_size": 8, "conv_kernel": 3, "use_associative_scan": False}),
+    # An attention and a state space model in parallel.
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **_SSM,
+            "mamba_d_ssm": 128,
+            "attention_in_multiplier": 0.5,
+            "ssm_out_multiplier": 0.7,
+            "ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9],
+        },
+    ),
     "olmo_hybrid": ("olmo_hybrid", {**_MIXERS, **_DELTA, "linear_num_key_heads": 4}),
     "nemotron_h": (
         "nemotron_h",
@@ -220,8 +233,10 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-# Multi-head latent attention with dense and sparse MLPs; blocks with and without experts and positions in turn.
+# Sublayers that add to the stream by themselves; multi-head latent attention with dense and sparse MLPs; blocks with
+# and without experts and positions in turn.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {}),
     "deepseek_v3": (
         "deepseek_v3",
         {
@@ -305,7 +320,10 @@ _COMMON: dict[str, Any] = {
 
 
 # Families that call the width of their MLP something else, or have as many key and value heads as query heads.
-_OTHERS = {"intermediate_size": ("falcon", "gpt2", "opt"), "num_key_value_heads": ("falcon", "gpt2", "gpt_neox", "opt")}
+_OTHERS = {
+    "intermediate_size": ("bloom", "falcon", "gpt2", "mamba", "opt"),
+    "num_key_value_heads": ("bloom", "falcon", "gpt2", "gpt_neox", "opt"),
+}
 
 
 def settings(model_type: str, **changes: Any) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache, pipeline
 
 from finercut.checkpoint.writing import write_pruned
+from finercut.model.checks import check_sizes
+from finercut.model.configs import NO_LIMIT, context_of
 from finercut.model.families import FAMILIES, LAYOUT_KEY, Layout, check_supported, layout_of
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
@@ -310,7 +312,6 @@ def _routed(model_type: str) -> list[int]:
     ("model_type", "changes", "message"),
     [
         ("bart", {}, "an encoder and a decoder"),
-        ("falcon_h1", {}, "asks every block for its state space model"),
         (
             "llama",
             {"quantization_config": {"quant_method": "hqq"}},
@@ -325,6 +326,22 @@ def test_what_cannot_be_pruned_is_refused_with_the_reason(model_type, changes, m
         check_supported(config)
     with pytest.raises(ValueError, match=f"cannot prune a {model_type} model"):
         layout_of(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "context"),
+    [
+        ("gpt2", {"n_positions": 77}, 77),
+        ("mpt", {"max_seq_len": 77}, 77),
+        ("bloom", {"seq_length": 77}, 77),
+        ("bloom", {}, NO_LIMIT),
+        ("finercut_mamba", {}, NO_LIMIT),
+    ],
+)
+def test_a_model_whose_config_has_no_context_reads_whatever_it_is_given(model_type, changes, context):
+    config = AutoConfig.for_model(model_type, **changes)
+    assert context_of(config) == context
+    check_sizes(config)
 
 
 def test_a_layout_written_by_hand_is_taken_and_a_wrong_one_refused():

@@ -7,13 +7,16 @@ import torch
 from family_models import HYBRIDS, OTHERS, SHARED, random_model, run_without_finercut
 
 from finercut.checkpoint.writing import write_pruned
-from finercut.model.costs import costs_of
+from finercut.model.caches import forward
+from finercut.model.costs import costs_of, costs_of_config
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import LAYOUT_KEY, Branch, fixed_sublayers, is_declared, layout_of
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
 from finercut.model.probe import find_layout
 from finercut.selection.greedy import search
+from finercut.selection.selection import allowance
+from finercut.selection.settings import Budget
 from finercut.sublayers import Sublayer
 
 TOLERANCE = 2e-5  # of logits whose spread is about 1
@@ -53,8 +56,7 @@ def in_steps(model, tokens):
     """Logits of tokens that a cache is given bit by bit."""
     cache, parts = None, []
     for step in tokens.split(STEPS, 1):
-        output = model(step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output, cache = forward(model, step, cache)
         parts.append(output.logits)
     return torch.cat(parts, 1)
 
@@ -113,6 +115,16 @@ def costs_of_noted(whole, source):
     if (layout := getattr(whole.config, LAYOUT_KEY, None)) is not None:
         setattr(source.config, LAYOUT_KEY, layout)
     return costs_of(source)
+
+
+def test_a_model_without_keys_has_no_kv_cache_to_save():
+    model_type, changes = HYBRIDS["mamba"]
+    model = random_model(model_type, **changes)
+    setattr(model.config, LAYOUT_KEY, find_layout(model).to_dict())
+    costs = costs_of_config(model.config)
+    assert costs.shares([Sublayer(0, "attention")])["kv_cache"] == 0
+    with pytest.raises(ValueError, match="prune.budget in kv_cache: this model has no kv_cache at all"):
+        allowance(Budget(unit="kv_cache", amount=0.5), costs)
 
 
 def test_the_probe_finds_every_mixer():

@@ -46,8 +46,7 @@ def test_the_model_is_as_it_was(tokens):
 @pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
-        ("bloom", {}, "runs for the attention and for the MLP"),
-        ("mpt", {}, "block 0 without attn and ffn does not hand on"),
+        ("bert", {}, "runs for the attention and for the MLP"),
         ("gpt_neo", {"num_layers": 4, "attention_types": [[["global"], 4]]}, "attn has no layer_idx"),
         ("openai-gpt", {}, "0 of a block's modules let tokens see each other"),
         ("gpt_neox_japanese", {}, "block 3 less its attention is not the block with that masked"),
@@ -58,6 +57,14 @@ def test_what_is_no_pair_of_residual_sublayers_is_refused_with_what_was_found(mo
         find_layout(random_model(model_type, **changes))
     assert "Found blocks at" in str(caught.value)
     assert "'finercut_layout'" in str(caught.value)
+
+
+def test_a_core_may_add_to_the_stream_by_itself():
+    layout = find_layout(random_model("bloom"))
+    assert (layout.attention, layout.mlp) == (
+        Branch("self_attention", before=("input_layernorm",), n_outputs=2, stream=1),
+        Branch("mlp", before=("post_attention_layernorm",), n_outputs=1, stream=1),
+    )
 
 
 @pytest.fixture
@@ -84,6 +91,13 @@ def test_code_of_a_models_own_is_found_and_searched_but_not_written(own, tokens)
     assert removal.values == pytest.approx(expected, rel=1e-3)
     with pytest.raises(ValueError, match="cannot write a pruned own model: its code is not transformers'"):
         base_architecture(own.config)
+
+
+def test_blocks_that_do_not_add_to_a_stream_are_refused(own):
+    for block in own.tower:
+        block.forward = lambda x, cache=None, b=block: (b.narrow(b.widen(b.look(x=x, cache=cache) + 1)), None)
+    with pytest.raises(ValueError, match="block 0 without look and narrow does not hand on what it is given"):
+        find_layout(own)
 
 
 def test_an_attention_that_does_more_with_its_number_than_caching_is_refused(own):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import random_llama
+from family_models import random_model
 from transformers import GPT2Config, GPT2LMHeadModel, Olmo2Config, Olmo2ForCausalLM
 
 from finercut.evaluation.redundancy import redundancy
+from finercut.model.families import LAYOUT_KEY
+from finercut.model.probe import find_layout
 
 
 @pytest.fixture
@@ -81,3 +84,20 @@ def test_fused_projections_and_norms_after_the_sublayer_are_read_too(other, toke
         # what heads write adds up to what the attention writes, at least
         assert not figures.heads or sum(figures.heads) >= 0.99 * figures.contribution
     assert [len(figures.heads) for figures in found] == [4, 0, 4, 0]
+
+
+@torch.no_grad()
+def test_a_core_that_adds_to_the_stream_by_itself_contributes_what_it_adds(tokens):
+    model = random_model("bloom")
+    setattr(model.config, LAYOUT_KEY, find_layout(model).to_dict())
+    block, caught = model.transformer.h[2], []
+    hooks = [
+        block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: caught.append(args[0])),
+        block.mlp.dense_4h_to_h.register_forward_hook(lambda _, args, output: caught.append(output)),
+    ]
+    model(tokens[:2])
+    for hook in hooks:
+        hook.remove()
+    stream, added = caught
+    figures = next(f for f in redundancy(model, tokens[:2], 1) if f.sublayer == "2.mlp")
+    assert figures.contribution == pytest.approx((added.norm(dim=-1) / stream.norm(dim=-1)).mean().item(), rel=1e-4)

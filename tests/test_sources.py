@@ -165,9 +165,9 @@ def config(**changes):
         ),
         (config(model_type="vit"), ValueError, "is a vit model"),
         (
-            lambda d: (d / "config.json").write_text('{"model_type": "mamba"}'),
+            lambda d: (d / "config.json").write_text('{"model_type": "blt"}'),
             ValueError,
-            "the config of this mamba model gives no max_position_embeddings",
+            "the config of this blt model gives no num_hidden_layers",
         ),
         (
             config(quantization_config={"quant_method": "gptq"}),

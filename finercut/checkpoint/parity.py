@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from finercut.checkpoint.records import ParityReport
+from finercut.model.caches import forward
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load
 from finercut.model.masking import masked
@@ -67,11 +68,11 @@ def check_parity(
 def _logits(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, Tensor]:
     """(samples, tokens, vocab) on the CPU, of one forward and of a prompt continued token by token with a KV cache."""
     uncached = torch.cat([model(window[None], use_cache=False).logits.cpu() for window in windows])
-    output = model(windows[:, :N_PROMPT_TOKENS], use_cache=True)
+    output, cache = forward(model, windows[:, :N_PROMPT_TOKENS])
     cached = [output.logits.cpu()]
     for position in range(N_PROMPT_TOKENS, min(N_CACHED_TOKENS, windows.shape[1])):
         token = windows[:, position : position + 1]
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output, cache = forward(model, token, cache)
         cached.append(output.logits.cpu())
     return uncached, torch.cat(cached, dim=1)
 

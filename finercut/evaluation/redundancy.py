@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class _Watch:
         watch(getattr(block, branch.members[0]).register_forward_pre_hook(self._begin, with_kwargs=True))
         for path in branch.paths:
             last = getattr(block, path.after[-1] if path.after else path.core)
-            watch(last.register_forward_hook(self._add))
+            watch(last.register_forward_hook(partial(self._add, path.stream is not None)))
         for member in dict.fromkeys(branch.members):
             for module in _matrices(getattr(block, member)):
                 self.peaks[module] = _Mean()
@@ -117,10 +118,10 @@ class _Watch:
         stream = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
         self._stream, self._added, self._shares = _rows(stream), None, None
 
-    def _add(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _add(self, adds_itself: bool, module: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         if output.shape[-1] == self._stream.shape[-1] and output.is_floating_point():
-            added = _rows(output)
+            added = _rows(output) - self._stream if adds_itself else _rows(output)
             self._added = added if self._added is None else self._added + added
 
     def _see(self, module: nn.Module, args: tuple) -> None:

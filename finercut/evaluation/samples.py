@@ -19,7 +19,7 @@ def check(settings: Samples, directory: ModelDirectory) -> None:
     lengths = [len(directory.tokenizer(prompt)["input_ids"]) for prompt in settings.prompts]
     if 0 in lengths:
         raise ValueError(f"evaluate.samples: the prompt {settings.prompts[lengths.index(0)]!r} has no token")
-    longest, context = max(lengths, default=0) + settings.n_tokens, directory.language.max_position_embeddings
+    longest, context = max(lengths, default=0) + settings.n_tokens, directory.context
     if lengths and longest > context:
         raise ValueError(
             f"evaluate.samples: a prompt and n_tokens are {longest} tokens, the model's context has {context}: "

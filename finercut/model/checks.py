@@ -8,7 +8,7 @@ import re
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
-from finercut.model.configs import read_object
+from finercut.model.configs import context_of, read_object
 from finercut.model.directory import ModelDirectory, one_line_errors
 from finercut.model.families import auto_class, check_supported
 from finercut.model.tensors import INDEX, safetensors_files, shards
@@ -40,8 +40,8 @@ def check_sizes(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: the config of a language model lacks a size that later stages need, or one of them makes no sense.
     """
-    for name in ("num_hidden_layers", "vocab_size", "max_position_embeddings"):
-        value = getattr(config, name, None)
+    sizes = {name: getattr(config, name, None) for name in ("num_hidden_layers", "vocab_size")}
+    for name, value in (sizes | {"max_position_embeddings": context_of(config)}).items():
         if not isinstance(value, int):
             raise ValueError(
                 f"the config of this {config.model_type} model gives no {name}: finercut does not know its kind"

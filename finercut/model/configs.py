@@ -10,6 +10,10 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 """One of them at least has the tokens of a tokenizer."""
 TEMPLATES = "additional_chat_templates"
 """Folder beside config.json: the chat templates that have names."""
+NO_LIMIT = 2**31 - 1
+"""Tokens that a model without a limit reads at most."""
+# BLOOM's published configs have the last one, which no class of transformers declares.
+_CONTEXTS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -24,6 +28,18 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object")
     return content
+
+
+def context_of(config: Any) -> Any:
+    """What the config of a language model says that it reads at most, in tokens, checked or not.
+
+    Returns:
+        `NO_LIMIT` where transformers' config of that type has no such setting: models that are recurrent, or that bias
+        attentions by distance (ALiBi). None where the config of a model with code of its own has none.
+    """
+    said = [getattr(config, name) for name in _CONTEXTS if hasattr(config, name)]
+    known = any(of.__module__.startswith("transformers.models.") for of in type(config).__mro__)
+    return said[0] if said else NO_LIMIT if known else None
 
 
 def note(directory: Path, key: str, value: Any) -> None:

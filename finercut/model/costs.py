@@ -30,8 +30,8 @@ class Cost:
         return sum(self.by_sublayer[s] for s in sublayers)
 
     def share(self, sublayers: Iterable[Sublayer]) -> float:
-        """Of the whole model."""
-        return self.of(sublayers) / self.whole
+        """Of the whole model; nothing where that costs nothing, as a recurrent model's cache."""
+        return self.of(sublayers) / self.whole if self.whole else 0.0
 
 
 class Costs(dict[str, Cost]):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from finercut.model import modeling_finercut, remote_code, tensors
-from finercut.model.configs import read_object
+from finercut.model.configs import context_of, read_object
 from finercut.model.families import Layout, layout_of
 from finercut.model.tensors import StoredTensor
 from finercut.sublayers import Sublayer
@@ -133,6 +133,11 @@ class ModelDirectory:
     def language(self) -> PreTrainedConfig:
         """The config of the language model inside: `config` itself for a plain decoder."""
         return self.config.get_text_config()
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model reads at most; `configs.NO_LIMIT` if it has no limit."""
+        return context_of(self.language)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -24,6 +24,8 @@ class Branch:
     after: tuple[str, ...] = ()
     n_outputs: int | None = None
     """Values that the core returns; the first is added to the stream. None: 2 for an attention, 1 for an MLP."""
+    stream: int | str | None = None
+    """Argument of the core, by position or name, that is the stream: such a core adds to it by itself."""
     beside: tuple[Branch, ...] = ()
     """Cores of the same sublayer that run in parallel to this one: a state space model beside an attention, a shared
     expert beside the routed ones."""
@@ -250,8 +252,6 @@ def check_supported(config: Any, *, dequantised: bool = False) -> None:
     if getattr(config, "quantization_config", None):
         _check_quantised(config, kind, dequantised)
     language = config.get_text_config()
-    if language.model_type == "falcon_h1":
-        raise ValueError(f"{kind}: transformers' code for loading it asks every block for its state space model")
     if config.is_encoder_decoder or language.is_encoder_decoder:
         raise ValueError(f"{kind}: it is an encoder and a decoder, and only decoders are searched")
     if language is not config:

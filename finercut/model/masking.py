@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finercut.model.families import Layout, layout_of
+from finercut.model.modeling_finercut import argument
 from finercut.sublayers import Sublayer
 
 
@@ -30,8 +32,8 @@ def masked(
     hooks = []
     for sublayer in removed:
         for path in layout.branch(sublayer.kind, sublayer.block).paths:
-            last = path.after[-1] if path.after else path.core
-            hooks.append(getattr(blocks[sublayer.block], last).register_forward_hook(_zero))
+            last = getattr(blocks[sublayer.block], path.after[-1] if path.after else path.core)
+            hooks.append(last.register_forward_hook(partial(_add_nothing, path.stream), with_kwargs=True))
     try:
         yield model
     finally:
@@ -39,7 +41,7 @@ def masked(
             hook.remove()
 
 
-def _zero(module: nn.Module, arguments: Any, output: Any) -> Any:
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
-    return torch.zeros_like(output)
+def _add_nothing(stream: int | str | None, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    first = output[0] if isinstance(output, tuple) else output
+    left = torch.zeros_like(first) if stream is None else argument(args, kwargs, stream)
+    return (left, *output[1:]) if isinstance(output, tuple) else left

@@ -35,22 +35,32 @@ class Removed(nn.Module):
 
     Args:
         n_outputs: of the core; the first is what it adds.
+        stream: the core's argument that is the stream, where the core adds to it by itself.
     """
 
-    def __init__(self, kind: str, n_outputs: int) -> None:
+    def __init__(self, kind: str, n_outputs: int, stream: int | str | None = None) -> None:
         super().__init__()
         self.kind = kind
         self.n_outputs = n_outputs
+        self.stream = stream
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Families name and order a core's arguments differently.
-        states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.is_floating_point())
-        # Of full shape: some families add to it in place, or reshape it.
-        nothing = torch.zeros_like(states)
-        return nothing if self.n_outputs == 1 else (nothing, *[None] * (self.n_outputs - 1))
+        if self.stream is not None:
+            left = argument(args, kwargs, self.stream)
+        else:
+            # Families name and order a core's arguments differently.
+            states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.is_floating_point())
+            # Of full shape: some families add to it in place, or reshape it.
+            left = torch.zeros_like(states)
+        return left if self.n_outputs == 1 else (left, *[None] * (self.n_outputs - 1))
 
     def extra_repr(self) -> str:
         return self.kind
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], key: int | str) -> Any:
+    """One of a call's arguments, by its position or its name."""
+    return args[key] if isinstance(key, int) else kwargs[key]
 
 
 def branch_of(layout: dict[str, Any], kind: str, block: int) -> dict[str, Any] | None:
@@ -77,7 +87,11 @@ def bypass(block: nn.Module, kind: str, branch: dict[str, Any] | None) -> dict[s
         # Attentions of transformers return their weights too. Checkpoints of 0.1.0 do not say so.
         n_outputs = path.get("n_outputs") or (2 if kind == "attention" else 1)
         members = {name: nn.Identity() for name in (*path["before"], *path["after"])}
-        for name, instead in (members | {path["core"]: Removed(kind, n_outputs)}).items():
+        core = Removed(kind, n_outputs, path.get("stream"))
+        # Falcon-H1 fills such a buffer of every block's state space model, from outside, when it is loaded.
+        for name in getattr(block, path["core"])._non_persistent_buffers_set:
+            core.register_buffer(name, getattr(block, path["core"]).get_buffer(name), persistent=False)
+        for name, instead in (members | {path["core"]: core}).items():
             replaced[name] = getattr(block, name)
             setattr(block, name, instead)
     return replaced
@@ -260,6 +274,12 @@ class PrunedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         remove_sublayers(self)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As of the base: of custom code transformers sets no buffers from outside the module that has them."""
+        base = cls.__mro__[cls.__mro__.index(PrunedModel) + 1]
+        return base.is_custom_code()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -2,7 +2,8 @@
 
 The blocks are a list of `num_hidden_layers` modules. One forward records each block's own modules. The modules whose
 output at the last token depends on the token before are the attention; the last other module with matrices, and those
-that are given the same, are the MLP; modules that feed only a core, or are fed only by it, belong to its sublayer.
+that are given the same, are the MLP; modules that feed only a core, or are fed only by it, belong to its sublayer. A
+core may add to the stream by itself: it is given the stream as another argument.
 Blocks that call the same modules are alike: one of each sort is looked at. The result is verified: a block without its
 sublayers still hands on the stream, and removing any sublayer equals masking it, with a cache and without.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from finercut.model.caches import forward
 from finercut.model.families import EXAMPLE, FAMILIES, LAYOUT_KEY, Branch, Layout, Variant, declared
 from finercut.model.masking import masked
 from finercut.model.modeling_finercut import branch_of, bypass, cache_config, cached_by, counting, readers, renumber
@@ -53,9 +56,24 @@ class _Call:
     def has_matrices(self) -> bool:
         return any(p.dim() > 1 for p in self.module.parameters())
 
+    @cached_property
+    def stream(self) -> int | str | None:
+        """The argument that the module adds to, by its position or name."""
+        for key, value in {**dict(enumerate(self.args)), **self.kwargs}.items():
+            if value is self.given or not _is_states(value) or value.shape != self.given.shape:
+                continue
+            without = self.replaced(value, torch.zeros_like(value))
+            if without.shape == value.shape and _close(self.repeat(self.given) - without, value):
+                return key
+        return None
+
     def feeds(self, other: _Call) -> bool:
-        """Whether its result is what `other` is given, perhaps in another shape."""
-        return self.result.numel() == other.given.numel() and torch.equal(self.result.flatten(), other.given.flatten())
+        """Whether its result is what `other` alone is given, perhaps in another shape; the stream is everybody's."""
+        return (
+            self.result.numel() == other.given.numel()
+            and torch.equal(self.result.flatten(), other.given.flatten())
+            and self.stream is None
+        )
 
     def reads_what(self, other: _Call) -> bool:
         """Whether both are given the same, perhaps in another shape."""
@@ -73,8 +91,12 @@ class _Call:
 
     def repeat(self, states: Tensor) -> Tensor:
         """The result for other states, or again: what was recorded may have been added to in place."""
-        args = [states if value is self.given else value for value in self.args]
-        kwargs = {name: states if value is self.given else value for name, value in self.kwargs.items()}
+        return self.replaced(self.given, states)
+
+    def replaced(self, one: Tensor, other: Tensor) -> Tensor:
+        """The result for another tensor among the arguments."""
+        args = [other if value is one else value for value in self.args]
+        kwargs = {name: other if value is one else value for name, value in self.kwargs.items()}
         return _first(self.module(*args, **kwargs))
 
 
@@ -223,7 +245,8 @@ def _branch(calls: Sequence[_Call], cores: Sequence[int]) -> Branch:
         names = [call.name for call in calls]
         output = calls[core].output
         n_outputs = len(output) if isinstance(output, tuple) else 1
-        paths.append(Branch(names[core], tuple(names[first:core]), tuple(names[core + 1 : last + 1]), n_outputs))
+        before, after = tuple(names[first:core]), tuple(names[core + 1 : last + 1])
+        paths.append(Branch(names[core], before, after, n_outputs, calls[core].stream))
     return replace(paths[0], beside=tuple(paths[1:]))
 
 
@@ -301,7 +324,7 @@ def _check_cache(model: PreTrainedModel, blocks: Sequence[nn.Module], layout: La
 
     def in_parts(cache: DynamicCache) -> Tensor:
         parts = tokens.split(N_TOKENS - 2, 1)
-        return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in parts], 1)
+        return torch.cat([forward(model, part, cache)[0].logits for part in parts], 1)
 
     with masked(model, [Sublayer(gone, "attention")], layout):
         # Some state space models compute something else with a cache than without: that is the whole model's own.

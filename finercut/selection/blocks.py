@@ -89,6 +89,7 @@ class Blocks:
         self._stream = self._capture(tokens)
         self._shared_at = self._find_shared()
         self._inputs = self._find_inputs(tokens)
+        self._rows = self._find_rows(tokens)
         here = layout.sublayers(len(self.blocks))
         if layout.sequential:
             self.units = [Unit(sublayer.block, (sublayer.kind,)) for sublayer in here]
@@ -132,6 +133,9 @@ class Blocks:
         if view is None:
             return states
         given = self._given[unit.block]
+        if len(states) > 1:
+            rows = {key: given[key] for key in self._rows[unit.block]}
+            given = given | {key: value.repeat(len(states), *[1] * (value.dim() - 1)) for key, value in rows.items()}
         if not self.carries:
             return _call(view, states, given)
         given = given | {key: place.of(states) for key, place in self._inputs.get(unit.block, {}).items()}
@@ -217,6 +221,9 @@ class Blocks:
         finally:
             for hook in hooks:
                 hook.remove()
+        # Several streams lie before the samples (Gemma 3n), or within each token (DeepSeek-V4).
+        if shapes[0][:2] == tokens.shape:
+            return self._placed(shapes[0][2:], (0, 1))
         *before, n_samples, n_tokens, hidden = shapes[0]
         if (n_samples, n_tokens) != tokens.shape:
             raise ValueError(
@@ -262,6 +269,20 @@ class Blocks:
                     )
                 found.setdefault(block, {})[key] = self._placed(value.shape[-1:])
         return found
+
+    def _find_rows(self, tokens: Tensor) -> list[list[int | str]]:
+        """By the block its arguments that have several rows a sample, as ALiBi has one for each head: no other batch
+        can be given those of one sample."""
+        of_two = self._stand_ins(tokens.repeat(2, 1))
+        return [
+            [key for key, value in given.items() if _has_rows(value, two.given.get(key))]
+            for given, two in zip(self._given, of_two, strict=True)
+        ]
+
+
+def _has_rows(one: Any, two: Any) -> bool:
+    """Whether a tensor that blocks are given for one sample has several rows, and that for two samples twice those."""
+    return torch.is_tensor(one) and one.dim() > 0 and len(one) > 1 and two is not None and len(two) == 2 * len(one)
 
 
 def _given(args: tuple, kwargs: dict[str, Any]) -> Given:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from finercut.model.caches import forward
 from finercut.model.masking import masked
 from finercut.model.workers import Workers
 from finercut.selection.distributed import Ranks
@@ -71,8 +72,8 @@ def greedy(model: PreTrainedModel, prefixes: Tensor, n_tokens: int, ends: frozen
     seen, cache, written = prefixes.to(model.device), None, []
     given = seen
     for _ in range(n_tokens):
-        output = model(given, past_key_values=cache, use_cache=True)
-        likeliest, cache = output.logits[:, -1:].argmax(-1), getattr(output, "past_key_values", None)
+        output, cache = forward(model, given, cache)
+        likeliest = output.logits[:, -1:].argmax(-1)
         seen = torch.cat([seen, likeliest], -1)
         given = seen if cache is None else likeliest  # not every model of its own code has a cache
         written.append(likeliest[:, 0].tolist())

@@ -148,7 +148,8 @@ class Allowance:
 def allowance(budget: Budget, costs: Costs) -> Allowance:
     """
     Raises:
-        ValueError: there is no such cost; or the budget is the whole model, or a target that the whole model reaches.
+        ValueError: there is no such cost, or the model has nothing of it; or the budget is the whole model, or a target
+            that the whole model reaches.
     """
     if budget.cost not in costs:
         raise ValueError(
@@ -156,6 +157,8 @@ def allowance(budget: Budget, costs: Costs) -> Allowance:
             "run `finercut costs`"
         )
     cost = costs[budget.cost]
+    if not cost.whole:
+        raise ValueError(f"prune.budget in {budget.unit}: this model has no {budget.cost} at all; take another unit")
     if budget.is_target:
         left = cost.whole / budget.amount if budget.unit == "speed_up" else budget.amount
         if left >= cost.whole:

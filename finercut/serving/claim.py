@@ -43,7 +43,7 @@ def engine_settings(model: ModelDirectory, n_tokens: int, settings: Prove) -> En
     Raises:
         ValueError: the model's context is too short.
     """
-    context = model.language.max_position_embeddings
+    context = model.context
     compared = min(N_TOKENS, n_tokens, context - vllm_engine.N_GENERATED)
     if compared < 2:
         raise ValueError(

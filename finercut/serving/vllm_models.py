@@ -36,6 +36,10 @@ RENAMED = {
 }
 
 
+# Blocks whose cores give a pair: what is to be added to the residual stream, and the stream as they were given it.
+PAIRED = ("FalconH1ParallelHybrid",)
+
+
 class RemovedNorm(nn.Module):
     """Stands for a removed sublayer's norm, fused with the addition to the residual stream or not.
 
@@ -83,6 +87,17 @@ class WithBias(nn.Module):
         return self.removed(hidden_states), None
 
 
+class WithStream(nn.Module):
+    """Gives what the cores of `PAIRED` blocks give."""
+
+    def __init__(self, removed: nn.Module) -> None:
+        super().__init__()
+        self.removed = removed
+
+    def forward(self, *args: Any, residual: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.removed(*args, **kwargs), residual
+
+
 def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, Any], vllm_config: VllmConfig) -> None:
     """Take one sublayer out of a block that vLLM has just built.
 
@@ -99,7 +114,8 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
     for path in (branch, *beside):
         replacements |= {name: RemovedNorm() for name in path["before"]}
         # Of several that run in parallel the first hands on what is to be added, and the others add nothing to it.
-        replacements[path["core"]] = RemovedCore(has_norm=path is branch and bool(branch["before"]))
+        core = RemovedCore(has_norm=path is branch and bool(branch["before"]))
+        replacements[path["core"]] = WithStream(core) if type(block).__name__ in PAIRED else core
         replacements |= {name: nn.Identity() for name in path["after"]}
     renamed = RENAMED.get(type(block).__name__, {})
     replacements = {renamed.get(name, name): replacement for name, replacement in replacements.items()}
@@ -160,6 +176,17 @@ def removing(vllm_config: VllmConfig, model_class: type) -> Iterator[None]:
         yield
     if not built:
         raise ValueError(f"vLLM built no blocks at {blocks}: cannot serve {type(config).__name__}")
+
+
+@contextmanager
+def _of_the_whole_type(config: Any) -> Iterator[None]:
+    """Some of vLLM's classes are several types' (Mamba and Falcon-Mamba), and build what the config's type says."""
+    pruned = config.model_type
+    config.model_type = pruned.removeprefix(f"{PREFIX.lower()}_")
+    try:
+        yield
+    finally:
+        config.model_type = pruned
 
 
 def _renaming(config: Any, model_class: type) -> Callable[[str], str]:
@@ -250,7 +277,7 @@ class PrunedModel(CheckedWeights):
     """What a pruned model adds to vLLM's own: it builds kept sublayers only."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        with removing(vllm_config, type(self)):
+        with removing(vllm_config, type(self)), _of_the_whole_type(vllm_config.model_config.hf_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
 
 

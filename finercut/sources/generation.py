@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from finercut.model.caches import forward
 from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.sources.settings import ModelText
@@ -105,10 +106,10 @@ def model_texts(settings: ModelText, directory: ModelDirectory, n_tokens_needed:
     starts = beginnings(settings, tokenizer)
     max_tokens = settings.max_tokens or n_tokens
     longest = max(map(len, starts)) + max_tokens
-    if longest > directory.language.max_position_embeddings:
+    if longest > directory.context:
         raise ValueError(
             f"a prompt and {max_tokens} tokens of the model's own text are {longest} tokens, its context has "
-            f"{directory.language.max_position_embeddings}: lower max_tokens in calibrate"
+            f"{directory.context}: lower max_tokens in calibrate"
         )
     device = device_of(settings.device)
     writer = _Vllm if _uses_vllm(settings, device) else _Transformers
@@ -259,9 +260,8 @@ def sample(
         options = {"attention_mask": (places >= 0).long()} if padded else {}
         if padded and has_positions:
             options["position_ids"] = places[:, n_seen:].clamp(min=0)
-        output = model(rows, past_key_values=cache, use_cache=True, **options)
+        output, cache = forward(model, rows, cache, **options)
         n_seen += rows.shape[1]
-        cache = output.past_key_values
         logits = output.logits[:, -1].float()
         rows = draw(logits / temperature, chance, top_p)
         ids.append(rows)
@@ -304,11 +304,10 @@ class _Vllm:
 
         self.settings, self.max_tokens = settings, max_tokens
         self.tokenizer = directory.tokenizer
-        context = directory.language.max_position_embeddings
         self.llm = LLM(
             model=str(directory.path),
             seed=settings.seed,
-            max_model_len=min(context, max(2 * max_tokens, max_tokens + 1024)),
+            max_model_len=min(directory.context, max(2 * max_tokens, max_tokens + 1024)),
             enable_prefix_caching=False,
             trust_remote_code=directory.trusted,
         )

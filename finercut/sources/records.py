@@ -17,6 +17,7 @@ class WholeModel(Record):
     sha256: str
     """Of the weights: over the sorted names and contents of the safetensors files."""
     max_position_embeddings: int
+    """Tokens that the model reads at most; `finercut.model.configs.NO_LIMIT` if it has no limit."""
 
 
 class FetchReport(WholeModel):
