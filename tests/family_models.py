@@ -178,17 +178,6 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # A block is one state space model, without an MLP.
     "mamba": ("mamba", {"state_size": 8, "conv_kernel": 3, "use_associative_scan": False}),
-    # An attention and a state space model in parallel.
-    "falcon_h1": (
-        "falcon_h1",
-        {
-            **_SSM,
-            "mamba_d_ssm": 128,
-            "attention_in_multiplier": 0.5,
-            "ssm_out_multiplier": 0.7,
-            "ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9],
-        },
-    ),
     "olmo_hybrid": ("olmo_hybrid", {**_MIXERS, **_DELTA, "linear_num_key_heads": 4}),
     "nemotron_h": (
         "nemotron_h",

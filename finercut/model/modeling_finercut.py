@@ -88,9 +88,6 @@ def bypass(block: nn.Module, kind: str, branch: dict[str, Any] | None) -> dict[s
         n_outputs = path.get("n_outputs") or (2 if kind == "attention" else 1)
         members = {name: nn.Identity() for name in (*path["before"], *path["after"])}
         core = Removed(kind, n_outputs, path.get("stream"))
-        # Falcon-H1 fills such a buffer of every block's state space model, from outside, when it is loaded.
-        for name in getattr(block, path["core"])._non_persistent_buffers_set:
-            core.register_buffer(name, getattr(block, path["core"]).get_buffer(name), persistent=False)
         for name, instead in (members | {path["core"]: core}).items():
             replaced[name] = getattr(block, name)
             setattr(block, name, instead)
@@ -274,12 +271,6 @@ class PrunedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         remove_sublayers(self)
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """As of the base: of custom code transformers sets no buffers from outside the module that has them."""
-        base = cls.__mro__[cls.__mro__.index(PrunedModel) + 1]
-        return base.is_custom_code()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

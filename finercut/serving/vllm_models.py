@@ -36,10 +36,6 @@ RENAMED = {
 }
 
 
-# Blocks whose cores give a pair: what is to be added to the residual stream, and the stream as they were given it.
-PAIRED = ("FalconH1ParallelHybrid",)
-
-
 class RemovedNorm(nn.Module):
     """Stands for a removed sublayer's norm, fused with the addition to the residual stream or not.
 
@@ -87,17 +83,6 @@ class WithBias(nn.Module):
         return self.removed(hidden_states), None
 
 
-class WithStream(nn.Module):
-    """Gives what the cores of `PAIRED` blocks give."""
-
-    def __init__(self, removed: nn.Module) -> None:
-        super().__init__()
-        self.removed = removed
-
-    def forward(self, *args: Any, residual: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.removed(*args, **kwargs), residual
-
-
 def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, Any], vllm_config: VllmConfig) -> None:
     """Take one sublayer out of a block that vLLM has just built.
 
@@ -114,8 +99,7 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
     for path in (branch, *beside):
         replacements |= {name: RemovedNorm() for name in path["before"]}
         # Of several that run in parallel the first hands on what is to be added, and the others add nothing to it.
-        core = RemovedCore(has_norm=path is branch and bool(branch["before"]))
-        replacements[path["core"]] = WithStream(core) if type(block).__name__ in PAIRED else core
+        replacements[path["core"]] = RemovedCore(has_norm=path is branch and bool(branch["before"]))
         replacements |= {name: nn.Identity() for name in path["after"]}
     renamed = RENAMED.get(type(block).__name__, {})
     replacements = {renamed.get(name, name): replacement for name, replacement in replacements.items()}
