@@ -16,7 +16,7 @@ from finercut.checkpoint.parity import check_parity
 from finercut.checkpoint.prune import prune
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned
-from finercut.sources.dtypes import settle_dtype
+from finercut.sources.corrections import settle_dtype
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import LocalModel
 from pipelines import fetch
@@ -24,8 +24,8 @@ from pipelines import fetch
 REMOVED = ["2.attention", "3.mlp"]
 
 
-def saved(directory: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
-    random_llama().to(dtype).save_pretrained(directory, **options)
+def saved(directory: Path, dtype: torch.dtype = torch.float32, *, tied: bool = True, **options) -> Path:
+    random_llama(tie_word_embeddings=tied).to(dtype).save_pretrained(directory, **options)
     make_tokenizer().save_pretrained(directory)
     return directory
 
@@ -114,6 +114,29 @@ def test_settings_that_saving_refuses_are_pruned_as_loading_takes_them(tmp_path,
     found = load_pruned(tmp_path / "pruned")
     assert found.generation_config.to_diff_dict() == expected.generation_config.to_diff_dict()
     assert found.config.pad_token_id == expected.config.pad_token_id
+
+
+@pytest.mark.parametrize("is_fetched", [True, False])
+def test_two_matrices_that_differ_stay_two_where_the_config_ties_them(tmp_path, tokens, is_fetched):
+    whole = saved(tmp_path / "whole", tied=False)
+    edit(whole / "config.json", tie_word_embeddings=True)
+    source = ModelDirectory(fetched(whole, tmp_path / "model") if is_fetched else whole)
+    assert source.settings["tie_word_embeddings"] is not is_fetched
+    prune(source, REMOVED, None, tmp_path / "pruned")
+    pruned = ModelDirectory(tmp_path / "pruned")
+    assert check_parity(source, pruned, tokens, 0.001, torch.device("cpu")).passed
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= pruned.tensors.keys()
+
+
+def test_what_config_json_says_of_a_run_is_left_out(tmp_path, tokens):
+    whole = saved(tmp_path / "whole")
+    of_a_run = {"return_dict": False, "output_hidden_states": True, "use_cache": False}
+    of_a_run |= {"attn_implementation": "flash_attention_2", "quantization_config": None}
+    edit(whole / "config.json", **of_a_run)
+    source = ModelDirectory(fetched(whole, tmp_path / "model"))
+    assert not of_a_run.keys() & source.settings.keys()
+    prune(source, REMOVED, None, tmp_path / "pruned")
+    assert check_parity(source, ModelDirectory(tmp_path / "pruned"), tokens, 0.001, torch.device("cpu")).passed
 
 
 # Files beside the weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
@@ -48,6 +49,25 @@ def check_sizes(config: PreTrainedConfig) -> None:
             )
         if value < 1:
             raise ValueError(f"the model's config gives {name} = {value}")
+
+
+def stores_differing_ties(model: ModelDirectory) -> bool:
+    """Whether the files hold two matrices that differ where the config says that they are one. transformers loads both,
+    vLLM one of them.
+    """
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return False
+    of = auto_class(model.config)._model_mapping.get(type(model.config), None)
+    tied = getattr(of, "_tied_weights_keys", None)
+    pairs = tied.items() if isinstance(tied, dict) else ()
+    return any(
+        {one, other} <= model.tensors.keys() and _differ(model.tensor(one), model.tensor(other)) for one, other in pairs
+    )
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    exact = torch.promote_types(one.dtype, other.dtype)
+    return not torch.equal(one.to(exact), other.to(exact))
 
 
 def _check_index(model: ModelDirectory) -> None:
