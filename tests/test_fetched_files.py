@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer, random_llama
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finercut.checkpoint.card import inherited
 from finercut.checkpoint.parity import check_parity
 from finercut.checkpoint.prune import prune
+from finercut.checkpoint.writing import differing_tensors, write_tuned
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned
 from finercut.sources.corrections import settle_dtype
@@ -96,6 +98,24 @@ def test_the_stored_dtype_is_kept_whatever_the_config_says(tmp_path, tokens, sto
     assert check_parity(*pair, tokens, 0.001, torch.device("cpu")).passed
     settle_dtype(ModelDirectory(whole))
     assert ModelDirectory(whole).settings["dtype"] == stored
+
+
+def test_a_healed_checkpoint_keeps_the_dtype_of_every_tensor(tmp_path):
+    whole = saved(tmp_path / "whole", torch.bfloat16)
+    norms = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
+    stored = load_file(whole / "model.safetensors")
+    # A third is not among bfloat16's numbers.
+    save_file(
+        stored | {name: torch.full((128,), 1 / 3) for name in norms}, whole / "model.safetensors", {"format": "pt"}
+    )
+    prune(fetched(whole, tmp_path / "model"), REMOVED, None, tmp_path / "pruned")
+    pruned = ModelDirectory(tmp_path / "pruned")
+    changed = "model.layers.0.mlp.up_proj.weight"
+    (tmp_path / "healed").mkdir()
+    write_tuned(pruned, {norms[1]: torch.ones(128), changed: torch.zeros(192, 128)}, tmp_path / "healed")
+    healed = ModelDirectory(tmp_path / "healed")
+    assert {healed.tensors[name].dtype for name in norms} == {"F32"}
+    assert differing_tensors(pruned, healed) == [norms[1], changed]
 
 
 # Settings

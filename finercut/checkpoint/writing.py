@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from finercut.model import modeling_finercut, tokenizer_files
 from finercut.model.checks import stores_differing_ties
-from finercut.model.directory import ModelDirectory, one_line_errors, quiet
+from finercut.model.directory import DTYPES, ModelDirectory, one_line_errors, quiet
 from finercut.model.families import (
     LAYOUT_KEY,
     Layout,
@@ -148,6 +148,12 @@ def write_tuned(parent: ModelDirectory, parameters: Mapping[str, Tensor], direct
         directory: empty.
     """
     model = load_pruned(parent)
+    loaded = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in loaded.keys() & parent.tensors.keys():
+        # All are loaded in one dtype; files may have several, such as norms in float32 among bfloat16.
+        stored = getattr(torch, DTYPES.get(parent.tensors[name].dtype, ""), None)
+        if stored not in (None, loaded[name].dtype):
+            loaded[name].data = parent.tensor(name)
     for name, value in parameters.items():
         parameter = model.get_parameter(name)
         parameter.data = value.to(parameter.dtype)

@@ -16,7 +16,7 @@ from finercut.model.directory import ModelDirectory
 logger = logging.getLogger("finercut")
 
 _FLOATS = ("bfloat16", "float16", "float32")
-# How a program runs a model, and not what it is, with what every stage expects. Other values break stages, or slow them.
+# How a program runs a model, and what every stage expects of that: other values break stages, or slow them.
 _OF_A_RUN = {
     "return_dict": True,
     "use_return_dict": True,
