@@ -82,8 +82,8 @@ def row(value: object) -> bytes:
 
 GOOD = "\n\n".join(TEXT * 6).encode()
 TEXTS: dict[str, tuple[str, bytes, str]] = {
-    "no such kind": ("text.pdf", GOOD, "is none of .txt, .jsonl, .parquet"),
-    "no suffix": ("text", GOOD, "is none of .txt, .jsonl, .parquet"),
+    "no such kind": ("text.pdf", GOOD, "is none of .txt, .jsonl"),
+    "no suffix": ("text", GOOD, "is none of .txt, .jsonl"),
     "empty": ("text.txt", b"", "is empty"),
     "blank": ("text.txt", b" \n\n\t\n", "is empty"),
     "latin-1": ("text.txt", GOOD + b"caf\xe9 ", "is not UTF-8 (byte"),

@@ -1,11 +1,12 @@
-"""Chooses which files of a model are taken, and copies them."""
+"""Chooses which files of a model are taken, and copies them; finds the files that paths and patterns name."""
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -64,6 +65,23 @@ def copy(path: Path, directory: Path, code: Code, dequantised: bool, link: bool 
 def names_in(path: Path) -> list[str]:
     """Names of the files in a model's directory that may be taken, named templates in their folder among them."""
     return [str(file.relative_to(path)) for file in (*path.iterdir(), *path.glob(f"{TEMPLATES}/*")) if file.is_file()]
+
+
+def matching(paths: Iterable[Path]) -> list[Path]:
+    """The files that paths or patterns of them, such as texts/*.txt, name: those of a pattern by name, none twice.
+
+    Raises:
+        FileNotFoundError: one names no file.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        files = [file for file in named if file.is_file()]
+        if not files:
+            folder = f", it is a folder: name its files, as {path / '*.txt'} does" if path.is_dir() else ""
+            raise FileNotFoundError(f"the paths in calibrate: no file {path}{folder}")
+        found |= dict.fromkeys(files)
+    return list(found)
 
 
 def needs_index(names: Collection[str]) -> bool:
