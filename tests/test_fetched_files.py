@@ -169,7 +169,8 @@ def test_what_belongs_to_the_model_travels_with_it(tmp_path):
     tokenizer.save_pretrained(whole)
     assert (whole / "additional_chat_templates" / "tool_use.jinja").is_file()
     (whole / "LICENSE.txt").write_text("Llama 3.2 Community License")
-    (whole / "USE_POLICY.md").write_text("be good")
+    for name in ("USE_POLICY.md", "THIRD_PARTY_NOTICES.txt", "MODEL_LICENSE", "license.py"):
+        (whole / name).write_text("be good")
     (whole / "README.md").write_text(
         "---\nlicense: llama3.2\nbase_model: org/base\nlanguage: [en]\ntags: [theirs]\n---\n# Theirs\n"
     )
@@ -179,7 +180,10 @@ def test_what_belongs_to_the_model_travels_with_it(tmp_path):
     assert pruned.apply_chat_template(chat, chat_template="tool_use", tokenize=False) == "Tx"
     assert pruned.apply_chat_template(chat, tokenize=False) == "Dx"
     assert (tmp_path / "pruned" / "LICENSE.txt").read_text() == "Llama 3.2 Community License"
-    assert (tmp_path / "pruned" / "USE_POLICY.md").is_file()
+    assert {"USE_POLICY.md", "THIRD_PARTY_NOTICES.txt", "MODEL_LICENSE"} <= {
+        p.name for p in (tmp_path / "pruned").iterdir()
+    }
+    assert not (tmp_path / "pruned" / "license.py").exists()
     card = tmp_path / "pruned" / "README.md"
     assert inherited(card) == {"license": "llama3.2", "base_model": "org/base", "language": ["en"]}
     assert "Theirs" not in card.read_text()

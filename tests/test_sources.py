@@ -142,6 +142,20 @@ def pickled(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
+def into_the_hubs_cache(directory: Path) -> None:
+    directory.rename(directory.with_name("0123"))
+    (directory / "snapshots").mkdir(parents=True)
+    directory.with_name("0123").rename(directory / "snapshots" / "0123")
+
+
+def bos_of_its_own(directory: Path) -> None:
+    """A BOS that was added to the tokenizer, and to no embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"bos_token": "<new>"})
+    gguf._put_first_and_last(tokenizer, True, False)
+    tokenizer.save_pretrained(directory)
+
+
 def config(**changes):
     def change(directory: Path) -> None:
         file = directory / "config.json"
@@ -155,7 +169,25 @@ def config(**changes):
     [
         (shutil.rmtree, FileNotFoundError, "no directory"),
         (lambda d: (d / "adapter_config.json").write_text("{}"), ValueError, "has an adapter .* merge it into them"),
-        (without("config.json"), FileNotFoundError, "no model in Hugging Face layout"),
+        (without("config.json"), FileNotFoundError, "no model in Hugging Face layout$"),
+        (
+            lambda d: (d / "config.json").rename(d / "a.gguf"),
+            FileNotFoundError,
+            "layout; a GGUF file is taken from a package only",
+        ),
+        (lambda d: (shutil.rmtree(d), d.touch()), FileNotFoundError, "is a file; name the directory of the model"),
+        (into_the_hubs_cache, FileNotFoundError, "of the hub's cache: name .*mine/snapshots/0123"),
+        (
+            lambda d: (d / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+            ValueError,
+            r"tokenizer.json is a pointer of Git LFS and not the file: run `git lfs pull` in",
+        ),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "model-00001-of-00001.safetensors"),
+            ValueError,
+            r"no weights but model-00001-of-00001.safetensors, which nothing names: finercut takes",
+        ),
+        (bos_of_its_own, ValueError, r"token 400 \('<new>'\) of ordinary text, the model has 400 embeddings: take the"),
         (without("tokenizer.json"), FileNotFoundError, "no tokenizer: one of tokenizer.json"),
         (without("model.safetensors"), ValueError, "has no weights: finercut takes model.safetensors"),
         (pickled, ValueError, r"only pickled weights \(pytorch_model.bin\), which can run code"),

@@ -13,6 +13,7 @@ from finercut.model.configs import read_object
 from finercut.model.directory import ModelDirectory, one_line_errors
 from finercut.model.families import auto_class, check_supported
 from finercut.model.tensors import INDEX, safetensors_files, shards
+from finercut.model.tokenizer_files import TEXTS
 
 logger = logging.getLogger("finercut")
 
@@ -32,6 +33,7 @@ def check_model(model: ModelDirectory) -> None:
     check_sizes(language)
     _check_index(model)
     _check_weights(model)
+    _check_vocabulary(model)
     _check_finite(model)
     check_supported(model.config)
 
@@ -113,6 +115,17 @@ def _check_weights(model: ModelDirectory) -> None:
         raise ValueError(f"the weights do not fit the config: {'; '.join(told)}")
     if unexpected:
         logger.warning("%d tensors are not used, the first is %s", len(unexpected), unexpected[0])
+
+
+def _check_vocabulary(model: ModelDirectory) -> None:
+    """The tokens of ordinary text, BOS among them, have embeddings. Special tokens that no text has need none."""
+    tokenizer, n_embeddings = model.tokenizer, model.language.vocab_size
+    highest = max(tokenizer(TEXTS[0]).input_ids)
+    if highest >= n_embeddings:
+        raise ValueError(
+            f"the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of ordinary text, the "
+            f"model has {n_embeddings} embeddings: take the tokenizer that is the model's"
+        )
 
 
 def _check_finite(model: ModelDirectory) -> None:

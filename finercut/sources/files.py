@@ -27,7 +27,12 @@ _OTHER_FILES = ("config.json", "generation_config.json", "chat_template.jinja", 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _ADAPTER = "adapter_config.json"
 # What its licence asks to travel with a model, and the card that names the licence.
-LEGAL = re.compile(r"(licen[cs]e|notice|copying|.*use_policy|acceptable_use).*|readme\.md", re.IGNORECASE)
+LEGAL = re.compile(
+    r"[^/]*(licen[cs]e|notice|copying|copyright|use[_ -]policy|acceptable[_ -]use|terms[_ -]of|eula|patents)[^/]*"
+    r"(?<!\.py)(?<!\.json)(?<!\.safetensors)|readme\.md",
+    re.IGNORECASE,
+)
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _TEMPLATE = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
@@ -54,6 +59,11 @@ def copy(path: Path, directory: Path, code: Code, dequantised: bool, link: bool 
     for name in taken:
         if not (path / name).resolve().is_relative_to(root):
             raise ValueError(f"{path / name} is a link to a file outside {path}: put the file itself there")
+        with (path / name).open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError(
+                    f"{path / name} is a pointer of Git LFS and not the file: run `git lfs pull` in {path}"
+                )
     check_config(path / "config.json", str(path), code, dequantised)
     for name in taken:
         (directory / name).parent.mkdir(exist_ok=True)
@@ -110,7 +120,8 @@ def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> li
     templates = [n for n in names if _TEMPLATE.fullmatch(n)]
     names = [n for n in names if "/" not in n]
     if "config.json" not in names:
-        raise FileNotFoundError(f"{where} has no config.json: it is no model in Hugging Face layout")
+        hint = "; a GGUF file is taken from a package only" if any(n.endswith(".gguf") for n in names) else ""
+        raise FileNotFoundError(f"{where} has no config.json: it is no model in Hugging Face layout{hint}")
     if _ADAPTER in names:
         raise ValueError(
             f"{where} has an adapter ({_ADAPTER}), which transformers would load with the weights: merge it into them "
@@ -125,6 +136,10 @@ def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> li
     else:
         pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in _PICKLED)]
         why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"
+        if others := sorted(n for n in names if n.endswith((".safetensors", ".gguf"))):
+            why = (
+                f"no weights but {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}, which nothing names"
+            )
         raise ValueError(f"{where} has {why}: finercut takes {WEIGHTS}, or {INDEX} with its shards")
     if not any(n in names for n in VOCABULARY_FILES):
         raise FileNotFoundError(f"{where} has no tokenizer: one of {', '.join(VOCABULARY_FILES)} is needed")
