@@ -162,6 +162,16 @@ def test_what_config_json_says_of_a_run_is_left_out(tmp_path, tokens):
 # Files beside the weights
 
 
+def test_of_a_users_own_folder_no_other_weights_travel(tmp_path):
+    whole = saved(tmp_path / "whole")
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "optimizer.pt", "model.Q4.gguf", "NOTICE"):
+        (whole / name).write_text("{}")
+    prune(whole, REMOVED, None, tmp_path / "pruned")
+    found = {file.name for file in (tmp_path / "pruned").iterdir()}
+    assert "NOTICE" in found
+    assert not {name for name in found if name.endswith((".bin", ".bin.index.json", ".pt", ".gguf"))}
+
+
 def test_what_belongs_to_the_model_travels_with_it(tmp_path):
     whole = saved(tmp_path / "whole")
     tokenizer = AutoTokenizer.from_pretrained(whole)

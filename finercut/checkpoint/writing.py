@@ -28,11 +28,11 @@ from finercut.model.families import (
 )
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.remote_code import code_sha256, note_trusted, pruned_class
-from finercut.model.tensors import copy_tensors
+from finercut.model.tensors import copy_tensors, is_weights
 from finercut.sublayers import Sublayer
 
 MODELING_FILE = Path(modeling_finercut.__file__)
-# Written here; every other file beside the weights is copied.
+# Written here; every other file that is no weights, of whatever form, is copied.
 _REWRITTEN = {"config.json", "README.md", MODELING_FILE.name}
 # What is written at once: safetensors' own writer copies it in memory.
 _SHARD = "2GB"
@@ -113,7 +113,7 @@ def write_all_but_weights(
     if whole.can_generate():
         whole.generation_config.to_json_file(directory / "generation_config.json")
     for file in source.path.iterdir():
-        if file.is_file() and file.name not in _REWRITTEN and ".safetensors" not in file.name:
+        if file.is_file() and file.name not in _REWRITTEN and not is_weights(file.name):
             shutil.copyfile(file, directory / file.name)
     if source.trusted:
         note_trusted(directory, code_sha256(directory))

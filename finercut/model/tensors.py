@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,8 @@ from finercut.model.configs import read_object, write_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+"""Names of files with weights that can run code when they are loaded."""
 _CHUNK = 1 << 24
 """Bytes of a file in memory at once."""
 
@@ -34,6 +37,11 @@ class StoredTensor:
     @property
     def n_elements(self) -> int:
         return prod(self.shape)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file beside config.json is one of weights, in whatever form, or an index of such."""
+    return any(fnmatch(name.removesuffix(".index.json"), form) for form in ("*.safetensors", "*.gguf", *PICKLED))
 
 
 def safetensors_files(directory: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from finercut.model.configs import TEMPLATES, VOCABULARY_FILES, read_object
 from finercut.model.families import check_supported
 from finercut.model.remote_code import OUR_FILES, TRUSTED_KEY
-from finercut.model.tensors import INDEX, WEIGHTS, shards
+from finercut.model.tensors import INDEX, PICKLED, WEIGHTS, shards
 
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
@@ -34,7 +34,6 @@ LEGAL = re.compile(
 )
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _TEMPLATE = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> li
         if strangers := sorted(n for n in weights[1:] if n not in names or not n.endswith(".safetensors")):
             raise ValueError(f"{where}: {INDEX} names {strangers[0]!r}, which is not a shard of the model")
     else:
-        pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in _PICKLED)]
+        pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in PICKLED)]
         why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"
         if others := sorted(n for n in names if n.endswith((".safetensors", ".gguf"))):
             why = (
