@@ -12,12 +12,13 @@ from conftest import make_tokenizer, random_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finercut.checkpoint.card import inherited
+from finercut.checkpoint.card import card, inherited
 from finercut.checkpoint.parity import check_parity
 from finercut.checkpoint.prune import prune
 from finercut.checkpoint.writing import differing_tensors, write_tuned
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned
+from finercut.selection.selection import Origin, given
 from finercut.sources.corrections import settle_dtype
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import LocalModel
@@ -194,15 +195,24 @@ def test_what_belongs_to_the_model_travels_with_it(tmp_path):
         p.name for p in (tmp_path / "pruned").iterdir()
     }
     assert not (tmp_path / "pruned" / "license.py").exists()
-    card = tmp_path / "pruned" / "README.md"
-    assert inherited(card) == {"license": "llama3.2", "base_model": "org/base", "language": ["en"]}
-    assert "Theirs" not in card.read_text()
+    readme = tmp_path / "pruned" / "README.md"
+    assert inherited(readme) == {"license": "llama3.2", "base_model": "org/base", "language": ["en"]}
+    assert "Theirs" not in readme.read_text()
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"---\na: [\n---\n", b"---\n- a\n---\n", b"no front matter"])
 def test_a_card_that_cannot_be_read_says_nothing(tmp_path, text):
     (tmp_path / "README.md").write_bytes(text)
     assert inherited(tmp_path / "README.md") == {}
+
+
+@pytest.mark.parametrize(("revision", "named"), [("0" * 40, True), ("0" * 64, False)])
+def test_a_card_names_repositories_of_the_hub_as_base_and_no_paths(revision, named):
+    of = {"model_source": "models/mine", "model_revision": revision, "model_sha256": "", "n_blocks": 4}
+    origin = Origin(**of, calibration_sha256="", held_out_sha256="", divergence="js")
+    selection = given(["1.mlp"]).model_copy(update={"origin": origin})
+    text = card(selection, {}, 8, "", own_code=False, auto="AutoModelForCausalLM", metadata={})
+    assert ("base_model: models/mine" in text) == named
 
 
 def test_an_adapter_in_the_folder_is_refused(tmp_path):
