@@ -149,6 +149,24 @@ def test_two_matrices_that_differ_stay_two_where_the_config_ties_them(tmp_path, 
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= pruned.tensors.keys()
 
 
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "300KB"}])
+def test_a_tied_matrix_that_has_the_outputs_name_gets_the_embeddings(tmp_path, tokens, options):
+    # As safetensors' save_model leaves it. transformers takes either, vLLM the embeddings alone.
+    whole, embeddings = saved(tmp_path / "whole", **options), "model.embed_tokens.weight"
+    for file in whole.glob("*.safetensors"):
+        stored = load_file(file)
+        if embeddings in stored:
+            stored["lm_head.weight"] = stored.pop(embeddings)
+        save_file(stored, file, {"format": "pt"})
+    for index in whole.glob("*.index.json"):
+        index.write_text(index.read_text().replace(embeddings, "lm_head.weight"))
+    source = ModelDirectory(fetched(whole, tmp_path / "model"))
+    assert "lm_head.weight" not in source.tensors
+    assert torch.equal(source.tensor(embeddings), random_llama().model.embed_tokens.weight)
+    prune(source, REMOVED, None, tmp_path / "pruned")
+    assert check_parity(source, ModelDirectory(tmp_path / "pruned"), tokens, 0.001, torch.device("cpu")).passed
+
+
 def test_what_config_json_says_of_a_run_is_left_out(tmp_path, tokens):
     whole = saved(tmp_path / "whole")
     of_a_run = {"return_dict": False, "output_hidden_states": True, "use_cache": False}

@@ -53,17 +53,22 @@ def check_sizes(config: PreTrainedConfig) -> None:
             raise ValueError(f"the model's config gives {name} = {value}")
 
 
+def tied_names(model: ModelDirectory) -> dict[str, str]:
+    """Tensors that are another one, as the config says, each with the name of the other, which vLLM reads."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    of = auto_class(model.config)._model_mapping.get(type(model.config), None)
+    tied = getattr(of, "_tied_weights_keys", None)
+    return dict(tied) if isinstance(tied, dict) else {}
+
+
 def stores_differing_ties(model: ModelDirectory) -> bool:
     """Whether the files hold two matrices that differ where the config says that they are one. transformers loads both,
     vLLM one of them.
     """
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return False
-    of = auto_class(model.config)._model_mapping.get(type(model.config), None)
-    tied = getattr(of, "_tied_weights_keys", None)
-    pairs = tied.items() if isinstance(tied, dict) else ()
     return any(
-        {one, other} <= model.tensors.keys() and _differ(model.tensor(one), model.tensor(other)) for one, other in pairs
+        {one, other} <= model.tensors.keys() and _differ(model.tensor(one), model.tensor(other))
+        for one, other in tied_names(model).items()
     )
 
 

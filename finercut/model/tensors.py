@@ -146,6 +146,24 @@ def copy_tensors(source: Path, names: Collection[str], directory: Path) -> None:
         write_object(directory / INDEX, index)
 
 
+def rename(directory: Path, old: str, new: str) -> None:
+    """Give a stored tensor of a model another name. No file is written in place: those of a cache are links to it."""
+    for file in safetensors_files(directory):
+        partial = file.with_name(f"{file.name}.partial")
+        with file.open("rb") as stored:
+            (start,) = struct.unpack("<Q", stored.read(8))
+            header = json.loads(stored.read(start))
+            if old not in header:
+                continue
+            header.pop("__metadata__", None)
+            _copy(stored, 8 + start, {new if name == old else name: of for name, of in header.items()}, partial)
+        partial.replace(file)
+    if (index := directory / INDEX).is_file():
+        content = read_object(index)
+        content["weight_map"] = {new if name == old else name: of for name, of in content["weight_map"].items()}
+        write_object(index, content)
+
+
 def _copy(stored: BinaryIO, start: int, entries: dict[str, dict[str, Any]], target: Path) -> int:
     """Write a file of the tensors that `entries` of another file's header describe; returns their bytes.
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from finercut.model.checks import stores_differing_ties
+from finercut.model.checks import stores_differing_ties, tied_names
 from finercut.model.configs import read_object, write_object
 from finercut.model.directory import ModelDirectory
+from finercut.model.tensors import rename
 
 logger = logging.getLogger("finercut")
 
@@ -60,7 +61,13 @@ def settle_dtype(model: ModelDirectory) -> None:
 
 
 def settle_ties(model: ModelDirectory) -> None:
-    """Write into config.json that embeddings and output matrix are two, where the files hold two that differ."""
+    """Write into config.json that embeddings and output matrix are two, where the files hold two that differ. Where they
+    hold one, it gets the embeddings' name.
+    """
+    for other, name in tied_names(model).items():
+        if other in model.tensors and name not in model.tensors:
+            rename(model.path, other, name)
+            return
     if not stores_differing_ties(model):
         return
     logger.warning("config.json ties the output matrix to the embeddings; both are stored and differ: both are taken")
