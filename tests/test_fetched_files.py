@@ -167,6 +167,13 @@ def test_a_tied_matrix_that_has_the_outputs_name_gets_the_embeddings(tmp_path, t
     assert check_parity(source, ModelDirectory(tmp_path / "pruned"), tokens, 0.001, torch.device("cpu")).passed
 
 
+@pytest.mark.parametrize("said", [None, [], ["LlamaModel"], ["LlamaForSequenceClassification"], ["LlamaForCausalLM"]])
+def test_a_config_names_a_class_that_writes_text(tmp_path, said):
+    whole = saved(tmp_path / "whole")
+    edit(whole / "config.json", architectures=said)
+    assert ModelDirectory(fetched(whole, tmp_path / "model")).settings["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_what_config_json_says_of_a_run_is_left_out(tmp_path, tokens):
     whole = saved(tmp_path / "whole")
     of_a_run = {"return_dict": False, "output_hidden_states": True, "use_cache": False}

@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from transformers.models.auto import modeling_auto
+
 from finercut.model.checks import stores_differing_ties, tied_names
-from finercut.model.configs import read_object, write_object
+from finercut.model.configs import note, read_object, write_object
 from finercut.model.directory import ModelDirectory
+from finercut.model.families import base_architecture
 from finercut.model.tensors import rename
 
 logger = logging.getLogger("finercut")
@@ -60,9 +63,23 @@ def settle_dtype(model: ModelDirectory) -> None:
     write_object(file, settings | {"dtype": stored})
 
 
+def settle_architecture(model: ModelDirectory) -> None:
+    """Write the class that is pruned into config.json, where that names none or one that writes no text: vLLM would
+    take the model for one of embeddings.
+    """
+    said, kind = model.settings.get("architectures") or [], model.config.model_type
+    mappings = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    if model.trusted or any(name in mapping.values() for name in said for mapping in mappings):
+        return
+    name = base_architecture(model.config)
+    logger.warning("config.json names %s as the %s model's class: taken as %s", said or "nothing", kind, name)
+    note(model.path, "architectures", [name])
+
+
 def settle_ties(model: ModelDirectory) -> None:
-    """Write into config.json that embeddings and output matrix are two, where the files hold two that differ. Where they
-    hold one, it gets the embeddings' name.
+    """Write into config.json that embeddings and output matrix are two, where the files hold two that differ.
+
+    Where they hold one, it gets the embeddings' name.
     """
     for other, name in tied_names(model).items():
         if other in model.tensors and name not in model.tensors:
