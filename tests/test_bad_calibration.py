@@ -153,7 +153,10 @@ def test_a_parquet_file_whose_pages_are_damaged(workspace):
     [
         ({"calibrate__n_tokens": 257}, "calibrate.n_tokens = 257 is more than the model's context of 256"),
         ({"calibrate__n_samples": 10**9}, "give more text"),
-        ({"calibrate__source": {"kind": "files", "paths": ["."]}}, ". is none of"),
+        (
+            {"calibrate__source": {"kind": "files", "paths": ["."]}},
+            "no file ., it is a folder: name its files, as *.txt does",
+        ),
         ({"calibrate__source": {"kind": "files", "paths": ["no.txt"]}}, "no file no.txt"),
         ({"calibrate__source": {"kind": "package", "name": "no-such-text", "version": "1"}}, "pip install no-such"),
         ({"calibrate__source": {"kind": "package", "name": "click", "version": "0"}}, "is installed, not 0"),
