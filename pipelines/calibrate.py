@@ -120,7 +120,8 @@ def _texts(portions: Sequence[Portion], model: ModelDirectory, settings: Calibra
     for portion in portions:
         if isinstance(portion.source, ModelText):
             beginnings(portion.source, model.tokenizer)
-    read = {i: read_texts(p.source) for i, p in enumerate(portions) if not isinstance(p.source, ModelText)}
+    tokenizer = model.tokenizer
+    read = {i: read_texts(p.source, tokenizer) for i, p in enumerate(portions) if not isinstance(p.source, ModelText)}
     if len(read) < len(portions):
         _cut(((texts, portions[i]) for i, texts in read.items()), model, settings)
     return [

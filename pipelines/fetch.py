@@ -11,7 +11,7 @@ from finercut.model.checks import check_model
 from finercut.model.directory import ModelDirectory
 from finercut.model.layouts import note_layout
 from finercut.sources import revisions
-from finercut.sources.dtypes import settle_dtype
+from finercut.sources.corrections import settle_architecture, settle_dtype, settle_run, settle_ties
 from finercut.sources.models import fetch_model
 from finercut.sources.records import FetchReport
 from finercut.sources.settings import LocalModel
@@ -35,8 +35,11 @@ def settle(directory: Path, name: str) -> ModelDirectory:
     Raises:
         ValueError: something is missing, cannot be read or does not belong to the rest.
     """
+    settle_run(ModelDirectory(directory))
     settle_dtype(ModelDirectory(directory))
     check_model(ModelDirectory(directory))
+    settle_architecture(ModelDirectory(directory))
+    settle_ties(ModelDirectory(directory))
     tokenizer_files.write(tokenizer_files.effective(ModelDirectory(directory), name), directory)
     return note_layout(ModelDirectory(directory))
 

@@ -82,8 +82,8 @@ def row(value: object) -> bytes:
 
 GOOD = "\n\n".join(TEXT * 6).encode()
 TEXTS: dict[str, tuple[str, bytes, str]] = {
-    "no such kind": ("text.pdf", GOOD, "is none of .txt, .jsonl, .parquet"),
-    "no suffix": ("text", GOOD, "is none of .txt, .jsonl, .parquet"),
+    "no such kind": ("text.pdf", GOOD, "is none of .txt, .jsonl"),
+    "no suffix": ("text", GOOD, "is none of .txt, .jsonl"),
     "empty": ("text.txt", b"", "is empty"),
     "blank": ("text.txt", b" \n\n\t\n", "is empty"),
     "latin-1": ("text.txt", GOOD + b"caf\xe9 ", "is not UTF-8 (byte"),
@@ -153,7 +153,10 @@ def test_a_parquet_file_whose_pages_are_damaged(workspace):
     [
         ({"calibrate__n_tokens": 257}, "calibrate.n_tokens = 257 is more than the model's context of 256"),
         ({"calibrate__n_samples": 10**9}, "give more text"),
-        ({"calibrate__source": {"kind": "files", "paths": ["."]}}, ". is none of"),
+        (
+            {"calibrate__source": {"kind": "files", "paths": ["."]}},
+            "no file ., it is a folder: name its files, as *.txt does",
+        ),
         ({"calibrate__source": {"kind": "files", "paths": ["no.txt"]}}, "no file no.txt"),
         ({"calibrate__source": {"kind": "package", "name": "no-such-text", "version": "1"}}, "pip install no-such"),
         ({"calibrate__source": {"kind": "package", "name": "click", "version": "0"}}, "is installed, not 0"),

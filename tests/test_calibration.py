@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import csv
+import gzip
+import io
 import json
 import shutil
 import string
@@ -19,6 +23,7 @@ from pyarrow import parquet
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from finercut.sources import revisions
 from finercut.sources.settings import FilesText, PackageText, apportion
 from finercut.sources.texts import Texts, read_texts
 from finercut.sources.windows import Cut, cut_windows, passages, repeat, tokenizer_sha256
@@ -170,6 +175,69 @@ def test_a_suffix_may_be_written_in_capitals(tmp_path):
     assert read_texts(files(tmp_path / "A.JSONL", tmp_path / "B.TXT")).documents == ["x", "y"]
 
 
+ROWS = ["First, of two lines:\nso.", 'Second; "quoted", with a tab\t.', "Third \u2028 and last."]
+OBJECTS = [{"id": 1, "text": row} for row in ROWS]
+LINES = "\n".join(map(json.dumps, OBJECTS)).encode()
+
+
+def table(delimiter: str) -> bytes:
+    written = io.StringIO(newline="")
+    writer = csv.DictWriter(written, ["id", "text"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(OBJECTS)
+    return written.getvalue().encode("utf-8-sig")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", json.dumps(OBJECTS).encode()),
+        ("texts.json", json.dumps(ROWS).encode()),
+        ("inside.json", json.dumps({"version": "1", "data": OBJECTS}).encode()),
+        ("lines.json", LINES),
+        ("a.ndjson", LINES.replace(b"\n", b"\r\n\r\n")),
+        ("a.csv", table(",")),
+        ("semicolons.csv", table(";")),
+        ("a.tsv", table("\t")),
+        ("a.txt", b"\r\n\r\n".join(row.encode() for row in ROWS)),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.zst", pyarrow.Codec("zstd").compress(LINES, asbytes=True)),
+    ],
+)
+def test_the_same_texts_in_every_form(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert read_texts(files(tmp_path / name)).documents == ROWS
+
+
+def test_nested_columns_and_chats_are_read(tmp_path, tokenizer):
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    others = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    rows = [{"meta": {"text": "x"}, "a.b": "y", "chat": one} for one in (chat, others)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pyarrow.Table.from_pylist([rows[0]] * 2), tmp_path / "a.parquet")
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    for name in ("a.jsonl", "a.parquet"):
+        nested, dotted = (read_texts(files(tmp_path / name, column=column)) for column in ("meta.text", "a.b"))
+        assert (nested.documents, dotted.documents) == (["x"] * 2, ["y"] * 2)
+        found = read_texts(files(tmp_path / name, column="chat"), talking)
+        assert (found.documents, found.separator) == (["<user>Why?<assistant>So."] * 2, "\n\n")
+        assert read_texts(files(tmp_path / name, column="chat"), tokenizer).documents == ["Why?\n\nSo."] * 2
+    talking.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(ValueError, match=r"template does not take .*a.jsonl row 1: no system"):
+        read_texts(files(tmp_path / "a.jsonl", column="chat"), talking)
+
+
+def test_paths_may_be_patterns(tmp_path):
+    for name in ("b.txt", "a.txt", "c[1].txt"):
+        (tmp_path / name).write_text(name)
+    pattern = files(tmp_path / "*.txt", tmp_path / "a.txt", tmp_path / "c[1].txt")
+    assert read_texts(pattern).documents == ["a.txt", "b.txt", "c[1].txt"]
+    assert revisions.current(pattern) == read_texts(pattern).revision
+    with pytest.raises(FileNotFoundError, match=r"no file .*/\*\.md$"):
+        read_texts(files(tmp_path / "*.md"))
+
+
 class Counting:
     """A tokenizer that counts the characters it is given."""
 
@@ -196,7 +264,7 @@ def test_of_a_long_document_no_more_is_tokenised_than_is_needed(tokenizer):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.csv", b"x", ValueError, r"a.csv is none of .txt, .jsonl, .parquet"),
+        ("a.pdf", b"x", ValueError, r"a.pdf is none of .txt, .jsonl.* convert it"),
         ("a.txt", None, FileNotFoundError, r"no file .*a.txt"),
         ("a.txt", b" \n\n ", ValueError, r"a.txt is empty: take it out"),
         ("a.jsonl", b"", ValueError, r"a.jsonl is empty"),

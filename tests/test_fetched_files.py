@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer, random_llama
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finercut.checkpoint.card import inherited
+from finercut.checkpoint.card import card, inherited
 from finercut.checkpoint.parity import check_parity
 from finercut.checkpoint.prune import prune
+from finercut.checkpoint.writing import differing_tensors, write_tuned
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned
-from finercut.sources.dtypes import settle_dtype
+from finercut.selection.selection import Origin, given
+from finercut.sources.corrections import settle_dtype
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import LocalModel
 from pipelines import fetch
@@ -24,8 +27,8 @@ from pipelines import fetch
 REMOVED = ["2.attention", "3.mlp"]
 
 
-def saved(directory: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
-    random_llama().to(dtype).save_pretrained(directory, **options)
+def saved(directory: Path, dtype: torch.dtype = torch.float32, *, tied: bool = True, **options) -> Path:
+    random_llama(tie_word_embeddings=tied).to(dtype).save_pretrained(directory, **options)
     make_tokenizer().save_pretrained(directory)
     return directory
 
@@ -98,6 +101,24 @@ def test_the_stored_dtype_is_kept_whatever_the_config_says(tmp_path, tokens, sto
     assert ModelDirectory(whole).settings["dtype"] == stored
 
 
+def test_a_healed_checkpoint_keeps_the_dtype_of_every_tensor(tmp_path):
+    whole = saved(tmp_path / "whole", torch.bfloat16)
+    norms = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
+    stored = load_file(whole / "model.safetensors")
+    # A third is not among bfloat16's numbers.
+    save_file(
+        stored | {name: torch.full((128,), 1 / 3) for name in norms}, whole / "model.safetensors", {"format": "pt"}
+    )
+    prune(fetched(whole, tmp_path / "model"), REMOVED, None, tmp_path / "pruned")
+    pruned = ModelDirectory(tmp_path / "pruned")
+    changed = "model.layers.0.mlp.up_proj.weight"
+    (tmp_path / "healed").mkdir()
+    write_tuned(pruned, {norms[1]: torch.ones(128), changed: torch.zeros(192, 128)}, tmp_path / "healed")
+    healed = ModelDirectory(tmp_path / "healed")
+    assert {healed.tensors[name].dtype for name in norms} == {"F32"}
+    assert differing_tensors(pruned, healed) == [norms[1], changed]
+
+
 # Settings
 
 
@@ -116,7 +137,65 @@ def test_settings_that_saving_refuses_are_pruned_as_loading_takes_them(tmp_path,
     assert found.config.pad_token_id == expected.config.pad_token_id
 
 
+@pytest.mark.parametrize("is_fetched", [True, False])
+def test_two_matrices_that_differ_stay_two_where_the_config_ties_them(tmp_path, tokens, is_fetched):
+    whole = saved(tmp_path / "whole", tied=False)
+    edit(whole / "config.json", tie_word_embeddings=True)
+    source = ModelDirectory(fetched(whole, tmp_path / "model") if is_fetched else whole)
+    assert source.settings["tie_word_embeddings"] is not is_fetched
+    prune(source, REMOVED, None, tmp_path / "pruned")
+    pruned = ModelDirectory(tmp_path / "pruned")
+    assert check_parity(source, pruned, tokens, 0.001, torch.device("cpu")).passed
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= pruned.tensors.keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "300KB"}])
+def test_a_tied_matrix_that_has_the_outputs_name_gets_the_embeddings(tmp_path, tokens, options):
+    # As safetensors' save_model leaves it. transformers takes either, vLLM the embeddings alone.
+    whole, embeddings = saved(tmp_path / "whole", **options), "model.embed_tokens.weight"
+    for file in whole.glob("*.safetensors"):
+        stored = load_file(file)
+        if embeddings in stored:
+            stored["lm_head.weight"] = stored.pop(embeddings)
+        save_file(stored, file, {"format": "pt"})
+    for index in whole.glob("*.index.json"):
+        index.write_text(index.read_text().replace(embeddings, "lm_head.weight"))
+    source = ModelDirectory(fetched(whole, tmp_path / "model"))
+    assert "lm_head.weight" not in source.tensors
+    assert torch.equal(source.tensor(embeddings), random_llama().model.embed_tokens.weight)
+    prune(source, REMOVED, None, tmp_path / "pruned")
+    assert check_parity(source, ModelDirectory(tmp_path / "pruned"), tokens, 0.001, torch.device("cpu")).passed
+
+
+@pytest.mark.parametrize("said", [None, [], ["LlamaModel"], ["LlamaForSequenceClassification"], ["LlamaForCausalLM"]])
+def test_a_config_names_a_class_that_writes_text(tmp_path, said):
+    whole = saved(tmp_path / "whole")
+    edit(whole / "config.json", architectures=said)
+    assert ModelDirectory(fetched(whole, tmp_path / "model")).settings["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_what_config_json_says_of_a_run_is_left_out(tmp_path, tokens):
+    whole = saved(tmp_path / "whole")
+    of_a_run = {"return_dict": False, "output_hidden_states": True, "use_cache": False}
+    of_a_run |= {"attn_implementation": "flash_attention_2", "quantization_config": None}
+    edit(whole / "config.json", **of_a_run)
+    source = ModelDirectory(fetched(whole, tmp_path / "model"))
+    assert not of_a_run.keys() & source.settings.keys()
+    prune(source, REMOVED, None, tmp_path / "pruned")
+    assert check_parity(source, ModelDirectory(tmp_path / "pruned"), tokens, 0.001, torch.device("cpu")).passed
+
+
 # Files beside the weights
+
+
+def test_of_a_users_own_folder_no_other_weights_travel(tmp_path):
+    whole = saved(tmp_path / "whole")
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "optimizer.pt", "model.Q4.gguf", "NOTICE"):
+        (whole / name).write_text("{}")
+    prune(whole, REMOVED, None, tmp_path / "pruned")
+    found = {file.name for file in (tmp_path / "pruned").iterdir()}
+    assert "NOTICE" in found
+    assert not {name for name in found if name.endswith((".bin", ".bin.index.json", ".pt", ".gguf"))}
 
 
 def test_what_belongs_to_the_model_travels_with_it(tmp_path):
@@ -126,7 +205,8 @@ def test_what_belongs_to_the_model_travels_with_it(tmp_path):
     tokenizer.save_pretrained(whole)
     assert (whole / "additional_chat_templates" / "tool_use.jinja").is_file()
     (whole / "LICENSE.txt").write_text("Llama 3.2 Community License")
-    (whole / "USE_POLICY.md").write_text("be good")
+    for name in ("USE_POLICY.md", "THIRD_PARTY_NOTICES.txt", "MODEL_LICENSE", "license.py"):
+        (whole / name).write_text("be good")
     (whole / "README.md").write_text(
         "---\nlicense: llama3.2\nbase_model: org/base\nlanguage: [en]\ntags: [theirs]\n---\n# Theirs\n"
     )
@@ -136,16 +216,28 @@ def test_what_belongs_to_the_model_travels_with_it(tmp_path):
     assert pruned.apply_chat_template(chat, chat_template="tool_use", tokenize=False) == "Tx"
     assert pruned.apply_chat_template(chat, tokenize=False) == "Dx"
     assert (tmp_path / "pruned" / "LICENSE.txt").read_text() == "Llama 3.2 Community License"
-    assert (tmp_path / "pruned" / "USE_POLICY.md").is_file()
-    card = tmp_path / "pruned" / "README.md"
-    assert inherited(card) == {"license": "llama3.2", "base_model": "org/base", "language": ["en"]}
-    assert "Theirs" not in card.read_text()
+    assert {"USE_POLICY.md", "THIRD_PARTY_NOTICES.txt", "MODEL_LICENSE"} <= {
+        p.name for p in (tmp_path / "pruned").iterdir()
+    }
+    assert not (tmp_path / "pruned" / "license.py").exists()
+    readme = tmp_path / "pruned" / "README.md"
+    assert inherited(readme) == {"license": "llama3.2", "base_model": "org/base", "language": ["en"]}
+    assert "Theirs" not in readme.read_text()
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"---\na: [\n---\n", b"---\n- a\n---\n", b"no front matter"])
 def test_a_card_that_cannot_be_read_says_nothing(tmp_path, text):
     (tmp_path / "README.md").write_bytes(text)
     assert inherited(tmp_path / "README.md") == {}
+
+
+@pytest.mark.parametrize(("revision", "named"), [("0" * 40, True), ("0" * 64, False)])
+def test_a_card_names_repositories_of_the_hub_as_base_and_no_paths(revision, named):
+    of = {"model_source": "models/mine", "model_revision": revision, "model_sha256": "", "n_blocks": 4}
+    origin = Origin(**of, calibration_sha256="", held_out_sha256="", divergence="js")
+    selection = given(["1.mlp"]).model_copy(update={"origin": origin})
+    text = card(selection, {}, 8, "", own_code=False, auto="AutoModelForCausalLM", metadata={})
+    assert ("base_model: models/mine" in text) == named
 
 
 def test_an_adapter_in_the_folder_is_refused(tmp_path):

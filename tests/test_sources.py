@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -141,6 +142,20 @@ def pickled(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
+def into_the_hubs_cache(directory: Path) -> None:
+    directory.rename(directory.with_name("0123"))
+    (directory / "snapshots").mkdir(parents=True)
+    directory.with_name("0123").rename(directory / "snapshots" / "0123")
+
+
+def bos_of_its_own(directory: Path) -> None:
+    """A BOS that was added to the tokenizer, and to no embeddings."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"bos_token": "<new>"})
+    gguf._put_first_and_last(tokenizer, True, False)
+    tokenizer.save_pretrained(directory)
+
+
 def config(**changes):
     def change(directory: Path) -> None:
         file = directory / "config.json"
@@ -154,7 +169,25 @@ def config(**changes):
     [
         (shutil.rmtree, FileNotFoundError, "no directory"),
         (lambda d: (d / "adapter_config.json").write_text("{}"), ValueError, "has an adapter .* merge it into them"),
-        (without("config.json"), FileNotFoundError, "no model in Hugging Face layout"),
+        (without("config.json"), FileNotFoundError, "no model in Hugging Face layout$"),
+        (
+            lambda d: (d / "config.json").rename(d / "a.gguf"),
+            FileNotFoundError,
+            "layout; a GGUF file is taken from a package only",
+        ),
+        (lambda d: (shutil.rmtree(d), d.touch()), FileNotFoundError, "is a file; name the directory of the model"),
+        (into_the_hubs_cache, FileNotFoundError, "of the hub's cache: name .*mine/snapshots/0123"),
+        (
+            lambda d: (d / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+            ValueError,
+            r"tokenizer.json is a pointer of Git LFS and not the file: run `git lfs pull` in",
+        ),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "model-00001-of-00001.safetensors"),
+            ValueError,
+            r"no weights but model-00001-of-00001.safetensors, which nothing names: finercut takes",
+        ),
+        (bos_of_its_own, ValueError, r"token 400 \('<new>'\) of ordinary text, the model has 400 embeddings: take the"),
         (without("tokenizer.json"), FileNotFoundError, "no tokenizer: one of tokenizer.json"),
         (without("model.safetensors"), ValueError, "has no weights: finercut takes model.safetensors"),
         (pickled, ValueError, r"only pickled weights \(pytorch_model.bin\), which can run code"),
@@ -212,10 +245,14 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(file: Path, model, tokenizer, pre: str = "smollm", **said: bool) -> None:
+def write_gguf(
+    file: Path, model, tokenizer, pre: str = "smollm", *, rope=None, more=None, less=(), **said: bool
+) -> None:
     """`model` as llama.cpp's converter would write it, its first MLP's last matrix in Q4_1.
 
     Args:
+        rope: metadata of the scaling of its rotary embeddings.
+        more, less: tensors that the file has too, and names of those that it lacks.
         said: flags of the tokenizer's metadata.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, quants
@@ -235,6 +272,11 @@ def write_gguf(file: Path, model, tokenizer, pre: str = "smollm", **said: bool) 
     writer.add_tokenizer_pre(pre)
     for name, value in said.items():
         writer.add_bool(f"tokenizer.ggml.{name}", value)
+    for name, value in (rope or {}).items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add(f"llama.rope.scaling.{name}", value)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
@@ -256,6 +298,8 @@ def write_gguf(file: Path, model, tokenizer, pre: str = "smollm", **said: bool) 
         name_in_gguf = (
             short or {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
         )
+        if name_in_gguf in less:
+            continue
         if name_in_gguf == "blk.0.ffn_down.weight":
             quantised = quants.quantize(values, GGMLQuantizationType.Q4_1)
             writer.add_tensor(name_in_gguf, quantised, raw_dtype=GGMLQuantizationType.Q4_1)
@@ -380,6 +424,65 @@ def test_a_gguf_that_says_nothing_of_bos_has_it_where_the_model_predicts_better(
     gguf._try_bos(Foresees(), taken, "tiny.gguf")
     assert (taken("sea").input_ids[0] == 0) == needs_bos
     assert "tiny.gguf: BOS is" in caplog.text
+
+
+LLAMA_3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3 |= {"original_max_position_embeddings": 8192}
+
+
+def divisors_of_llama_cpp(theta: float) -> np.ndarray:
+    """What its converter writes of Llama 3's scaling of rotary heads of 32: each frequency's divisor."""
+    divisors = []
+    for wave_length in 2 * math.pi * theta ** (np.arange(0, 32, 2) / 32):
+        smooth = (8192 / wave_length - 1) / (4 - 1)
+        between = 1 / ((1 - smooth) / 32 + smooth)
+        divisors.append(1.0 if wave_length < 8192 / 4 else 32.0 if wave_length > 8192 else between)
+    assert 0 < sum(1 < d < 32 for d in divisors) < 16
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("theta", "written", "expected"),
+    [
+        (10_000.0, {}, {"rope_type": "default"}),
+        (10_000.0, {"rope": {"type": "none", "factor": 1.0}}, {"rope_type": "default"}),
+        (10_000.0, {"rope": {"type": "linear", "factor": 4.0}}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            10_000.0,
+            {"rope": {"type": "yarn", "factor": 4.0, "original_context_length": 64}},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        ),
+        (500_000.0, {"more": "divisors"}, LLAMA_3),
+        (10_000.0, {"more": {"rope_freqs.weight": np.ones(16, np.float32)}}, {"rope_type": "default"}),
+    ],
+)
+def test_rotary_embeddings_are_scaled_as_the_gguf_says(tokenizer, tmp_path, theta, written, expected):
+    model = random_llama(rope_parameters={"rope_type": "default", "rope_theta": theta})
+    if written.get("more") == "divisors":
+        written = {"more": {"rope_freqs.weight": divisors_of_llama_cpp(theta)}}
+    write_gguf(tmp_path / "tiny.gguf", model, tokenizer, **written)
+    (tmp_path / "model").mkdir()
+    dequantise(tmp_path / "tiny.gguf", "float32", tmp_path / "model")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.rope_parameters
+    assert found == pytest.approx(expected | {"rope_theta": theta})
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"less": ["blk.1.attn_q.weight"]}, r"lacks model.layers.1.self_attn.q_proj.weight \(1 tensors so\): take the"),
+        (
+            {"more": {"blk.1.attn_q.bias": np.ones(128, np.float32)}},
+            r"has 128 numbers .* that transformers' llama model",
+        ),
+        ({"rope": {"type": "longrope", "factor": 4.0}}, r"scales rotary embeddings in a way \(longrope\)"),
+        ({"more": {"rope_freqs.weight": np.arange(1, 17, dtype=np.float32)}}, r"in a way \(rope_freqs\)"),
+    ],
+)
+def test_a_gguf_that_would_come_out_as_another_model_is_refused(tokenizer, tmp_path, written, message):
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), tokenizer, **written)
+    with pytest.raises(ValueError, match=message):
+        dequantise(tmp_path / "tiny.gguf", "float32", tmp_path)
 
 
 def test_the_dequantised_weights_are_stored_as_asked(index, pip_uses, tmp_path):

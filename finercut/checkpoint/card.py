@@ -152,7 +152,8 @@ def card(
     source = origin.model_source if origin else ""
     task, reader = _TASKS.get(auto, ("any-to-any", "Processor"))
     loading = _LOADING_OWN_CODE if own_code else _LOADING.format(auto=auto, reader=reader, name=reader.lower())
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and "base_model" not in metadata:  # a repository of the hub
+    # Of the hub's repositories the revision is a commit; a path may look like the name of one.
+    if origin and re.fullmatch(r"[0-9a-f]{40}", origin.model_revision) and "base_model" not in metadata:
         metadata = {**metadata, "base_model": source}
     return _CARD.format(
         inherited=yaml_dump(dict(metadata)) if metadata else "",

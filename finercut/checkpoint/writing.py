@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from finercut.model import modeling_finercut, tokenizer_files
-from finercut.model.directory import ModelDirectory, one_line_errors, quiet
+from finercut.model.checks import stores_differing_ties
+from finercut.model.directory import DTYPES, ModelDirectory, one_line_errors, quiet
 from finercut.model.families import (
     LAYOUT_KEY,
     Layout,
@@ -27,11 +28,11 @@ from finercut.model.families import (
 )
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.remote_code import code_sha256, note_trusted, pruned_class
-from finercut.model.tensors import copy_tensors
+from finercut.model.tensors import copy_tensors, is_weights
 from finercut.sublayers import Sublayer
 
 MODELING_FILE = Path(modeling_finercut.__file__)
-# Written here; every other file beside the weights is copied.
+# Written here; every other file that is no weights, of whatever form, is copied.
 _REWRITTEN = {"config.json", "README.md", MODELING_FILE.name}
 # What is written at once: safetensors' own writer copies it in memory.
 _SHARD = "2GB"
@@ -84,6 +85,8 @@ def write_all_but_weights(
     if not is_declared(config):
         setattr(config, LAYOUT_KEY, layout_of(load_whole(source).config).to_dict())
     config.dtype = getattr(torch, source.dtype, config.dtype)  # whatever its file says
+    if stores_differing_ties(source):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with one_line_errors(f"transformers makes no model of the config in {source}"):
         whole = auto_class(config).from_pretrained(
             source.path,
@@ -110,7 +113,7 @@ def write_all_but_weights(
     if whole.can_generate():
         whole.generation_config.to_json_file(directory / "generation_config.json")
     for file in source.path.iterdir():
-        if file.is_file() and file.name not in _REWRITTEN and ".safetensors" not in file.name:
+        if file.is_file() and file.name not in _REWRITTEN and not is_weights(file.name):
             shutil.copyfile(file, directory / file.name)
     if source.trusted:
         note_trusted(directory, code_sha256(directory))
@@ -145,6 +148,12 @@ def write_tuned(parent: ModelDirectory, parameters: Mapping[str, Tensor], direct
         directory: empty.
     """
     model = load_pruned(parent)
+    loaded = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in loaded.keys() & parent.tensors.keys():
+        # All are loaded in one dtype; files may have several, such as norms in float32 among bfloat16.
+        stored = getattr(torch, DTYPES.get(parent.tensors[name].dtype, ""), None)
+        if stored not in (None, loaded[name].dtype):
+            loaded[name].data = parent.tensor(name)
     for name, value in parameters.items():
         parameter = model.get_parameter(name)
         parameter.data = value.to(parameter.dtype)

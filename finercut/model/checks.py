@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
@@ -12,6 +13,7 @@ from finercut.model.configs import context_of, read_object
 from finercut.model.directory import ModelDirectory, one_line_errors
 from finercut.model.families import auto_class, check_supported
 from finercut.model.tensors import INDEX, safetensors_files, shards
+from finercut.model.tokenizer_files import TEXTS
 
 logger = logging.getLogger("finercut")
 
@@ -31,6 +33,7 @@ def check_model(model: ModelDirectory) -> None:
     check_sizes(language)
     _check_index(model)
     _check_weights(model)
+    _check_vocabulary(model)
     _check_finite(model)
     check_supported(model.config)
 
@@ -48,6 +51,30 @@ def check_sizes(config: PreTrainedConfig) -> None:
             )
         if value < 1:
             raise ValueError(f"the model's config gives {name} = {value}")
+
+
+def tied_names(model: ModelDirectory) -> dict[str, str]:
+    """Tensors that are another one, as the config says, each with the name of the other, which vLLM reads."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    of = auto_class(model.config)._model_mapping.get(type(model.config), None)
+    tied = getattr(of, "_tied_weights_keys", None)
+    return dict(tied) if isinstance(tied, dict) else {}
+
+
+def stores_differing_ties(model: ModelDirectory) -> bool:
+    """Whether the files hold two matrices that differ where the config says that they are one. transformers loads both,
+    vLLM one of them.
+    """
+    return any(
+        {one, other} <= model.tensors.keys() and _differ(model.tensor(one), model.tensor(other))
+        for one, other in tied_names(model).items()
+    )
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    exact = torch.promote_types(one.dtype, other.dtype)
+    return not torch.equal(one.to(exact), other.to(exact))
 
 
 def _check_index(model: ModelDirectory) -> None:
@@ -93,6 +120,17 @@ def _check_weights(model: ModelDirectory) -> None:
         raise ValueError(f"the weights do not fit the config: {'; '.join(told)}")
     if unexpected:
         logger.warning("%d tensors are not used, the first is %s", len(unexpected), unexpected[0])
+
+
+def _check_vocabulary(model: ModelDirectory) -> None:
+    """The tokens of ordinary text, BOS among them, have embeddings. Special tokens that no text has need none."""
+    tokenizer, n_embeddings = model.tokenizer, model.language.vocab_size
+    highest = max(tokenizer(TEXTS[0]).input_ids)
+    if highest >= n_embeddings:
+        raise ValueError(
+            f"the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of ordinary text, the "
+            f"model has {n_embeddings} embeddings: take the tokenizer that is the model's"
+        )
 
 
 def _check_finite(model: ModelDirectory) -> None:

@@ -35,6 +35,9 @@ _UNEXPECTED = (
     StrictDataclassError,
 )
 
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+"""torch's names of dtypes by those in safetensors files."""
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -173,7 +176,7 @@ class ModelDirectory:
         for stored in self.tensors.values():
             n_bytes[stored.dtype] += stored.nbytes
         found = n_bytes.most_common(1)[0][0]
-        return {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}.get(found, found)
+        return DTYPES.get(found, found)
 
     def tensor(self, name: str) -> Tensor:
         """A stored tensor.

@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,8 @@ from finercut.model.configs import read_object, write_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+"""Names of files with weights that can run code when they are loaded."""
 _CHUNK = 1 << 24
 """Bytes of a file in memory at once."""
 
@@ -34,6 +37,11 @@ class StoredTensor:
     @property
     def n_elements(self) -> int:
         return prod(self.shape)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file beside config.json is one of weights, in whatever form, or an index of such."""
+    return any(fnmatch(name.removesuffix(".index.json"), form) for form in ("*.safetensors", "*.gguf", *PICKLED))
 
 
 def safetensors_files(directory: Path) -> list[Path]:
@@ -136,6 +144,24 @@ def copy_tensors(source: Path, names: Collection[str], directory: Path) -> None:
     if set(weight_map.values()) != {WEIGHTS}:
         index = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_object(directory / INDEX, index)
+
+
+def rename(directory: Path, old: str, new: str) -> None:
+    """Give a stored tensor of a model another name. No file is written in place: those of a cache are links to it."""
+    for file in safetensors_files(directory):
+        partial = file.with_name(f"{file.name}.partial")
+        with file.open("rb") as stored:
+            (start,) = struct.unpack("<Q", stored.read(8))
+            header = json.loads(stored.read(start))
+            if old not in header:
+                continue
+            header.pop("__metadata__", None)
+            _copy(stored, 8 + start, {new if name == old else name: of for name, of in header.items()}, partial)
+        partial.replace(file)
+    if (index := directory / INDEX).is_file():
+        content = read_object(index)
+        content["weight_map"] = {new if name == old else name: of for name, of in content["weight_map"].items()}
+        write_object(index, content)
 
 
 def _copy(stored: BinaryIO, start: int, entries: dict[str, dict[str, Any]], target: Path) -> int:

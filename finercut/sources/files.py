@@ -1,11 +1,12 @@
-"""Chooses which files of a model are taken, and copies them."""
+"""Chooses which files of a model are taken, and copies them; finds the files that paths and patterns name."""
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from finercut.model.configs import TEMPLATES, VOCABULARY_FILES, read_object
 from finercut.model.families import check_supported
 from finercut.model.remote_code import OUR_FILES, TRUSTED_KEY
-from finercut.model.tensors import INDEX, WEIGHTS, shards
+from finercut.model.tensors import INDEX, PICKLED, WEIGHTS, shards
 
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
@@ -26,9 +27,13 @@ _OTHER_FILES = ("config.json", "generation_config.json", "chat_template.jinja", 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _ADAPTER = "adapter_config.json"
 # What its licence asks to travel with a model, and the card that names the licence.
-LEGAL = re.compile(r"(licen[cs]e|notice|copying|.*use_policy|acceptable_use).*|readme\.md", re.IGNORECASE)
+LEGAL = re.compile(
+    r"[^/]*(licen[cs]e|notice|copying|copyright|use[_ -]policy|acceptable[_ -]use|terms[_ -]of|eula|patents)[^/]*"
+    r"(?<!\.py)(?<!\.json)(?<!\.safetensors)|readme\.md",
+    re.IGNORECASE,
+)
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _TEMPLATE = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ def copy(path: Path, directory: Path, code: Code, dequantised: bool, link: bool 
     for name in taken:
         if not (path / name).resolve().is_relative_to(root):
             raise ValueError(f"{path / name} is a link to a file outside {path}: put the file itself there")
+        with (path / name).open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError(
+                    f"{path / name} is a pointer of Git LFS and not the file: run `git lfs pull` in {path}"
+                )
     check_config(path / "config.json", str(path), code, dequantised)
     for name in taken:
         (directory / name).parent.mkdir(exist_ok=True)
@@ -64,6 +74,23 @@ def copy(path: Path, directory: Path, code: Code, dequantised: bool, link: bool 
 def names_in(path: Path) -> list[str]:
     """Names of the files in a model's directory that may be taken, named templates in their folder among them."""
     return [str(file.relative_to(path)) for file in (*path.iterdir(), *path.glob(f"{TEMPLATES}/*")) if file.is_file()]
+
+
+def matching(paths: Iterable[Path]) -> list[Path]:
+    """The files that paths or patterns of them, such as texts/*.txt, name: those of a pattern by name, none twice.
+
+    Raises:
+        FileNotFoundError: one names no file.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        named = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        files = [file for file in named if file.is_file()]
+        if not files:
+            folder = f", it is a folder: name its files, as {path / '*.txt'} does" if path.is_dir() else ""
+            raise FileNotFoundError(f"the paths in calibrate: no file {path}{folder}")
+        found |= dict.fromkeys(files)
+    return list(found)
 
 
 def needs_index(names: Collection[str]) -> bool:
@@ -92,7 +119,8 @@ def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> li
     templates = [n for n in names if _TEMPLATE.fullmatch(n)]
     names = [n for n in names if "/" not in n]
     if "config.json" not in names:
-        raise FileNotFoundError(f"{where} has no config.json: it is no model in Hugging Face layout")
+        hint = "; a GGUF file is taken from a package only" if any(n.endswith(".gguf") for n in names) else ""
+        raise FileNotFoundError(f"{where} has no config.json: it is no model in Hugging Face layout{hint}")
     if _ADAPTER in names:
         raise ValueError(
             f"{where} has an adapter ({_ADAPTER}), which transformers would load with the weights: merge it into them "
@@ -105,8 +133,12 @@ def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> li
         if strangers := sorted(n for n in weights[1:] if n not in names or not n.endswith(".safetensors")):
             raise ValueError(f"{where}: {INDEX} names {strangers[0]!r}, which is not a shard of the model")
     else:
-        pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in _PICKLED)]
+        pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in PICKLED)]
         why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"
+        if others := sorted(n for n in names if n.endswith((".safetensors", ".gguf"))):
+            why = (
+                f"no weights but {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}, which nothing names"
+            )
         raise ValueError(f"{where} has {why}: finercut takes {WEIGHTS}, or {INDEX} with its shards")
     if not any(n in names for n in VOCABULARY_FILES):
         raise FileNotFoundError(f"{where} has no tokenizer: one of {', '.join(VOCABULARY_FILES)} is needed")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from finercut.system.settings import Dtype
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from gguf import GGUFReader
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("finercut")
 
@@ -37,7 +40,7 @@ def dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
     """Write the model in a GGUF file as safetensors, with its tokenizer.
 
     Raises:
-        ValueError: the file is damaged, holds no such model, or its tokenizer does not come out as the file says.
+        ValueError: the file is damaged, holds no such model, or model or tokenizer do not come out as the file says.
     """
     import torch
     from gguf import GGUFReader
@@ -47,15 +50,19 @@ def dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
     from finercut.model.directory import one_line_errors
 
     with one_line_errors(f"{gguf.name} is not a GGUF file of a model, or is damaged"):
-        metadata = {name: field.contents() for name, field in GGUFReader(gguf).fields.items() if _of_tokenizer(name)}
-        model = AutoModelForCausalLM.from_pretrained(
+        reader = GGUFReader(gguf)
+        metadata = {name: field.contents() for name, field in reader.fields.items() if _of_tokenizer(name)}
+        model, info = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=getattr(torch, dtype),
             local_files_only=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    _check_complete(model, info["missing_keys"], reader, gguf.name)
+    _scale_rotation(model, reader, gguf.name)
     _as_the_file_says(tokenizer, metadata, gguf.name)
     if metadata.get("tokenizer.ggml.add_bos_token") is None:
         _try_bos(model, tokenizer, gguf.name)
@@ -64,6 +71,84 @@ def dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
         model.generation_config.eos_token_id = ends
     model.save_pretrained(directory)
     tokenizer_files.write(tokenizer, directory)
+
+
+def _check_complete(model: PreTrainedModel, missing: Sequence[str], reader: GGUFReader, where: str) -> None:
+    """transformers fills what it does not find with random numbers, and drops what it has no place for.
+
+    Raises:
+        ValueError: it did one of them.
+    """
+    if missing:
+        raise ValueError(f"{where} lacks {min(missing)} ({len(missing)} tensors so): {_INSTEAD}")
+    n_blocks, tied = model.config.num_hidden_layers, model.config.tie_word_embeddings
+    found = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if not tensor.name.startswith("rope_")}
+    for name in list(found):
+        block = re.match(r"blk\.(\d+)\.", name)  # of several tokens at once, some models predict in a block more
+        if (block and int(block[1]) >= n_blocks) or (tied and name == "output.weight"):
+            del found[name]
+    n_more = sum(found.values()) - sum(parameter.numel() for parameter in model.parameters())
+    if n_more > 0:
+        raise ValueError(
+            f"{where} has {n_more} numbers in its tensors that transformers' {model.config.model_type} model has no "
+            f"place for: {_INSTEAD}"
+        )
+
+
+def _scale_rotation(model: PreTrainedModel, reader: GGUFReader, where: str) -> None:
+    """Write into the config how the file scales rotary embeddings, which transformers reads of few architectures.
+
+    Raises:
+        ValueError: it does in a way that is not known.
+    """
+    prefix = f"{reader.fields['general.architecture'].contents()}.rope.scaling."
+    said = {name.removeprefix(prefix): f.contents() for name, f in reader.fields.items() if name.startswith(prefix)}
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors if tensor.name.startswith("rope_")}
+    config = model.config
+    scaled = getattr(config, "rope_parameters", None) or {}
+    # Models with windows have settings for each type of attention; those without a window are the ones scaled.
+    rope = scaled.get("full_attention", scaled)
+    if rope.get("rope_type") != "default":
+        return
+    kind, factor = said.get("type", "none"), said.get("factor", 1.0)
+    known = {"type", "factor", "original_context_length", "finetuned"}
+    found: dict[str, Any] | None = None
+    if "rope_freqs.weight" in tensors and rope is scaled:
+        kind, found = "rope_freqs", _llama3(config, tensors["rope_freqs.weight"])
+    elif any(name.startswith("rope_factors") for name in tensors):
+        kind = "longrope"
+    elif kind == "none" or (kind in ("linear", "yarn") and factor in (0.0, 1.0)):
+        return
+    elif kind == "linear":
+        found = {"rope_type": "linear", "factor": factor}
+    elif kind == "yarn" and said.keys() <= known and "original_context_length" in said:
+        original = said["original_context_length"]
+        found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    if found is None:
+        raise ValueError(f"{where} scales rotary embeddings in a way ({kind}) that is not known: {_INSTEAD}")
+    settings = rope | found
+    config.rope_parameters = settings if rope is scaled else scaled | {"full_attention": settings}
+
+
+def _llama3(config: PreTrainedConfig, divisors: Any) -> dict[str, Any] | None:
+    """Llama 3's settings that divide frequencies so; none for frequencies as they are. None if none do."""
+    import numpy as np
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if np.allclose(divisors, 1):
+        return {}
+    found = {
+        "rope_type": "llama3",
+        "factor": float(divisors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    plain, trial = copy.deepcopy(config), copy.deepcopy(config)
+    plain.rope_parameters = config.rope_parameters | found | {"factor": 1.0}
+    trial.rope_parameters = config.rope_parameters | found
+    frequencies, scaled = (ROPE_INIT_FUNCTIONS["llama3"](of, "cpu")[0].numpy() for of in (plain, trial))
+    return found if np.allclose(frequencies / scaled, divisors, rtol=1e-3) else None
 
 
 _LONG = ("merges", "scores", "token_type", "precompiled_charsmap")

@@ -113,7 +113,10 @@ def _hub_code(source: HubModel, commit: str) -> Code:
 def _from_local(source: LocalModel, directory: Path) -> Origin:
     path = source.path
     if not path.is_dir():
-        raise FileNotFoundError(f"fetch.source.path: no directory {path}")
+        what = "is a file; name the directory of the model" if path.is_file() else "is not there"
+        raise FileNotFoundError(f"fetch.source.path: no directory {path}: it {what}")
+    if not (path / "config.json").exists() and (kept := sorted(path.glob("snapshots/*/config.json"))):
+        raise FileNotFoundError(f"fetch.source.path: {path} is a repository of the hub's cache: name {kept[0].parent}")
     found = code_sha256(path)
     if source.trust_remote_code not in (None, found):
         raise ValueError(

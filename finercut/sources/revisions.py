@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finercut.model.tensors import INDEX, weights_sha256
-from finercut.sources.files import choose, names_in
+from finercut.sources.files import choose, matching, names_in
 from finercut.sources.settings import FilesText, HubModel, HubText, LocalModel, ModelText, PackageModel, PackageText
 
 Source = PackageModel | HubModel | LocalModel | PackageText | HubText | FilesText | ModelText
@@ -25,7 +25,7 @@ def current(source: Source) -> str | None:
             taken = choose(names_in(source.path), str(source.path), trusted, source.path / INDEX)
             return of_model(source.path, taken)
         if isinstance(source, FilesText):
-            return of_files(source.paths)
+            return of_files(matching(source.paths))
     except (OSError, ValueError):
         return None
     return None

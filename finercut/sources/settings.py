@@ -128,6 +128,7 @@ class HubText(_Text):
     revision: str
     """Commit, branch or tag of the dataset."""
     column: str = "text"
+    """As of files: also nested ones, and chats."""
 
     @property
     def label(self) -> str:
@@ -135,13 +136,16 @@ class HubText(_Text):
 
 
 class FilesText(_Text):
-    """Local .txt, .jsonl or .parquet files."""
+    """Local .txt, .jsonl, .json (a list of rows or texts), .csv, .tsv or .parquet files; compressed ones too, with .gz,
+    .bz2, .zst or .lz4 after that."""
 
     kind: Literal["files"]
     paths: Annotated[list[File], Field(min_length=1)]
-    """Blank lines separate the documents of a .txt file; lines, where it has no blank line."""
+    """Of files, or patterns such as texts/*.txt. Blank lines separate the documents of a .txt file; lines, where it has
+    no blank line."""
     column: str = "text"
-    """Which field of .jsonl and .parquet rows holds the text."""
+    """Which field of a row holds the text, with dots between the names of nested ones; or a chat, as messages with role
+    and content, which the model's chat template writes."""
 
     @property
     def label(self) -> str:

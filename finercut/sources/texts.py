@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import importlib.metadata
+import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from finercut.sources import revisions
+from finercut.sources import chats, revisions
+from finercut.sources.files import matching
 from finercut.sources.settings import FilesText, HubText, PackageText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("finercut")
 
@@ -25,6 +32,9 @@ logger = logging.getLogger("finercut")
 _BETWEEN_ROWS, _BETWEEN_TEXTS, _BETWEEN_LINES = " ", "\n\n", "\n"
 _TREES = {".json", ".yaml", ".yml"}
 _PACKAGE_SUFFIXES = {*_TREES, ".md", ".rst", ".txt"}
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+"""pyarrow's names of codecs by suffix."""
+_DELIMITERS = ",;\t"
 # Shorter strings in a package's data are labels, lists and figures rather than prose.
 _PROSE_CHARACTERS = 200
 
@@ -42,8 +52,11 @@ class Texts:
     """Commit, version, or sha256 of the files."""
 
 
-def read_texts(source: PackageText | HubText | FilesText) -> Texts:
+def read_texts(source: PackageText | HubText | FilesText, tokenizer: PreTrainedTokenizerBase | None = None) -> Texts:
     """
+    Args:
+        tokenizer: whose chat template writes chats; without one, a chat's messages are paragraphs.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: a package, dataset, file or column that cannot be used, and why.
@@ -52,8 +65,8 @@ def read_texts(source: PackageText | HubText | FilesText) -> Texts:
     if isinstance(source, PackageText):
         return _package_texts(source)
     if isinstance(source, HubText):
-        return _hub_texts(source)
-    return _file_texts(source)
+        return _hub_texts(source, tokenizer)
+    return _file_texts(source, tokenizer)
 
 
 def _package_texts(source: PackageText) -> Texts:
@@ -98,7 +111,7 @@ def _tree(content: str, file: Path) -> Any:
         if file.suffix == ".json":
             return json.loads(content)
         return YAML(typ="safe").load(content)
-    except (json.JSONDecodeError, YAMLError, RecursionError) as error:
+    except (ValueError, YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is not {'JSON' if file.suffix == '.json' else 'YAML'}: {reason}") from error
 
@@ -128,7 +141,7 @@ def _prose(content: Any) -> Iterator[str]:
             yield text
 
 
-def _hub_texts(source: HubText) -> Texts:
+def _hub_texts(source: HubText, tokenizer: PreTrainedTokenizerBase | None) -> Texts:
     import datasets
 
     from finercut.sources import hub
@@ -153,26 +166,37 @@ def _hub_texts(source: HubText) -> Texts:
             raise ValueError(
                 f"{source.label} cannot be read: {reason}; take another revision or config of it, or files"
             ) from error
-    _check_column(rows.column_names, source.column, source.label)
-    return Texts(_all_text(rows[source.column], source.column, source.label), _BETWEEN_ROWS, source.label, commit)
+    outer = _outer(source.column, rows.column_names)
+    _check_column(rows.column_names, outer, source.label)
+    found = ({outer: value} for value in rows[outer])
+    documents, separator = _column_texts(found, source.column, source.label, tokenizer)
+    return Texts(documents, separator, source.label, commit)
 
 
-def _file_texts(source: FilesText) -> Texts:
-    files, column = source.paths, source.column
-    readers: dict[str, Callable[[Path, str], list[str]]] = {".jsonl": _json_rows, ".parquet": _parquet_rows}
-    suffixes = [file.suffix.lower() for file in files]
+def _file_texts(source: FilesText, tokenizer: PreTrainedTokenizerBase | None) -> Texts:
+    files, column = matching(source.paths), source.column
+    readers: dict[str, Callable[[Path, str], Iterable[Any]]] = {
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
+    suffixes = [_suffix(file) for file in files]
     for file, suffix in zip(files, suffixes, strict=True):
         if suffix not in (".txt", *readers):
-            raise ValueError(f"{file} is none of .txt, {', '.join(readers)}")
-        if not file.is_file():
-            raise FileNotFoundError(f"the paths in calibrate: no file {file}")
+            raise ValueError(
+                f"{file} is none of .txt, {', '.join(readers)}, nor one of these with {', '.join(_COMPRESSED)} after "
+                "it: convert it"
+            )
     documents: list[str] = []
     separators = set()
     for file, suffix in zip(files, suffixes, strict=True):
         if suffix == ".txt":
             found, separator = _plain(_read_utf8(file), str(file))
         else:
-            found, separator = readers[suffix](file, column), _BETWEEN_ROWS
+            found, separator = _column_texts(readers[suffix](file, column), column, str(file), tokenizer)
         if not any(text.strip() for text in found):
             raise ValueError(f"{file} is empty: take it out of the paths in calibrate")
         documents += found
@@ -181,11 +205,29 @@ def _file_texts(source: FilesText) -> Texts:
     return Texts(documents, separator, source.label, revisions.of_files(files))
 
 
+def _suffix(file: Path) -> str:
+    """Of what is inside, where the file is compressed."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return "".join([suffix for suffix in suffixes if suffix not in _COMPRESSED][-1:])
+
+
 def _read_utf8(file: Path) -> str:
+    """Decompressed, as the suffix says; with line feeds between lines."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() in _COMPRESSED:
+            import pyarrow
+
+            with pyarrow.input_stream(str(file), compression=_COMPRESSED[file.suffix.lower()]) as stream:
+                content = stream.read().decode("utf-8-sig")
+        else:
+            content = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 (byte {error.start}): convert it, with iconv for example") from error
+    except (OSError, ValueError) as error:  # of pyarrow, for what is not compressed so, or cut short
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if 4 * content.count("\0") > len(content):
+        raise ValueError(f"{file} is full of zero bytes: it is UTF-16, or no text; convert it, with iconv for example")
+    return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _plain(content: str, where: str) -> tuple[list[str], str]:
@@ -198,43 +240,96 @@ def _plain(content: str, where: str) -> tuple[list[str], str]:
     return lines, _BETWEEN_LINES
 
 
-def _json_rows(file: Path, column: str) -> list[str]:
-    texts = []
+def _json_lines(file: Path, column: str) -> Iterator[Any]:
     for number, line in enumerate(_read_utf8(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} line {number} is not JSON: {error}") from error
-        _check_column(row if isinstance(row, dict) else [], column, f"{file} line {number}")
-        texts.append(row[column])
-    return _all_text(texts, column, str(file))
+        _check_column(_names(row), _outer(column, _names(row)), f"{file} line {number}")
+        yield row
 
 
-def _parquet_rows(file: Path, column: str) -> list[str]:
+def _json_rows(file: Path, column: str) -> Iterable[Any]:
+    """A list of rows or texts; or JSON lines, which some call .json."""
+    try:
+        value = json.loads(_read_utf8(file))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            return _json_lines(file, column)
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if isinstance(value, dict):  # {"data": [...]}
+        lists = [inner for inner in value.values() if isinstance(inner, list)]
+        value = [value] if column in value else lists[0] if len(lists) == 1 else value
+    if not isinstance(value, list):
+        raise ValueError(f"{file} holds no list of rows: write one, or a row a line as .jsonl")
+    return [{column: row} if isinstance(row, str) else row for row in value]
+
+
+def _csv_rows(file: Path, column: str) -> Iterator[Any]:
+    content = _read_utf8(file)
+    first = content.partition("\n")[0]
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.DictReader(io.StringIO(content), delimiter=max(_DELIMITERS, key=first.count), strict=True)
+    try:
+        _check_column(rows.fieldnames or (), column, f"the first line of {file}")
+        yield from rows
+    except csv.Error as error:
+        raise ValueError(f"{file} line {rows.line_num} is not CSV: {error}") from error
+
+
+def _parquet_rows(file: Path, column: str) -> list[Any]:
     from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(file) as table:
-            _check_column(table.schema_arrow.names, column, str(file))
-            rows = table.read(columns=[column])[column].to_pylist()
+            names = table.schema_arrow.names
+            outer = _outer(column, names)
+            _check_column(names, outer, str(file))
+            return table.read(columns=[outer]).to_pylist()
     except (ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a parquet file: {error}") from error
-    return _all_text(rows, column, str(file))
 
 
-def _check_column(names: Any, column: str, where: str) -> None:
+def _names(row: Any) -> Iterable[str]:
+    return row if isinstance(row, dict) else ()
+
+
+def _outer(column: str, names: Iterable[str]) -> str:
+    """The first of the names in `meta.text`, unless a column has all of that as its name."""
+    return column if column in names else column.partition(".")[0]
+
+
+def _check_column(names: Iterable[str], column: str, where: str) -> None:
     if column not in names:
         found = ", ".join(map(str, names)) or "none"
-        raise ValueError(f"{where} has no column {column!r}, only {found}: set its column in calibrate")
+        raise ValueError(f"{where} has no column {column!r}, only {found[:200]}: set its column in calibrate")
 
 
-def _all_text(values: Sequence[Any], column: str, where: str) -> list[str]:
-    texts = list(values)
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise ValueError(f"column {column!r} of {where} must hold text, row {number} holds {type(text).__name__}")
-        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+def _column_texts(
+    rows: Iterable[Any], column: str, where: str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[str], str]:
+    """What the rows hold in `column`, and what joins it.
+
+    Args:
+        column: a name, or names of nested columns with dots between.
+    """
+    texts, separator = [], _BETWEEN_ROWS
+    for number, row in enumerate(rows, start=1):
+        value = row
+        for name in [column] if column in _names(row) else column.split("."):
+            _check_column(_names(value), name, f"{where} row {number}")
+            value = value[name]
+        if chats.is_chat(value):
+            value, separator = chats.text(value, tokenizer, f"{where} row {number}"), _BETWEEN_TEXTS
+        if not isinstance(value, str):
+            raise ValueError(
+                f"column {column!r} of {where} must hold text, row {number} holds {type(value).__name__}: take such "
+                "rows out, or set another column in calibrate (with dots between the names of nested ones)"
+            )
+        if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"column {column!r} of {where} must hold text, row {number} holds half a character")
-    return texts
+        texts.append(value)
+    return texts, separator
