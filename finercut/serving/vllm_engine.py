@@ -156,8 +156,8 @@ class Engine:
 
 def environment() -> dict[str, str]:
     """Variables of a process that imports vLLM."""
-    # That variable would override `kv_cache_gib`.
-    kept = {name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
+    # The first would override `kv_cache_gib`; the second is an address where Kubernetes has a service called vllm.
+    kept = {name: value for name, value in os.environ.items() if name not in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_PORT")}
     return kept | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 

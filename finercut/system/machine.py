@@ -7,23 +7,35 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import ipaddress
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 logger = logging.getLogger("finercut")
 
-_PROXIES = [name for lower in ("http_proxy", "https_proxy", "all_proxy") for name in (lower, lower.upper())]
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Of the proxies that Prefect's client reads, whatever the host, the kinds that it knows.
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+_PROXY_KINDS = ("http", "https", "socks5", "socks5h")
+# Servers of ours may be at another loopback address.
+_SERVERS = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")
+# Where libraries keep caches, compilers' files among them, other than in the home folder.
+_CACHES = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 # A Unix socket's path has at most 107 bytes; below a temporary folder vLLM's take 51 and multiprocessing's 33.
 LONGEST_TEMPORARY = 107 - 51
 # What is outside of this, shell lines such as those of PyTorch's compiler do not take unquoted.
 _PLAIN = re.compile(r"[\w/.+@:=,-]+", re.ASCII)
 _PLUGIN = "finercut"
+_NO_SHELLS = ("nologin", "false", "true")
 
 
 def prepare() -> None:
@@ -35,6 +47,9 @@ def prepare() -> None:
     _keep_loopback_direct()
     _settle_temporary_folder()
     _settle_user()
+    _settle_caches()
+    _settle_shell()
+    _settle_threads()
     _keep_plugin()
 
 
@@ -64,32 +79,68 @@ def interpreter() -> str:
 
 def _keep_loopback_direct() -> None:
     """Let no proxy stand between us and our own servers."""
-    given = {name: os.environ[name] for name in _PROXIES if os.environ.get(name)}
-    if not given:
+    set_to = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy") and value}
+    given = {name: value for name, value in set_to.items() if name.lower() != "no_proxy"}
+    if not set_to:
         return
+    _check_proxies(given)
+    ours = [*_LOOPBACK, *_own_addresses()] if given else []
+    # Python's own reader prefers the lower case, so that must not lose what the upper case alone says.
+    common = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [_plain_host(host.strip()) for host in os.environ.get(name, common).split(",")]
+        hosts = list(dict.fromkeys(filter(None, hosts)))
+        if "*" not in hosts:
+            hosts += [host for host in ours if host not in hosts]
+        os.environ[name] = ",".join(hosts)
+
+
+def _check_proxies(given: Mapping[str, str]) -> None:
+    """
+    Raises:
+        RuntimeError: Prefect's client cannot use one of them.
+    """
     for name, address in given.items():
-        if address.lower().startswith("socks") and not all(map(find_spec, ("socksio", "socks"))):
+        kind, separator, _ = address.lower().partition("://")
+        if name.lower() not in _PROXIES or not separator:
+            continue
+        if kind not in _PROXY_KINDS:
+            raise RuntimeError(f"{name} names a proxy of kind {kind}://; {', '.join(_PROXY_KINDS)} can be used")
+        if kind.startswith("socks") and not all(map(find_spec, ("socksio", "socks"))):
             raise RuntimeError(
                 f"{name} names a SOCKS proxy, which needs two more packages: "
                 "pip install socksio pysocks, or name an HTTP proxy"
             )
-    # Python's own reader prefers the lower case, so that must not lose what the upper case alone says.
-    common = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
-    for name in ("no_proxy", "NO_PROXY"):
-        hosts = [host.strip() for host in os.environ.get(name, common).split(",") if host.strip()]
-        if "*" not in hosts:
-            hosts += [host for host in _LOOPBACK if host not in hosts]
-        os.environ[name] = ",".join(hosts)
+
+
+def _own_addresses() -> list[str]:
+    """Hosts of _SERVERS that are this machine."""
+    found = []
+    for name in _SERVERS:
+        with suppress(ValueError):
+            host = urlsplit(os.environ.get(name, "")).hostname or ""
+            address = None if host.endswith(("localhost", ".localdomain")) else ipaddress.ip_address(host)
+            if address is None or address.is_loopback or address.is_unspecified:
+                found.append(host)
+    return found
+
+
+def _plain_host(host: str) -> str | None:
+    """An entry of NO_PROXY as httpx reads it, which fails on brackets and on networks of IPv6 addresses."""
+    if bracketed := re.fullmatch(r"\[(.*)\](?::\d+)?", host):
+        return bracketed[1]
+    return None if ":" in host.partition("/")[0] and "/" in host and "://" not in host else host
 
 
 def _settle_temporary_folder() -> None:
     """Give TMPDIR a value that exists and that sockets and compilers can use."""
     set_to = os.environ.get("TMPDIR")
     tempfile.tempdir = None  # what Python found before TMPDIR was set, if it was
-    found = tempfile.gettempdir()
-    if set_to and os.path.abspath(set_to) != found:
-        logger.warning("TMPDIR is %s, where nothing can be written: temporary files go to %s", set_to, found)
-        os.environ["TMPDIR"] = found
+    found = tempfile.tempdir = os.path.abspath(tempfile.gettempdir())
+    if set_to:
+        if os.path.abspath(set_to) != found:
+            logger.warning("TMPDIR is %s, where nothing can be written: temporary files go to %s", set_to, found)
+        os.environ["TMPDIR"] = found  # also where it was relative to this folder
     if len(os.fsencode(found)) > LONGEST_TEMPORARY or not _PLAIN.fullmatch(found):
         os.environ["TMPDIR"] = tempfile.tempdir = str(_link(Path(found)))
 
@@ -100,6 +151,8 @@ def _settle_user() -> None:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["USER"] = os.environ["LOGNAME"] = f"user-{os.getuid()}"
+    if os.environ.get("HOME") == "":
+        del os.environ["HOME"]
     home = Path(os.path.expanduser("~"))
     if home.is_absolute() and _can_be_written(home):
         if home.is_dir() and (plain := plain_path(home)) != home:
@@ -114,10 +167,46 @@ def _settle_user() -> None:
         ("HF_TOKEN_PATH", os.path.join(os.environ.get("HF_HOME", home / ".cache/huggingface"), "token")),
         ("GIT_CONFIG_GLOBAL", home / ".gitconfig"),
         ("NETRC", home / ".netrc"),
+        ("AWS_SHARED_CREDENTIALS_FILE", home / ".aws/credentials"),
+        ("AWS_CONFIG_FILE", home / ".aws/config"),
+        ("DVC_GLOBAL_CONFIG_DIR", home / ".config/dvc"),
+        ("PREFECT_PROFILES_PATH", home / ".prefect/profiles.toml"),
     ):
         if os.access(file, os.R_OK):
             os.environ.setdefault(name, str(file))
     os.environ["HOME"] = str(ours)
+
+
+def _settle_caches() -> None:
+    """Give the variables that name cache folders values that can be written to and that compilers can use."""
+    if os.statvfs(tempfile.gettempdir()).f_flag & os.ST_NOEXEC:  # where PyTorch would compile, and load what it made
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
+    for name in _CACHES:
+        if not (given := os.environ.get(name)):
+            continue
+        folder = Path(given).absolute()
+        if not _can_be_written(folder):
+            logger.warning("%s is %s, which cannot be written to: it is passed over", name, given)
+            del os.environ[name]
+        elif not _PLAIN.fullmatch(given):
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ[name] = str(plain_path(folder))
+
+
+def _settle_shell() -> None:
+    """DVC runs the command of a stage in SHELL, which for the user of a service can be one that refuses."""
+    shell = os.environ.get("SHELL")
+    if shell and (os.path.basename(shell) in _NO_SHELLS or shutil.which(shell) is None):
+        logger.warning("SHELL is %s, which runs no commands: stages are started by /bin/sh", shell)
+        os.environ["SHELL"] = "/bin/sh"
+
+
+def _settle_threads() -> None:
+    """vLLM hands what OMP_NUM_THREADS says to torch, which fails on what is no number of threads."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given is not None and not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", given):
+        logger.warning("OMP_NUM_THREADS is %r, which is no number of threads: it is passed over", given)
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def _keep_plugin() -> None:
@@ -130,7 +219,8 @@ def _keep_plugin() -> None:
 
 def _can_be_written(folder: Path) -> bool:
     """Whether it can, or can be made."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    # Where this user may not look, os.path says no, and pathlib fails.
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
