@@ -5,6 +5,7 @@ Runs at every reproduction, and starts no library: other stages depend on single
 
 from __future__ import annotations
 
+import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
@@ -43,9 +44,18 @@ def _installed(names: tuple[str, ...]) -> str | None:
 
 def _hardware() -> str:
     """The first GPU's name as its driver gives it: importing torch for it takes seconds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = None if visible is None else visible.partition(",")[0].strip()
+    if first in ("", "-1", "none", "NoDevFiles"):
+        return "cpu"
     try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+        query = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
+        listed = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return "cpu"
-    return names[0].strip() if names else "cpu"
+    gpus = [[part.strip() for part in line.split(",", 2)] for line in listed if line.count(",") >= 2]
+    # CUDA_VISIBLE_DEVICES names GPUs by number or by the beginning of the id; a part of one has an id of its own.
+    chosen = [name for number, uuid, name in gpus if first and (first == number or uuid.startswith(first))]
+    if chosen or (first and first.isdecimal()):
+        return next(iter(chosen), "cpu")
+    return gpus[0][2] if gpus else "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from contextlib import closing
@@ -17,16 +18,27 @@ MIGRATIONS = Path(prefect.server.database.__file__).parent / "_migrations/versio
 def check() -> None:
     """
     Raises:
-        RuntimeError: it cannot be read, or another version of Prefect made it what it is; the server, which brings
-            older ones up to date, would say so in a traceback of its own, and the execution would wait for it.
+        RuntimeError: it cannot be read or written, or another version of Prefect made it what it is; the server, which
+            brings older ones up to date, would say so in a traceback of its own, and Prefect would start it again for
+            ever.
     """
     settings = get_current_settings()
     url = make_url(settings.server.database.connection_url.get_secret_value())
-    if settings.api.url is not None or url.get_backend_name() != "sqlite" or not Path(url.database or "").is_file():
+    in_memory = (url.database or ":memory:").startswith((":memory:", "file:"))
+    if settings.api.url is not None or url.get_backend_name() != "sqlite" or in_memory:
         return
     advice = "set PREFECT_HOME to another folder, or PREFECT_API_URL to a server"
+    file = Path(url.database)
     try:
-        with closing(sqlite3.connect(f"{Path(url.database).absolute().as_uri()}?mode=ro", uri=True)) as database:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"Prefect's folder {file.parent} cannot be made ({error.strerror}): {advice}") from error
+    if not all(os.access(path, os.W_OK) for path in (file.parent, file) if path.exists()):
+        raise RuntimeError(f"Prefect's database {file} cannot be written to: {advice}")
+    if not file.exists():
+        return
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
             found = database.execute("SELECT version_num FROM alembic_version").fetchone()
     except sqlite3.OperationalError as error:
         if "no such table" in str(error):

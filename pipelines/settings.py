@@ -8,14 +8,15 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import GetJsonSchemaHandler, JsonValue
+from pydantic import GetJsonSchemaHandler, JsonValue, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from finercut.selection.settings import Budget
 from finercut.system import yaml_files
 from finercut.system.staging import staged_file
 
@@ -23,7 +24,7 @@ from . import params
 from .paths import PARAMS, PREVIOUS
 
 # The first line of a params.yaml with overrides.
-_ORIGIN = re.compile(r"# (?P<file>\S+) as committed, with overrides (?P<overrides>\{.*\})\n")
+_ORIGIN = re.compile(r"# (?P<file>.+?) as committed, with overrides (?P<overrides>\{.*\})\n")
 
 
 def offered() -> list[str]:
@@ -105,10 +106,13 @@ def git(*arguments: str) -> bytes | None:
     """What git prints; None where it fails.
 
     Raises:
-        RuntimeError: git does not work here, because the clone is another user's.
+        RuntimeError: git does not work here: it is not installed, or the clone is another user's.
     """
     english = os.environ | {"LC_ALL": "C"}
-    done = subprocess.run(["git", *arguments], capture_output=True, env=english, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, env=english, check=False)
+    except FileNotFoundError as error:
+        raise RuntimeError("git is not installed, which says what a run was made from: install it") from error
     if b"dubious ownership" in done.stderr:
         raise RuntimeError(
             f"{Path.cwd()} belongs to another user, so that git does not work in it; if you trust it, run "
@@ -130,6 +134,31 @@ def _with_overrides(text: str, name: str, overrides: Mapping[str, JsonValue]) ->
             raise ValueError(f"overrides: no field {dotted}; names look like prune.budget.amount")
         section[field] = value
     return yaml_files.dump(document)
+
+
+def check_budgets(amounts: Sequence[float], unit: str) -> None:
+    """Whether params.yaml allows each of them as its `prune.budget`.
+
+    Raises:
+        ValueError: it does not, or one comes twice.
+    """
+    if len(set(amounts)) < len(amounts):
+        raise ValueError(f"the frontier's budgets {', '.join(map(str, amounts))} name one twice")
+    budgets = [{"unit": unit, "amount": budget_amount(amount, unit)} for amount in amounts]
+    for budget in budgets:
+        try:
+            Budget.model_validate(budget)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"budget {budget['amount']:g} {unit}: {said}") from error
+    # What goes together with a unit goes with every amount.
+    changes = {f"prune.budget.{name}": value for name, value in budgets[0].items()}
+    params.parse(_with_overrides(PARAMS.read_text(encoding="utf-8"), str(PARAMS), changes), str(PARAMS))
+
+
+def budget_amount(amount: float, unit: str) -> float | int:
+    """A number of sublayers, which may come as 8.0, as an integer."""
+    return int(amount) if unit == "sublayers" and amount >= 1 and amount == int(amount) else amount
 
 
 def change(text: str, changes: Mapping[str, JsonValue]) -> None:

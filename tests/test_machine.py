@@ -26,11 +26,12 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_UR
 
 from finercut.registry import runs
 from finercut.system import machine
-from pipelines import dag, prefect_database, settings
+from pipelines import dag, environment, prefect_database, settings
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[1]
-PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "Http_Proxy")
+CACHES = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def own_environment(monkeypatch):
     """Without proxies, and as it was afterwards whatever `prepare` changes."""
     before = dict(os.environ)
     monkeypatch.setattr(tempfile, "tempdir", None)
-    for name in (*PROXIES, "no_proxy", "NO_PROXY", "VLLM_PLUGINS"):
+    for name in (*PROXIES, "no_proxy", "NO_PROXY", "VLLM_PLUGINS", *CACHES):
         os.environ.pop(name, None)
     yield
     os.environ.clear()
@@ -75,11 +76,15 @@ def answering():
         server.server_close()
 
 
-def prepared_environment(**environment: str) -> tuple[dict[str, str], str]:
-    """What `prepare` makes of it in a process of its own, and what that says."""
+def prepared_environment(*before: str, **environment: str) -> tuple[dict[str, str], str]:
+    """What `prepare` makes of it in a process of its own, and what that says.
+
+    Args:
+        before: a command that runs the command after it
+    """
     code = "import os, json, finercut.system.machine as m; m.prepare(); m.prepare(); print(json.dumps({**os.environ}))"
     found = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run([sys.executable, "-c", code], env=found, capture_output=True, text=True, check=True)
+    done = subprocess.run([*before, sys.executable, "-c", code], env=found, capture_output=True, text=True, check=True)
     return json.loads(done.stdout), done.stderr
 
 
@@ -104,6 +109,10 @@ def test_loopback_is_never_asked_for_through_a_proxy(name, answering):
         ({"NO_PROXY": "corp.example"}, "corp.example,127.0.0.1,localhost,::1"),
         ({"no_proxy": "corp.example, localhost"}, "corp.example,localhost,127.0.0.1,::1"),
         ({"NO_PROXY": "*"}, "*"),
+        # httpx, and so Prefect's client, fails on what stands in brackets and on networks of IPv6 addresses
+        ({"no_proxy": "[::1]:80, fd00::/8,10.0.0.0/8,localhost:80"}, "::1,10.0.0.0/8,localhost:80,127.0.0.1,localhost"),
+        ({"MLFLOW_TRACKING_URI": "http://127.0.0.2:5000/x"}, "127.0.0.1,localhost,::1,127.0.0.2"),
+        ({"PREFECT_API_URL": "http://0.0.0.0:4200/api"}, "127.0.0.1,localhost,::1,0.0.0.0"),
     ],
 )
 def test_what_is_already_asked_for_directly_still_is(given, expected):
@@ -111,6 +120,7 @@ def test_what_is_already_asked_for_directly_still_is(given, expected):
     machine.prepare()
     machine.prepare()
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == expected
+    httpx.Client().close()
 
 
 def test_without_a_proxy_nothing_is_set():
@@ -128,6 +138,18 @@ def test_a_socks_proxy_without_its_packages_is_one_line_that_shows_no_password(m
         "finercut summary: ALL_PROXY names a SOCKS proxy, which needs two more packages: "
         "pip install socksio pysocks, or name an HTTP proxy\n"
     )
+    assert CliRunner().invoke(main, ["fetch", "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "address", ["socks://proxy.example:1080", "socks4://proxy.example:1080", "ftp://proxy.example"]
+)
+def test_a_proxy_of_a_kind_that_prefect_does_not_know_is_one_line(address):
+    os.environ["ALL_PROXY"] = address
+    with pytest.raises(ValueError, match="nknown scheme for proxy"):
+        httpx.Client()
+    with pytest.raises(RuntimeError, match=r"^ALL_PROXY names a proxy of kind \w+://; http, https, socks5, socks"):
+        machine.prepare()
 
 
 @pytest.mark.parametrize("name", ["a" * 90, "My Projects", "it's $HOME", "Größe"])
@@ -152,8 +174,59 @@ def test_a_temporary_folder_that_does_not_exist_is_passed_over_with_a_word(tmp_p
     )
 
 
+@pytest.mark.parametrize("given", [".", "here", "here/"])
+def test_a_temporary_folder_that_is_relative_stays_what_it_is_elsewhere(given, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    os.environ["TMPDIR"] = given
+    machine.prepare()
+    assert Path(os.environ["TMPDIR"]).is_absolute()
+    assert os.path.samefile(os.environ["TMPDIR"], given)
+    assert caplog.records == []
+
+
+def test_cache_folders_can_be_written_to_and_are_plain_enough_for_compilers(tmp_path, caplog):
+    spaced, file = tmp_path / "My Caches" / "new", tmp_path / "file"
+    file.touch()
+    os.environ |= {"XDG_CACHE_HOME": str(spaced), "VLLM_CACHE_ROOT": str(tmp_path), "TRITON_CACHE_DIR": str(file / "a")}
+    machine.prepare()
+    assert machine._PLAIN.fullmatch(os.environ["XDG_CACHE_HOME"])
+    assert os.path.samefile(os.environ["XDG_CACHE_HOME"], spaced)
+    assert os.environ["VLLM_CACHE_ROOT"] == str(tmp_path)
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert [r.getMessage() for r in caplog.records] == [
+        f"TRITON_CACHE_DIR is {file}/a, which cannot be written to: it is passed over"
+    ]
+
+
+def test_what_is_compiled_does_not_go_where_nothing_is_run(tmp_path, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    mounted = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o noexec none {tmp_path} && exec "$@"', "-"]
+    for before, expected in ((mounted, {"TORCHINDUCTOR_CACHE_DIR": f"{home}/.cache/torchinductor"}), ([], {})):
+        found, _ = prepared_environment(*before, TMPDIR=str(tmp_path), HOME=str(home))
+        assert {name: value for name, value in found.items() if name in CACHES} == expected
+
+
+@pytest.mark.parametrize(
+    ("shell", "expected"), [("/usr/sbin/nologin", "/bin/sh"), ("/no/such/shell", "/bin/sh"), ("/bin/bash", "/bin/bash")]
+)
+def test_stages_are_not_started_by_a_shell_that_runs_nothing(shell, expected):
+    os.environ["SHELL"] = shell
+    machine.prepare()
+    assert os.environ["SHELL"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("0", None), ("", None), ("all", None), ("-1", None), ("4", "4"), ("4,2", "4,2")]
+)
+def test_what_is_no_number_of_threads_is_passed_over(given, expected):
+    os.environ["OMP_NUM_THREADS"] = given
+    machine.prepare()
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-@pytest.mark.parametrize("home", ["/nonexistent", "/", None])
+@pytest.mark.parametrize("home", ["/nonexistent", "/", None, "", "/root/hidden"])
 def test_a_user_without_a_name_and_a_home_gets_both(home):
     code = (
         "import os, sys\nos.setgroups([]); os.setgid(54321); os.setuid(54321)\nsys.path.insert(0, sys.argv[1])\n"
@@ -162,7 +235,7 @@ def test_a_user_without_a_name_and_a_home_gets_both(home):
     )
     # Read before the user changes, who may not look into this checkout.
     program = f"import finercut.system.machine, getpass, pathlib\n{code}"
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | ({"HOME": home} if home else {})
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | ({"HOME": home} if home is not None else {})
     done = subprocess.run(
         [sys.executable, "-c", program, str(ROOT)], env=environment, capture_output=True, text=True, check=False
     )
@@ -231,6 +304,40 @@ def test_a_clone_of_another_user_is_one_line_that_says_what_to_run(tmp_path, mon
     assert settings.git("rev-parse", "--git-dir") == b".git\n"
 
 
+def test_without_git_a_run_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"^git is not installed"):
+        dag.stages()
+
+
+SMI = """#!/bin/sh
+echo "0, GPU-aaaa-1, NVIDIA A100"
+echo "1, GPU-bbbb-2, NVIDIA H100, 80 GB"
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, "NVIDIA A100"),
+        ("", "cpu"),
+        ("-1", "cpu"),
+        ("1,0", "NVIDIA H100, 80 GB"),
+        ("GPU-bbbb", "NVIDIA H100, 80 GB"),
+        ("MIG-cccc-3", "NVIDIA A100"),
+        ("7", "cpu"),
+    ],
+)
+def test_the_hardware_is_the_gpu_that_processes_are_shown(visible, expected, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    assert environment._hardware() == expected
+
+
 @pytest.fixture
 def prefect_home(tmp_path):
     """A Prefect home, and how to give its database a version."""
@@ -269,6 +376,17 @@ def test_a_prefect_database_that_is_none_is_one_line(prefect_home):
     prefect_home.write_bytes(b"no database at all" * 100)
     with pytest.raises(RuntimeError, match="is damaged .*: set PREFECT_HOME"):
         prefect_database.check()
+
+
+def test_a_prefect_home_that_cannot_be_is_one_line(prefect_home):
+    folder = prefect_home.parent / "file"
+    folder.touch()
+    for home in (folder, folder / "home"):
+        with (
+            temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{home}/prefect.db"}),
+            pytest.raises(RuntimeError, match=rf"^Prefect's folder {home} cannot be made \(.*\): set PREFECT_HOME"),
+        ):
+            prefect_database.check()
 
 
 class _OlderTrackingServer(_Answers):
