@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from finercut.model.costs import Cost, Costs
+from finercut.report.pictures import removal_map
 from finercut.selection.goal import Goal
 from finercut.selection.selection import Chosen, Selection, given, left_over, whole_number
 from finercut.selection.settings import Budget, Search
@@ -210,3 +211,8 @@ def test_a_selection_that_ends_before_the_target_is_refused():
 
 def test_a_prediction_is_no_share_that_is_saved():
     assert TIMED.shares(selection().sublayers).keys() == {"sublayers", "parameters", "kv_cache", "memory"}
+
+
+def test_a_picture_of_a_model_whose_path_has_dollars_is_drawn(tmp_path):
+    removal_map(selection(), 4, tmp_path / "map.png", "/data/$a\\b$/model: 4 of 8 sublayers removed")
+    assert (tmp_path / "map.png").stat().st_size > 0

@@ -29,9 +29,8 @@ def removal_map(selection: Selection, n_blocks: int, path: Path, title: str) -> 
             axes.add_patch(_cell(block, row, _KEPT if step is None else _REMOVED))
             if step is not None:
                 axes.text(block, row, str(step), ha="center", va="center", color="white", fontsize=8)
-    axes.set(
-        xlim=(-0.6, n_blocks - 0.4), ylim=(1.6, -0.6), xlabel="block", title=title, yticks=[0, 1], yticklabels=KINDS
-    )
+    axes.set(xlim=(-0.6, n_blocks - 0.4), ylim=(1.6, -0.6), xlabel="block", yticks=[0, 1], yticklabels=KINDS)
+    axes.set_title(title, parse_math=False)  # it names a file, which can have dollars in it
     axes.set_xticks(range(0, n_blocks, max(1, n_blocks // 15)))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
