@@ -20,6 +20,7 @@ from finercut.registry import evidence, versions
 from finercut.registry.evidence import Evidence
 from finercut.registry.records import Check
 from finercut.registry.versions import PRUNED_MD5
+from finercut.sources.files import LEGAL
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import HubModel
 
@@ -31,6 +32,8 @@ logger = logging.getLogger("finercut")
 WORK = paths.WORK / "promote"
 N_SAMPLES, N_TOKENS = 4, 64
 SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".md", ".py"}
+# Licences have these too, or none.
+LEGAL_SUFFIXES = {"", ".pdf", ".rst", ".html"}
 
 
 def files(params: Params, version: ModelVersion, recorded: Evidence) -> list[Check]:
@@ -82,11 +85,15 @@ def _outcome(passed: bool) -> str:
 
 def _known_files(checkpoint: Path) -> Check:
     """Whether all files are of kinds that no loader unpickles."""
-    strange = sorted(p.name for p in checkpoint.rglob("*") if p.is_file() and p.suffix not in SUFFIXES)
+    strange = sorted(path.name for path in checkpoint.rglob("*") if path.is_file() and not _is_known(path))
     reason = (
         f"the checkpoint holds {', '.join(strange)}" if strange else "the checkpoint holds known kinds of files only"
     )
     return Check(name="files", value=len(strange), passed=not strange, reason=reason)
+
+
+def _is_known(path: Path) -> bool:
+    return path.suffix in SUFFIXES or (path.suffix in LEGAL_SUFFIXES and LEGAL.fullmatch(path.name) is not None)
 
 
 def _same(name: str, found: str, expected: str) -> Check:

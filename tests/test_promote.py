@@ -133,6 +133,16 @@ def test_a_checkpoint_that_is_not_what_was_proved_is_refused(here, tiny_pruned, 
     assert "champion" not in here.aliases()
 
 
+def with_licences(directory):
+    for name in ("LICENSE", "NOTICE", "LICENSE.pdf", "USE_POLICY.md"):
+        (directory / name).write_text("Do no harm.")
+
+
+def test_a_checkpoint_with_the_licences_of_its_whole_model_is_promoted(here, tiny_pruned):
+    here.register(damaged(tiny_pruned, Path("licensed"), with_licences))
+    assert promoted(here) == f"{here.name} version 1 is champion, after no version"
+
+
 def test_a_file_that_changed_in_the_store_is_refused(on_server):
     here = on_server
     here.register()

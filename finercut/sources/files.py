@@ -26,7 +26,7 @@ _OTHER_FILES = ("config.json", "generation_config.json", "chat_template.jinja", 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _ADAPTER = "adapter_config.json"
 # What its licence asks to travel with a model, and the card that names the licence.
-_LEGAL = re.compile(r"(licen[cs]e|notice|copying|.*use_policy|acceptable_use).*|readme\.md", re.IGNORECASE)
+LEGAL = re.compile(r"(licen[cs]e|notice|copying|.*use_policy|acceptable_use).*|readme\.md", re.IGNORECASE)
 _TEMPLATE = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
@@ -114,7 +114,7 @@ def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> li
     if taken := sorted(set(scripts).intersection(OUR_FILES)):
         raise ValueError(f"{where} has a {taken[0]}, as finercut's own file is called: give it another name")
     fixed = {*TOKENIZER_FILES, *_OTHER_FILES, *_PROCESSOR_FILES}
-    known = (n for n in names if n in fixed or _LEGAL.fullmatch(n))
+    known = (n for n in names if n in fixed or LEGAL.fullmatch(n))
     return sorted([*weights, *scripts, *templates, *known])
 
 
