@@ -156,10 +156,12 @@ def _accept(
     """Promoting the version that somebody made champion by hand accepts it without a judgement."""
     number, name = str(version.version), ledger.model
     if number != alias:
-        accept = f"accept it by `finercut promote {name} --version {alias}`, or " if alias else ""
+        ways = [f"accept it by `finercut promote {name} --version {alias}`"] if alias else []
+        if state.champion:
+            ways.append(f"undo it by `finercut rollback {name}`")
         raise RuntimeError(
             f"champion of {name} was moved to {_shown(alias)} outside finercut, its log says "
-            f"{_shown(state.champion)}: {accept}undo it by `finercut rollback {name}`"
+            f"{_shown(state.champion)}: {', or '.join(ways)}"
         )
     if not dry_run and ledger.append(state, "accepted", number, version.run_id, reason=reason):
         _sign(ledger.settle(), ledger)

@@ -44,7 +44,8 @@ def _headline(state: State, alias: str | None) -> str:
         return f"Champion: {at}, moved there outside finercut; the log says {logged}"
     if state.champion is None:
         return "Champion: none"
-    move = state.move
+    # Not simply the last move, whose version may have been deleted since.
+    move = next(entry for entry in reversed(state.entries) if entry.version == state.champion and entry.moves)
     because = f": {move.reason}" if move.reason else ""
     headline = f"Champion: version {move.version}, {move.action} {_time(move.at)} by {move.by}{because}"
     if alias != state.champion:
@@ -105,7 +106,7 @@ def _moves(state: State) -> str:
     rows = [
         [str(e.number), _time(e.at), e.action, e.version, e.before or "-", e.by, e.reason]
         for e in reversed(state.entries)
-        if e.action != "collected"
+        if e.moves
     ]
     header = ["entry", "when", "what", "version", "before", "by", "why"]
     return summary.table(header, rows[:N_MOVES]) if rows else ""

@@ -19,7 +19,7 @@ from finercut.registry import versions
 from finercut.registry.server import impatient
 from finercut.registry.versions import VersionReference
 from finercut.system.processes import end_group
-from finercut.system.staging import staged
+from finercut.system.staging import locking, staged
 
 logger = logging.getLogger("finercut")
 
@@ -41,8 +41,11 @@ def run(reference: VersionReference, directory: Path, command: Sequence[str], in
         the command's exit status
 
     Raises:
+        FileNotFoundError: there is no such command.
         RuntimeError: at the start there is no such version, or the registry does not answer.
     """
+    if PLACE not in command[0] and shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"no command {command[0]} to run")
     client = versions.connect(reference.name)
     version = versions.find(client, reference)
     # A supervisor's SIGTERM ends the command in the same way as Ctrl-C.
@@ -102,7 +105,8 @@ class Held:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lock = _lock_file(folder).open("a")
-        fcntl.flock(self.lock, fcntl.LOCK_SH)
+        with locking(folder.parent):
+            fcntl.flock(self.lock, fcntl.LOCK_SH)
 
     def __enter__(self) -> Path:
         return self.folder

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 
 from finercut.registry import ledger
 from finercut.registry.ledger import Entry, Ledger, fold
+from pipelines import status
 
 ROOT = Path(__file__).parents[1]
 # Forks movers, so that they cost no imports: each waits for a file, then promotes and rolls back at random, and writes
@@ -331,6 +333,12 @@ def test_a_former_champion_that_was_deleted_is_no_step_and_no_alias(mlflow_store
     assert log.append(state, "promoted", "4", run_id)
     log.settle()
     assert log.aliases() == {"champion": "4"}
+
+
+def test_the_status_tells_of_the_move_that_made_the_champion_not_of_one_whose_version_was_deleted():
+    made = fold([entry(1, 0, version="1"), entry(2, 1, "accepted", version="2"), entry(3, 2, "collected", version="1")])
+    assert status._headline(made, "2").startswith("Champion: version 2, accepted ")
+    assert status._headline(replace(made, champions=("1",)), "1").startswith("Champion: version 1, promoted ")
 
 
 def test_a_version_that_no_run_made_can_be_in_the_log(book):

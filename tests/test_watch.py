@@ -203,6 +203,12 @@ def test_what_killed_downloads_left_is_deleted_but_not_one_that_is_under_way(her
         assert [left.exists(), under_way.exists(), folder.exists()] == [False, True, True]
 
 
+def test_a_command_that_is_nowhere_is_told_before_a_download(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^no command no-such-server to run$"):
+        watch.run(VersionReference("any", "champion"), tmp_path / "watched", ["no-such-server", "{}"], 60)
+    assert not (tmp_path / "watched").exists()
+
+
 def test_an_alias_that_is_nowhere_starts_nothing(here):
     here.register()
     with pytest.raises(RuntimeError, match=rf"^cannot find models:/{here.name}@champion in MLflow at "):

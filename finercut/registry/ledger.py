@@ -61,6 +61,11 @@ class Entry:
     settled: bool
     """Whether the aliases were found to agree with it."""
 
+    @property
+    def moves(self) -> bool:
+        """Whether it made a version champion."""
+        return self.action != "collected"
+
 
 @dataclass(frozen=True)
 class State:
@@ -86,7 +91,7 @@ class State:
     @property
     def move(self) -> Entry | None:
         """The last entry that made a version champion."""
-        return next((e for e in reversed(self.entries) if e.action != "collected"), None)
+        return next((e for e in reversed(self.entries) if e.moves), None)
 
     def moved_outside(self, alias: str | None) -> bool:
         """Whether the alias `champion`, now at version `alias`, was moved by something that does not write the log."""

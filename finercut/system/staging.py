@@ -33,6 +33,24 @@ def writing(target: Path) -> Iterator[None]:
 
 
 @contextmanager
+def locking(folder: Path) -> Iterator[None]:
+    """Say so where the file system of `folder` has no locks.
+
+    Raises:
+        OSError: it has none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise OSError(
+            f"the file system of {folder.absolute()} has no file locks ({error.strerror}): "
+            "work on one that has them, such as a local disk, or have them enabled"
+        ) from error
+
+
+@contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process and those it starts meanwhile, which find in the environment who holds it.
 
@@ -45,7 +63,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with locking(folder):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read()
@@ -56,13 +75,6 @@ def exclusive(folder: Path) -> Iterator[None]:
                 ) from error
             yield
             return
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            raise OSError(
-                f"the file system of {folder.absolute()} has no file locks ({error.strerror}): "
-                "work on one that has them, such as a local disk, or have them enabled"
-            ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
