@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import io
 import logging
+import math
 import os
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 import click
 
@@ -27,21 +33,56 @@ PREFECT = {
 }
 
 
+# Of a context: whether nothing is asked for but help, which no machine refuses.
+HELP = f"{__name__}.help"
+
+
 class Commands(click.Group):
     """In the order they are used; what a user can put right is shown as one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return ["run", *STAGES, *sorted(set(self.commands) - {"run", *STAGES})]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = args[: args.index("--")] if "--" in args else args
+        ctx.meta[HELP] = any(name in own for name in ctx.help_option_names)
+        return super().parse_args(ctx, args)
+
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        with _usage_in_one_line():
+            return super().make_context(*arguments, **settings)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with _usage_in_one_line():
+                return super().invoke(ctx)
         except Exception as error:
             signals = (click.ClickException, click.exceptions.Exit, click.exceptions.Abort)
             if ctx.params.get("traceback") or isinstance(error, signals):
                 raise
             click.echo(f"finercut {ctx.invoked_subcommand}: {_one_line(error, ctx.invoked_subcommand)}", err=True)
             sys.exit(1)
+
+
+class _Usage(click.ClickException):
+    """Options or arguments that are not there."""
+
+    exit_code = 2
+
+    def show(self, file: IO[str] | None = None) -> None:
+        click.echo(self.message, err=True)
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = " ".join(["finercut", *(error.ctx.command_path.split()[1:] if error.ctx else ())])
+        said = " ".join(error.format_message().split()).removesuffix(".")
+        raise _Usage(f"{command}: {said}; see `{command} --help`") from error
 
 
 def _one_line(error: Exception, command: str | None) -> str:
@@ -87,6 +128,8 @@ def main(ctx: click.Context, traceback: bool) -> None:
     artifacts/ and reports/. `dvc repro` runs the same stages without Prefect, MLflow and registration.
     """
     install()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a result is worth more than a letter the terminal does not have
     if not sys.stderr.isatty():
         # Not every library's bars ask before they draw into a log.
         os.environ |= {
@@ -98,7 +141,8 @@ def main(ctx: click.Context, traceback: bool) -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     if ctx.invoked_subcommand != "run":  # Prefect, which logs there, sets up nothing where it finds a handler
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    prepare()
+    if not ctx.meta[HELP]:
+        prepare()
 
 
 @main.command()
@@ -125,6 +169,8 @@ def run(file: Path | None, pull: bool) -> None:
     from . import params
 
     params.load(file or paths.PARAMS)
+    if not paths.PARAMS.is_file() and not Path("dvc.yaml").is_file():
+        raise FileNotFoundError("neither params.yaml nor dvc.yaml is here; run from the project's root")
     # The flow holds the workspace too, but params.yaml is replaced before it, and Prefect takes seconds to start.
     with exclusive(paths.WORK):
         if file is not None:
@@ -134,7 +180,7 @@ def run(file: Path | None, pull: bool) -> None:
         from .flow import compress
         from .register import Refused
 
-        local_store = "MLFLOW_TRACKING_URI" not in os.environ
+        local_store = not os.environ.get("MLFLOW_TRACKING_URI")
         try:
             compress(pull=pull)
         except Refused:
@@ -176,20 +222,17 @@ def frontier(budgets: str, unit: str | None, rule: str, pull: bool) -> None:
     """
     from finercut.system.staging import exclusive
 
-    from . import params
+    from . import params, settings
 
-    params.load()
-    try:
-        amounts = [float(amount) for amount in budgets.split(",")]
-    except ValueError:
-        raise ValueError(f"--budgets takes numbers joined by commas, got {budgets!r}") from None
+    amounts, given = _amounts(budgets), params.load()
+    settings.check_budgets(amounts, unit or given.prune.budget.unit)
     with exclusive(paths.WORK):
         _prepare_prefect()
         from . import frontier as points
         from .flow import compress
         from .register import Refused
 
-        local_store = "MLFLOW_TRACKING_URI" not in os.environ
+        local_store = not os.environ.get("MLFLOW_TRACKING_URI")
         try:
             compress(pull=pull, budgets=amounts, unit=unit, rule=rule)
         except Refused:
@@ -199,12 +242,53 @@ def frontier(budgets: str, unit: str | None, rule: str, pull: bool) -> None:
         click.echo(_where_to_look(local_store))
 
 
+def _amounts(budgets: str) -> list[float]:
+    try:
+        amounts = [float(amount) for amount in budgets.split(",")]
+    except ValueError:
+        amounts = []
+    if not amounts or not all(map(math.isfinite, amounts)):
+        raise ValueError(f"--budgets takes numbers joined by commas, such as 0.1,0.2, got {budgets!r}")
+    return amounts
+
+
 def _prepare_prefect() -> None:
     for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
+    _check_prefect()
+    if not click.get_current_context().find_root().params.get("traceback"):
+        shorten_log()
+
+
+def _check_prefect() -> None:
+    address = os.environ.get("PREFECT_API_URL")
+    if address and not ("/api" in address and address.startswith(("http://", "https://"))):
+        shape = "such as http://127.0.0.1:4200/api"
+        click.echo(f"PREFECT_API_URL is {redacted(address)}; Prefect servers have addresses {shape}", err=True)
     from . import prefect_database
 
     prefect_database.check()
+
+
+def shorten_log() -> None:
+    """Keep tracebacks out of Prefect's log on the terminal: the command's last line says what went wrong."""
+    for handler in console_handlers():
+        handler.format = partial(_without_traceback, handler.format)
+
+
+def console_handlers() -> set[logging.Handler]:
+    """Prefect's, of all loggers."""
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    named = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    found = (handler for logger in (logging.root, *named) for handler in logger.handlers)
+    return {handler for handler in found if isinstance(handler, PrefectConsoleHandler)}
+
+
+def _without_traceback(shown: Callable[[logging.LogRecord], str], record: logging.LogRecord) -> str:
+    record = copy.copy(record)  # Prefect's server gets the whole one
+    record.exc_info = record.exc_text = None
+    return shown(record)
 
 
 def _take_params(file: Path) -> None:
@@ -272,9 +356,13 @@ def show_summary() -> None:
 
 @main.command()
 @click.argument("what", metavar="[PATH_OR_URI]", required=False)
-@click.option("--output", type=click.Path(path_type=Path), help="The file.  [default: in reports/, named after WHAT]")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file.  [default: in reports/, named after WHAT]",
+)
 def report(what: str | None, output: Path | None) -> None:
-    """Write one page that answers whether the model is worth it, from reports/ or a registered version.
+    """Write one page that answers whether the model is worth it, from reports/, a registered version or a run.
 
     A single HTML file that needs no network: figures of whole, pruned and healed model, the gate's checks, what was
     removed and in which order, every task with its error, what the models write, the frontier that this is a point of,
@@ -284,10 +372,11 @@ def report(what: str | None, output: Path | None) -> None:
     \b
     finercut report
     finercut report models:/finercut-smollm2-135m@challenger --output challenger.html
+    finercut report runs:/0123456789abcdef0123456789abcdef
     finercut report ../another-clone
 
     \b
-    Reads     reports/, artifacts/trajectory.jsonl, params.yaml; or the version's evidence
+    Reads     reports/, artifacts/trajectory.jsonl, params.yaml; or what the version or the run has of them
     Writes    reports/report.html; of others reports/NAME.html
     """
     from . import pages
@@ -300,9 +389,9 @@ def report(what: str | None, output: Path | None) -> None:
 @main.command()
 @click.argument("one", metavar="PATH_OR_URI")
 @click.argument("other", metavar="PATH_OR_URI")
-@click.option("--output", type=click.Path(path_type=Path), default=paths.COMPARISON, show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=paths.COMPARISON, show_default=True)
 def compare(one: str, other: str, output: Path) -> None:
-    """Compare two registered versions or workspaces: figures, tasks, what was removed, settings.
+    """Compare two registered versions, runs or workspaces: figures, tasks, what was removed, settings.
 
     \b
     finercut compare models:/finercut-smollm2-135m@champion models:/finercut-smollm2-135m@challenger
@@ -339,6 +428,7 @@ def deploy(webhook: str | None) -> None:
     \b
     Reads     prefect.yaml
     """
+    _check_prefect()
     from . import deployment
 
     click.echo(deployment.deploy(webhook))

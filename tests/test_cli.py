@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from pipelines import cli, settings
 from pipelines.cli import main
 from pipelines.params import Params
 
@@ -87,6 +89,93 @@ def test_what_a_library_lacks_is_said_in_its_own_words(project, monkeypatch):
 
 def _raise(error: Exception):
     raise error
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["prune", "--quick"], "finercut prune: No such option '--quick'; see `finercut prune --help`\n"),
+        (["prune", "more"], "finercut prune: Got unexpected extra argument (more); see `finercut prune --help`\n"),
+        (["frontier"], "finercut frontier: Missing option '--budgets'; see `finercut frontier --help`\n"),
+        (["no-such"], "finercut: No such command 'no-such'; see `finercut --help`\n"),
+        (["--no-such"], "finercut: No such option '--no-such'; see `finercut --help`\n"),
+    ],
+)
+def test_what_is_no_option_or_argument_is_one_line(given, said):
+    found = CliRunner().invoke(main, given)
+    assert (found.exit_code, found.stderr) == (2, said)
+
+
+@pytest.mark.parametrize("budgets", ["", "10%,20%", "0.1;0.2", "0.1,", "nan", "inf"])
+def test_budgets_that_are_no_numbers_are_one_line(project, budgets):
+    said = CliRunner().invoke(main, ["frontier", "--budgets", budgets])
+    assert said.exit_code == 1
+    assert said.stderr == (
+        f"finercut frontier: --budgets takes numbers joined by commas, such as 0.1,0.2, got {budgets!r}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("amounts", "unit", "said"),
+    [
+        ([0.1, 0.0], "parameters", "budget 0 parameters: Input should be greater than 0"),
+        ([0.1, 0.1], "parameters", "name one twice"),
+        ([8.0, 12.0], "kv_cache", "budget 8 kv_cache: a budget in kv_cache is a share between 0 and 1"),
+        ([8.0, 8.5], "sublayers", "budget 8.5 sublayers: a budget in sublayers is a number of them or a share"),
+        ([1.2, 0.9], "speed_up", "budget 0.9 speed_up: a budget in speed_up is above 1"),
+    ],
+)
+def test_budgets_are_checked_before_anything_starts(amounts, unit, said):
+    with pytest.raises(ValueError, match=said):
+        settings.check_budgets(amounts, unit)
+
+
+def test_a_unit_that_does_not_go_with_the_search_is_told_before_anything_starts(project, monkeypatch):
+    monkeypatch.setattr("pipelines.cli._prepare_prefect", lambda: _raise(RuntimeError("too late")))
+    text = (
+        Path("params.yaml")
+        .read_text()
+        .replace("  per: parameters ", "  per: time ")
+        .replace("unit: parameters", "unit: speed_up")
+        .replace("amount: 0.138", "amount: 1.2")
+    )
+    Path("params.yaml").write_text(text)
+    said = CliRunner().invoke(main, ["frontier", "--budgets", "0.1", "--unit", "parameters"])
+    (line,) = said.stderr.splitlines()
+    assert "search.per = time goes with a prune.budget in" in line
+
+
+def test_from_another_folder_a_params_file_is_not_put_there(project, monkeypatch):
+    (project / "docs").mkdir()
+    monkeypatch.chdir(project / "docs")
+    said = CliRunner().invoke(main, ["run", "--params", "../params.yaml"])
+    assert said.stderr == "finercut run: neither params.yaml nor dvc.yaml is here; run from the project's root\n"
+    assert list(Path().iterdir()) == []
+
+
+def test_a_terminal_without_a_letter_shows_the_rest(project):
+    code = "import pipelines.summary as s; s.markdown = lambda: 'x \u2013 y'; from pipelines.cli import main; main()"
+    command = [sys.executable, "-c", code, "summary"]
+    done = subprocess.run(command, capture_output=True, env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"})
+    assert done.stdout == b"x ? y\n", done.stderr
+
+
+def test_prefects_log_has_no_traceback_on_the_terminal():
+    pytest.importorskip("prefect")
+    before = {handler: handler.format for handler in cli.console_handlers()}
+    assert before
+    try:
+        cli.shorten_log()
+        try:
+            _raise(RuntimeError("broken"))
+        except RuntimeError:
+            record = logging.LogRecord("prefect.flow_runs", 40, "", 1, "failed: broken", (), sys.exc_info())
+        for handler in before:
+            assert "Traceback" not in handler.format(record)
+        assert record.exc_info is not None
+    finally:
+        for handler, shown in before.items():
+            handler.format = shown
 
 
 def test_a_misspelt_field_is_an_error_before_anything_starts(project):
