@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import io
 import logging
 import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -125,6 +128,8 @@ def main(ctx: click.Context, traceback: bool) -> None:
     artifacts/ and reports/. `dvc repro` runs the same stages without Prefect, MLflow and registration.
     """
     install()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a result is worth more than a letter the terminal does not have
     if not sys.stderr.isatty():
         # Not every library's bars ask before they draw into a log.
         os.environ |= {
@@ -250,6 +255,12 @@ def _amounts(budgets: str) -> list[float]:
 def _prepare_prefect() -> None:
     for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
+    _check_prefect()
+    if not click.get_current_context().find_root().params.get("traceback"):
+        shorten_log()
+
+
+def _check_prefect() -> None:
     address = os.environ.get("PREFECT_API_URL")
     if address and not ("/api" in address and address.startswith(("http://", "https://"))):
         shape = "such as http://127.0.0.1:4200/api"
@@ -257,6 +268,27 @@ def _prepare_prefect() -> None:
     from . import prefect_database
 
     prefect_database.check()
+
+
+def shorten_log() -> None:
+    """Keep tracebacks out of Prefect's log on the terminal: the command's last line says what went wrong."""
+    for handler in console_handlers():
+        handler.format = partial(_without_traceback, handler.format)
+
+
+def console_handlers() -> set[logging.Handler]:
+    """Prefect's, of all loggers."""
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    named = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    found = (handler for logger in (logging.root, *named) for handler in logger.handlers)
+    return {handler for handler in found if isinstance(handler, PrefectConsoleHandler)}
+
+
+def _without_traceback(shown: Callable[[logging.LogRecord], str], record: logging.LogRecord) -> str:
+    record = copy.copy(record)  # Prefect's server gets the whole one
+    record.exc_info = record.exc_text = None
+    return shown(record)
 
 
 def _take_params(file: Path) -> None:
@@ -330,7 +362,7 @@ def show_summary() -> None:
     help="The file.  [default: in reports/, named after WHAT]",
 )
 def report(what: str | None, output: Path | None) -> None:
-    """Write one page that answers whether the model is worth it, from reports/ or a registered version.
+    """Write one page that answers whether the model is worth it, from reports/, a registered version or a run.
 
     A single HTML file that needs no network: figures of whole, pruned and healed model, the gate's checks, what was
     removed and in which order, every task with its error, what the models write, the frontier that this is a point of,
@@ -340,10 +372,11 @@ def report(what: str | None, output: Path | None) -> None:
     \b
     finercut report
     finercut report models:/finercut-smollm2-135m@challenger --output challenger.html
+    finercut report runs:/0123456789abcdef0123456789abcdef
     finercut report ../another-clone
 
     \b
-    Reads     reports/, artifacts/trajectory.jsonl, params.yaml; or the version's evidence
+    Reads     reports/, artifacts/trajectory.jsonl, params.yaml; or what the version or the run has of them
     Writes    reports/report.html; of others reports/NAME.html
     """
     from . import pages
@@ -358,7 +391,7 @@ def report(what: str | None, output: Path | None) -> None:
 @click.argument("other", metavar="PATH_OR_URI")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=paths.COMPARISON, show_default=True)
 def compare(one: str, other: str, output: Path) -> None:
-    """Compare two registered versions or workspaces: figures, tasks, what was removed, settings.
+    """Compare two registered versions, runs or workspaces: figures, tasks, what was removed, settings.
 
     \b
     finercut compare models:/finercut-smollm2-135m@champion models:/finercut-smollm2-135m@challenger
@@ -395,6 +428,7 @@ def deploy(webhook: str | None) -> None:
     \b
     Reads     prefect.yaml
     """
+    _check_prefect()
     from . import deployment
 
     click.echo(deployment.deploy(webhook))

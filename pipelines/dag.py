@@ -84,7 +84,8 @@ def remove_unused(n_commits: int) -> None:
 def cache_is_shared() -> bool:
     """Whether DVC's cache is outside the repository, where others may use it."""
     with _repo() as repo:
-        return not Path(repo.cache.local.path).is_relative_to(repo.root_dir)
+        # .dvc/cache, or the folder of the project, can be a link.
+        return not Path(repo.cache.local.path).resolve().is_relative_to(Path(repo.root_dir).resolve())
 
 
 def _gc(n_commits: int, option: str) -> str:
@@ -97,8 +98,11 @@ def _gc(n_commits: int, option: str) -> str:
     return done.stdout + done.stderr
 
 
-def remote() -> str:
-    """The name of the DVC remote that is pushed to.
+def remote(purpose: str) -> str:
+    """The name of the DVC remote that is pushed to and pulled from.
+
+    Args:
+        purpose: `push to` or `pull from`
 
     Raises:
         RuntimeError: there is none.
@@ -106,7 +110,7 @@ def remote() -> str:
     with _repo() as repo:
         name = repo.config["core"].get("remote")
     if not name:
-        raise RuntimeError("nothing to push to: name a DVC remote with `dvc remote add --default NAME URL`")
+        raise RuntimeError(f"nothing to {purpose}: name a DVC remote with `dvc remote add --default NAME URL`")
     return name
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,14 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate, GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.events.schemas.automations import Posture
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException
 from prefect.settings import get_current_settings
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools import validate
+from prefect.utilities.templating import apply_values
+from pydantic import TypeAdapter, ValidationError
 
 from finercut.system import yaml_files
 
@@ -53,10 +61,12 @@ def deploy(webhook: str | None = None) -> str:
 
     Raises:
         FileNotFoundError: there is no prefect.yaml.
-        ValueError: prefect.yaml has no deployments, one without a name, or parameters that the flow does not have;
-            nothing is declared.
+        ValueError: prefect.yaml has no deployments, one without a name, parameters that the flow does not have or take,
+            or a schedule that is none; or `webhook` is no address. Nothing is declared.
         RuntimeError: Prefect refused prefect.yaml (the message is its last line), or the server does not answer.
     """
+    if webhook is not None and not webhook.startswith(("http://", "https://")):
+        raise ValueError("the webhook of alerts is no address that begins with http:// or https://")
     document = _read()
     deployments = document["deployments"]
     pools = {deployment["work_pool"]["name"] for deployment in deployments}
@@ -94,28 +104,79 @@ def _read() -> dict[str, Any]:
     found = document.get("deployments") if isinstance(document, dict) else None
     if not isinstance(found, list) or not found:
         raise ValueError(f"{PREFECT_YAML}: `deployments` is no list of deployments; give at least one")
-    return document | {"deployments": [_complete(entry, number) for number, entry in enumerate(found, start=1)]}
+    deployments = [_complete(entry, number) for number, entry in enumerate(found, start=1)]
+    names = [deployment["name"] for deployment in deployments]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{PREFECT_YAML}: two deployments are called {', '.join(twice)}; rename one")
+    return document | {"deployments": deployments}
 
 
 def _complete(entry: object, number: int) -> dict[str, Any]:
     deployment = _mapping(entry, f"deployment {number}")
-    name = deployment.get("name")
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{PREFECT_YAML}: deployment {number} has no name")
+    name = deployment["name"] = _name(deployment.get("name"), f"deployment {number} has no name")
     where = f"deployment {name}"
     deployment["parameters"] = _parameters(deployment, where)
     deployment.setdefault("entrypoint", ENTRYPOINT)
     pool = _mapping(deployment.get("work_pool", {}), f"{where}: work_pool")
     default = get_current_settings().deployments.default_work_pool_name or POOL
-    deployment["work_pool"] = {"name": default} | pool
+    pool_name = _name(pool.get("name", default), f"{where}: work_pool has a name that is no text")
+    deployment["work_pool"] = pool | {"name": pool_name}
     schedules = deployment.get("schedules", [])
     if not isinstance(schedules, list):
         raise ValueError(f"{PREFECT_YAML}: {where}: schedules is no list")
     deployment["schedules"] = [_mapping(entry, f"{where}: schedule") for entry in schedules]
-    old = [deployment["schedule"]] if isinstance(deployment.get("schedule"), dict) else []  # its name in Prefect 2
-    for schedule in (*deployment["schedules"], *old):
+    if deployment.get("schedule"):  # what Prefect 2 called it
+        deployment["schedule"] = _mapping(deployment["schedule"], f"{where}: schedule")
+    for schedule in filter(None, (*deployment["schedules"], deployment.get("schedule"))):
         schedule["parameters"] = _parameters(schedule, where)
+        _check_schedule(schedule, f"{PREFECT_YAML}: {where}: schedule")
     return deployment
+
+
+# As Prefect reads them, each with what else may be given.
+_SCHEDULES = {
+    "cron": (CronSchedule, {"day_or"}),
+    "interval": (IntervalSchedule, {"anchor_date"}),
+    "rrule": (RRuleSchedule, set()),
+}
+_OF_EVERY_SCHEDULE = {"timezone", "active", "parameters", "slug", "replaces"}
+
+
+def _check_schedule(schedule: Mapping[str, Any], where: str) -> None:
+    """What Prefect would find when others are declared already, or say in a traceback."""
+    if _is_template(schedule):
+        return
+    kinds = [kind for kind in _SCHEDULES if kind in schedule]
+    if len(kinds) != 1:
+        raise ValueError(f"{where}: give one of {', '.join(_SCHEDULES)}, not {' and '.join(kinds) or 'none'}")
+    (kind,) = kinds
+    form, others = _SCHEDULES[kind]
+    if unknown := sorted(map(str, schedule.keys() - others - _OF_EVERY_SCHEDULE - {kind})):
+        raise ValueError(f"{where}: a schedule by {kind} has no {', '.join(unknown)}")
+    if str(schedule[kind]).startswith("{"):  # a recurrence rule may be JSON with a time zone of its own
+        return
+    try:
+        form.model_validate({name: schedule[name] for name in (kind, "timezone") if name in schedule})
+        TypeAdapter(bool).validate_python(schedule.get("active", True))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"])) or "active"
+        raise ValueError(f"{where}: {field}: {problem['msg'].removeprefix('Value error, ')}") from error
+
+
+def _is_template(value: object) -> bool:
+    """Whether the environment, or a block of Prefect's server, has a part of it."""
+    return "{{" in str(value)
+
+
+def _name(given: object, lacking: str) -> str:
+    """With the values of environment variables, as Prefect will put them in."""
+    if not isinstance(given, str) or not given:
+        raise ValueError(f"{PREFECT_YAML}: {lacking}")
+    name = apply_values({"name": given}, dict(os.environ), remove_notset=False)["name"]
+    if _is_template(name):
+        raise ValueError(f"{PREFECT_YAML}: {given} is not set in this environment")
+    return name
 
 
 def _mapping(entry: object, where: str) -> dict[str, Any]:
@@ -129,9 +190,16 @@ def _parameters(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     parameters = given.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise ValueError(f"{PREFECT_YAML}: {where}: parameters is no mapping")
-    known = compress.parameters.properties
+    schema = parameter_schema(compress)  # anew, as it names the params files that are here
+    known = schema.properties
     if unknown := sorted(str(name) for name in parameters if name not in known):
         raise ValueError(f"{PREFECT_YAML}: {where}: no parameter {', '.join(unknown)}; there are {', '.join(known)}")
+    # Where null is no value, it is the default.
+    parameters = {n: value for n, value in parameters.items() if value is not None or known[n].get("default") is None}
+    plain = {name: value for name, value in parameters.items() if not _is_template(value)}
+    for problem in validate(plain, schema.model_dump_for_openapi(), ignore_required=True):
+        field = problem.json_path.removeprefix("$.")
+        raise ValueError(f"{PREFECT_YAML}: {where}: parameter {field}: {problem.message}")
     return parameters
 
 
@@ -167,9 +235,21 @@ def _deploy_all(document: Mapping[str, Any]) -> None:
         file.write_text(yaml_files.dump(document, version="1.1"), encoding="utf-8")
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        told = (done.stderr + done.stdout).strip().splitlines() or ["no output"]
-        raise RuntimeError(f"prefect deploy: {told[-1]}")
+    said = done.stderr + done.stdout
+    if done.returncode or "Skipping deployment configuration" in said:
+        raise RuntimeError(f"prefect deploy: {_reason(said)}")
+
+
+def _reason(said: str) -> str:
+    """The error that Prefect's output is about: what it lists, the end of its last traceback, or its last line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no output"]
+    if listed := [line.removeprefix("• ") for line in lines if line.startswith("• ")]:
+        return f"invalid fields: {'; '.join(listed)}"
+    raised = [n for n, line in enumerate(lines) if re.match(r"[\w.]+(?:Error|Exception|Exists|NotFound): ", line)]
+    if not raised:
+        return lines[-1]
+    told = takewhile(lambda line: not re.search("further information|exception occurred", line), lines[raised[-1] :])
+    return " ".join(told).partition(": ")[2][:400]
 
 
 def _declared(client: SyncPrefectClient, name: str) -> DeploymentResponse:

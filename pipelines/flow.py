@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -99,8 +99,9 @@ def compress(
             settings.take_committed(params_file, overrides or {})
         elif overrides:
             raise ValueError("overrides need a params_file to start from")
-        if push:
-            dag.remote()
+        for wanted, purpose in ((push, "push to"), (pull, "pull from")):
+            if wanted:
+                dag.remote(purpose)
         if not budgets:
             return _execute(load(), pull, push, collect, {})[0]
         return frontier.run(
@@ -110,14 +111,25 @@ def compress(
             params_file,
             overrides or {},
             # What one point leaves, the next may need: only the last one collects.
-            lambda params, tags, registers: _execute(params, pull, push, collect and registers, tags, registers),
+            lambda params, tags, registers, others=(): _execute(
+                params, pull, push, collect and registers, tags, registers, others
+            ),
         )
 
 
 def _execute(
-    params: Params, pull: bool, push: bool, collect: bool, tags: Mapping[str, str], registers: bool = True
+    params: Params,
+    pull: bool,
+    push: bool,
+    collect: bool,
+    tags: Mapping[str, str],
+    registers: bool = True,
+    others: Sequence[Params] = (),
 ) -> tuple[RegisterReport | None, list[Check], str]:
     """Every stage, and the registration where it `registers`.
+
+    Args:
+        others: with budgets that are to be reached after this one: none is searched for if one of them cannot be.
 
     Returns:
         The registration, the gate's checks, and the id of the MLflow run, which has `tags`.
@@ -139,6 +151,8 @@ def _execute(
         ):
             _link(mlflow_run)
             for stage in stages:
+                if stage.name == "search" and others:
+                    _check_reach(others)
                 _reproduce.with_options(
                     name=stage.name,
                     task_run_name=f"{stage.name}: {params.title}",
@@ -169,6 +183,17 @@ def _foresee(params: Params) -> None:
 
     if obstacles := foresight.check(params, ModelDirectory(paths.MODEL)):
         raise RuntimeError("; ".join(obstacles))
+
+
+def _check_reach(others: Sequence[Params]) -> None:
+    """
+    Raises:
+        ValueError: a budget is more than all candidates come to, or less than any.
+    """
+    from .search_job import inputs
+
+    for params in others:
+        inputs(params.search.model_copy(update={"removals": "auto"}), params.prune.budget)
 
 
 def _gate(params: Params, mlflow_run: runs.Run) -> list[Check]:

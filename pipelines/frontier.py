@@ -21,13 +21,13 @@ from finercut.selection.settings import SMALLER_IS_MORE
 from finercut.serving.records import ThroughputReport
 
 from . import paths, register, settings, summary
-from .params import Params, load
+from .params import load
 
 logger = logging.getLogger("finercut")
 
-Execute = Callable[[Params, Mapping[str, str], bool], tuple[RegisterReport | None, list[Check], str]]
-"""Runs every stage as an MLflow run of its own, with tags, and registers the result or not. Returns the registration,
-the gate's checks and the run's id."""
+Execute = Callable[..., tuple[RegisterReport | None, list[Check], str]]
+"""Runs every stage with these params as an MLflow run of its own, with tags, and registers the result or not; the last
+argument, where given, are the params of later runs. Returns the registration, the gate's checks and the run's id."""
 
 
 def run(
@@ -54,8 +54,7 @@ def run(
         raise ValueError(f"the frontier's budgets {', '.join(map(str, budgets))} name one twice")
     params = load()
     unit = unit or params.prune.budget.unit
-    if unit == "sublayers":  # a number of them may come as 8.0
-        budgets = [int(amount) if amount >= 1 and amount == int(amount) else amount for amount in budgets]
+    budgets = [settings.budget_amount(amount, unit) for amount in budgets]
     before = paths.PARAMS.read_text(encoding="utf-8")
 
     def take(amount: float) -> None:
@@ -66,8 +65,10 @@ def run(
             settings.change(before, changes)
 
     with _restored_on_error(before):
-        for amount in sorted(budgets):  # all are allowed, before the first is run
+        planned = []
+        for amount in sorted(budgets, reverse=unit not in SMALLER_IS_MORE):  # all are allowed, before the first is run
             take(amount)
+            planned.append((amount, load()))
         amounts = ", ".join(map(str, budgets))
         title = f"{params.model}: frontier of {unit}, {amounts}"
         parent = register.open_run(params, {"frontier": amounts}, "finercut frontier", title)
@@ -75,9 +76,10 @@ def run(
         tags = {"mlflow.parentRunId": parent.run_id}
         with _restored_on_error(before):
             points = []
-            for amount in sorted(budgets, reverse=unit not in SMALLER_IS_MORE):
+            for n, (amount, point) in enumerate(planned, start=1):
                 take(amount)
-                _, checks, run_id = execute(load(), tags | {"frontier.amount": str(amount)}, False)
+                later = [others for _, others in planned[n:]]
+                _, checks, run_id = execute(point, tags | {"frontier.amount": str(amount)}, False, later)
                 points.append(_point(amount, checks, run_id))
                 logger.info("frontier: %s", _line(points[-1], unit))
             points.sort(key=lambda point: point.amount)

@@ -15,11 +15,11 @@ from . import paths
 def write(what: str | None, output: Path) -> None:
     """
     Args:
-        what: models:/NAME@ALIAS, models:/NAME/VERSION or a directory; None for this workspace
+        what: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID or a directory; None for this workspace
 
     Raises:
-        ValueError: a report is missing or of another form, or `what` names no version.
-        RuntimeError: MLflow does not have the version.
+        ValueError: a report is missing or of another form, or `what` names nothing.
+        RuntimeError: MLflow does not have the version or the run.
     """
     found = _of_directory(Path(), "this workspace") if what is None else _read(what)
     _write(page.html(found), output)
@@ -27,7 +27,10 @@ def write(what: str | None, output: Path) -> None:
 
 def default(what: str | None) -> Path:
     """Where the page of `what` goes: not onto this workspace's, which is the output of a stage."""
-    return paths.PAGE if what is None else paths.REPORTS / f"{re.sub(r'[^A-Za-z0-9.]+', '-', _name(what))}.html"
+    if what is None:
+        return paths.PAGE
+    page = paths.REPORTS / f"{re.sub(r'[^A-Za-z0-9.]+', '-', _name(what))}.html"
+    return page.with_stem(f"of-{page.stem}") if page in (paths.PAGE, paths.COMPARISON) else page
 
 
 def compare(one: str, other: str, output: Path) -> comparison.Comparison:
@@ -48,7 +51,15 @@ def _write(html: str, output: Path) -> None:
 
 
 def _read(what: str) -> inputs.Inputs:
-    return _of_directory(Path(what), what) if Path(what).is_dir() else _of_version(what)
+    if Path(what).is_dir():
+        return _of_directory(Path(what), what)
+    if run := re.fullmatch(r"(?:runs:/)?([0-9a-f]{32})", what):
+        return _of_run(run[1], what)
+    if what.startswith("models:"):
+        return _of_version(what)
+    raise ValueError(
+        f"{what!r} names no version, run or folder; write models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID or a path"
+    )
 
 
 def _name(what: str) -> str:
@@ -67,3 +78,10 @@ def _of_version(uri: str) -> inputs.Inputs:
     version = versions.find(versions.connect(reference.name), reference)
     with tempfile.TemporaryDirectory() as folder:
         return inputs.read([versions.download(version, "evidence", Path(folder))], uri)
+
+
+def _of_run(run_id: str, whose: str) -> inputs.Inputs:
+    from finercut.registry import runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        return inputs.read(runs.download(run_id, ("reports", "pipeline"), Path(folder)), whose)

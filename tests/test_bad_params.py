@@ -10,6 +10,7 @@ from bad_input import ROOT, VALID, complaint, names, refused, set_params
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finercut.selection.settings import Budget
 from finercut.system import yaml_files
 from pipelines import params
 
@@ -196,3 +197,15 @@ def test_any_bytes_as_params_are_refused_in_one_line(tmp_path, content):
 def test_a_device_that_is_not_here(workspace, stage, device):
     set_params(search__device=device, evaluate__device=device)
     assert f"no device {device!r} here" in refused(stage)
+
+
+@pytest.mark.parametrize(("amount", "said"), [(1e-6, "less than any single candidate"), (0.999, "more than all")])
+def test_a_budget_of_a_frontier_that_cannot_be_reached_is_told_before_any_is_searched_for(workspace, amount, said):
+    from pipelines.flow import _check_reach
+
+    reached = params.load()
+    budget = Budget(unit="parameters", amount=amount)
+    other = reached.model_copy(update={"prune": reached.prune.model_copy(update={"budget": budget})})
+    _check_reach([reached])
+    with pytest.raises(ValueError, match=rf"^prune\.budget = {amount} parameters is {said}"):
+        _check_reach([reached, other])

@@ -165,11 +165,16 @@ def test_dvc_keeps_the_results_of_the_workspace_and_of_the_last_commits(here):
     assert in_cache() == {"second commit", "in the workspace"}
 
 
-def test_a_cache_outside_the_project_is_left_alone(here, tmp_path_factory):
+@pytest.mark.parametrize("how", ["configured", "linked"])
+def test_a_cache_outside_the_project_is_left_alone(here, tmp_path_factory, how):
     here.register()
     shared = tmp_path_factory.mktemp("cache")
-    with Repo() as repo, repo.config.edit("local") as settings:
-        settings["cache"] = {"dir": str(shared)}
+    if how == "linked":
+        shutil.rmtree(".dvc/cache", ignore_errors=True)
+        Path(".dvc/cache").symlink_to(shared)
+    else:
+        with Repo() as repo, repo.config.edit("local") as settings:
+            settings["cache"] = {"dir": str(shared)}
     add("first")
     add("second")
     assert freed(here) == {"nothing of DVC's cache, which is outside the project and may be shared": 0}

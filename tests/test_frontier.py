@@ -53,10 +53,18 @@ def toy(tmp_path, mlflow_store, monkeypatch, prefect_server):
     throughput = STAGES["throughput"] | {"cmd": f"({faster}) && {TOY} throughput", "params": ["prune.budget"]}
     throughput["deps"] = ["reports/prove.json", "artifacts/quantised"]
     whole = {"cmd": "echo whole >> measured.txt && echo {} > reports/whole.json", "outs": ["reports/whole.json"]}
-    return make_toy({"whole": whole, "prune": prune, "evaluate": STAGES["evaluate"], "throughput": throughput})
+    return make_toy({"search": whole, "prune": prune, "evaluate": STAGES["evaluate"], "throughput": throughput})
 
 
-def test_each_budget_is_a_child_run_and_the_leanest_that_passes_is_registered(toy):
+@pytest.fixture
+def asked(monkeypatch):
+    """With which params the flow asked whether their budgets can be reached; the toy has no model to ask about."""
+    found = []
+    monkeypatch.setattr("pipelines.flow._check_reach", found.append)
+    return found
+
+
+def test_each_budget_is_a_child_run_and_the_leanest_that_passes_is_registered(toy, asked):
     report = compress(budgets=[0.1, 0.2], unit="parameters", rule="best")
     # 0.1 and 0.2 keep the same accuracy in this toy; 0.1 does not pass
     assert report.status == "registered"
@@ -72,6 +80,8 @@ def test_each_budget_is_a_child_run_and_the_leanest_that_passes_is_registered(to
     client = mlflow.MlflowClient()
     stored = [artifact.path for artifact in client.list_artifacts(parent.info.run_id, "reports")]
     assert stored == ["reports/frontier.json", "reports/frontier.png"]
+    # the later budgets were asked about before the first search
+    assert [[later.prune.budget.amount for later in others] for others in asked] == [[0.1]]
     # what does not depend on the budget ran once, and the chosen point came from the cache
     assert Path("measured.txt").read_text() == "whole\n"
     assert {children[0].data.tags[f"stage.{name}"] for name in STAGES} == {"cached"}

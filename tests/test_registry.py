@@ -50,6 +50,16 @@ def test_without_a_setting_the_store_is_in_the_current_directory(tmp_path, monke
     assert server.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
 
 
+def test_an_address_without_its_scheme_is_one_line_and_blanks_around_it_do_not_matter(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
+    with pytest.raises(
+        RuntimeError, match=r"^MLFLOW_TRACKING_URI is localhost:5000: put http:// or https:// before it$"
+    ):
+        runs.open_run("tests", {}, {})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", " http://localhost:5000\n")
+    assert server.tracking_uri() == "http://localhost:5000"
+
+
 def test_an_unreachable_server_is_one_line_within_seconds_and_without_credentials(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     started = time.monotonic()
@@ -58,6 +68,26 @@ def test_an_unreachable_server_is_one_line_within_seconds_and_without_credential
     assert time.monotonic() - started < 20
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, b"no database at all" * 100])
+@pytest.mark.parametrize("contact", [lambda: runs.open_run("tests", {}, {}), lambda: versions.connect("tiny")])
+def test_a_file_that_is_no_database_is_one_line_within_seconds(content, contact, tmp_path, monkeypatch, caplog):
+    file = tmp_path / "mlflow.db"
+    file.mkdir() if content is None else file.write_bytes(content)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+    with pytest.raises(RuntimeError, match=rf"in MLflow at sqlite:///{file}: [^\n]*(unable to open|not a database)"):
+        contact()
+    assert "retried" not in caplog.text
+
+
+def test_a_registry_elsewhere_is_refused_before_a_run_is_opened(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://me:secret@127.0.0.1:8/")
+    with pytest.raises(RuntimeError, match=r"^MLFLOW_REGISTRY_URI is http://127.0.0.1:8/, another server than"):
+        runs.open_run("tests", {}, {})
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://127.0.0.1:9/")
+    server.check_registry()
 
 
 def test_a_deleted_experiment_is_refused_with_the_way_to_restore_it(mlflow_store):

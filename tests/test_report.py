@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from finercut.evaluation.records import Sample, Score, SublayerFigures
+from finercut.registry import runs
 from finercut.report import inputs, page
 from finercut.report.frontier import FrontierReport, Point
 from finercut.serving.records import Spread
@@ -195,6 +196,26 @@ def test_a_version_of_0_1_has_a_page(tmp_path):
     assert "the claim of prune" in text
 
 
+def test_a_run_has_a_page_once_its_stages_have_ended(project, mlflow_store):
+    run = runs.open_run("pages", {}, {})
+    whose = f"runs:/{run.run_id}"
+    with pytest.raises(ValueError, match=rf"^{whose} has no fetch\.json: a report needs an execution"):
+        pages.write(whose, Path("page.html"))
+    run.log_reports(map(paths.report, STAGES))
+    run.log_file(paths.PARAMS, "pipeline")
+    for name in (whose, run.run_id):
+        pages.write(name, Path("page.html"))
+        assert "toy: 2 of 8 sublayers removed" in Path("page.html").read_text()
+    with pytest.raises(RuntimeError, match="cannot find run 0000"):
+        pages.write("0" * 32, Path("page.html"))
+
+
+def test_another_clones_page_is_not_put_in_place_of_this_ones(project):
+    for name in ("report", "compare"):
+        (project / name).mkdir()
+        assert pages.default(name) == paths.REPORTS / f"of-{name}.html"
+
+
 @pytest.fixture
 def two(project):
     """The workspace and another, whose model has a sublayer more, is faster and was timed on other hardware."""
@@ -234,4 +255,4 @@ def test_a_path_that_is_nothing_is_one_line(project):
     said = CliRunner().invoke(main, ["compare", ".", "nowhere"])
     assert said.exit_code == 1
     (line,) = said.stderr.splitlines()
-    assert line.startswith("finercut compare: 'nowhere' names no version")
+    assert line.startswith("finercut compare: 'nowhere' names no version, run or folder; write models:/NAME@ALIAS")

@@ -83,10 +83,12 @@ def test_what_cannot_be_pushed_fails_the_run_before_a_version_exists(team, s3_st
     assert [newest.data.tags[f"stage.{name}"] for name in STAGES] == ["cached"] * 3
 
 
-def test_without_a_remote_to_push_to_nothing_is_started(team):
+def test_without_a_remote_to_push_to_or_pull_from_nothing_is_started(team):
     subprocess.run([sys.executable, "-m", "dvc", "remote", "remove", "-q", "store"], check=True)
     with pytest.raises(RuntimeError, match=r"^nothing to push to: name a DVC remote with `dvc remote add --default"):
         compress(push=True)
+    with pytest.raises(RuntimeError, match="^nothing to pull from: name a DVC remote"):
+        compress(pull=True)
     assert not Path("reports").exists()
 
 

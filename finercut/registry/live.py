@@ -66,23 +66,21 @@ def finish() -> None:
 
 def _deliver(run_id: str, series: _Series) -> bool:
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+
+    from finercut.registry.server import mlflow_errors
 
     n_points = len(series.points)
     try:
-        while series.points:
-            MlflowClient().log_batch(run_id, metrics=series.points[:MOST_POINTS])
-            del series.points[:MOST_POINTS]
-    except MlflowException as error:
+        with mlflow_errors("log live metrics"):
+            while series.points:
+                MlflowClient().log_batch(run_id, metrics=series.points[:MOST_POINTS])
+                del series.points[:MOST_POINTS]
+    except RuntimeError as error:
         if not series.failing:
-            logger.warning("MLflow takes no live metrics (%s); going on, they are kept", _first_line(error))
+            logger.warning("MLflow takes no live metrics (%s); going on, they are kept", error)
         series.failing, series.next_try = True, time.monotonic() + PAUSE_S
         return False
     if series.failing:
         logger.info("MLflow answers again: %d live points delivered", n_points)
     series.failing = False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,19 +11,26 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mlflow import MlflowClient, set_tracking_uri
+from mlflow import MlflowClient, artifacts, set_tracking_uri
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_USER
 from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
-from finercut.registry.server import impatient, mlflow_errors, reach_database, tracking_uri, without_credentials
+from finercut.registry.server import (
+    check_registry,
+    impatient,
+    mlflow_errors,
+    reach_database,
+    tracking_uri,
+    without_credentials,
+)
 from finercut.system.records import flatten
 from finercut.system.redaction import redacted
 
@@ -117,8 +124,10 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
         name: None lets MLflow make one up.
 
     Raises:
-        RuntimeError: the server does not answer (within seconds), or the experiment was deleted.
+        RuntimeError: the server does not answer (within seconds), the experiment was deleted, or the registry is
+            another server.
     """
+    check_registry()
     # MLflow prints the run's address when it ends, with the password that is in it.
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     set_tracking_uri(tracking_uri())
@@ -138,6 +147,24 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
         client.log_batch(run_id, params=[Param(name, _shown(value)) for name, value in flat])
     logger.info("MLflow run %s at %s, experiment %s", run_id, shown, experiment)
     return Run(client, run_id, experiment_id)
+
+
+def download(run_id: str, folders: Sequence[str], directory: Path) -> list[Path]:
+    """Those of a run's folders that are there, downloaded into `directory`.
+
+    Raises:
+        RuntimeError: there is no such run, or the server does not answer within seconds.
+    """
+    set_tracking_uri(tracking_uri())
+    with mlflow_errors(f"find run {run_id}"), impatient():
+        reach_database()
+        stored = {file.path for file in MlflowClient().list_artifacts(run_id)}
+    with mlflow_errors(f"download files of run {run_id}"):
+        return [
+            Path(artifacts.download_artifacts(run_id=run_id, artifact_path=folder, dst_path=str(directory)))
+            for folder in folders
+            if folder in stored
+        ]
 
 
 def _shown(value: object) -> str:

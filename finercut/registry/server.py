@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from mlflow.exceptions import MlflowException
 from requests import RequestException
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, inspect, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from finercut.system.redaction import redacted
@@ -21,8 +21,18 @@ _CREDENTIALS = re.compile(r"//[^/?#\s]*@")
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or an SQLite file in the current directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    """MLFLOW_TRACKING_URI, or an SQLite file in the current directory.
+
+    Raises:
+        RuntimeError: that is no address, or there is none of that file.
+    """
+    if given := os.environ.get("MLFLOW_TRACKING_URI", "").strip():
+        if re.fullmatch(r"[\w.-]+:\d+(/.*)?", given):  # which MLflow takes for a folder
+            raise RuntimeError(f"MLFLOW_TRACKING_URI is {given}: put http:// or https:// before it")
+        return given
+    if "?" in (file := str(Path("mlflow.db").absolute())):
+        raise RuntimeError(f"MLflow takes no path with a question mark, as {file}: set MLFLOW_TRACKING_URI")
+    return f"sqlite:///{file}"
 
 
 def without_credentials(uri: str) -> str:
@@ -51,6 +61,20 @@ def _object_store_errors() -> tuple[type[Exception], ...]:
     return (botocore.BotoCoreError, botocore.ClientError) if botocore else ()
 
 
+def check_registry() -> None:
+    """
+    Raises:
+        RuntimeError: the registry is another server than the runs'. It could not find what a version is made from.
+    """
+    given = os.environ.get("MLFLOW_REGISTRY_URI", "")
+    uris = [uri.rstrip("/") for uri in (given, tracking_uri())]
+    if all(uri.startswith(("http://", "https://")) for uri in uris) and uris[0] != uris[1]:
+        raise RuntimeError(
+            f"MLFLOW_REGISTRY_URI is {without_credentials(given)}, another server than MLFLOW_TRACKING_URI, which has "
+            "the files that versions are made from: unset it"
+        )
+
+
 @contextmanager
 def impatient() -> Iterator[None]:
     """MLflow waits minutes for a server that is not there; the first contact should not."""
@@ -65,7 +89,12 @@ def impatient() -> Iterator[None]:
 
 
 def reach_database() -> None:
-    """Where MLflow's store is a database server, ask it once: MLflow itself would ask for two minutes."""
+    """Where MLflow's store is a database, ask it once: MLflow itself would ask for two minutes."""
     uri = tracking_uri()
-    if urlsplit(uri).scheme.partition("+")[0] in ("postgresql", "mysql", "mssql"):
-        create_engine(uri).connect().close()
+    kind = urlsplit(uri).scheme.partition("+")[0]
+    # MLflow makes the folder of an SQLite file.
+    found = kind == "sqlite" and Path(make_url(uri).database or ":memory:").parent.is_dir()
+    if found or kind in ("postgresql", "mysql", "mssql"):
+        engine = create_engine(uri)
+        inspect(engine).get_table_names()
+        engine.dispose()

@@ -22,7 +22,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from finercut.registry.runs import Run
-from finercut.registry.server import impatient, mlflow_errors, tracking_uri
+from finercut.registry.server import impatient, mlflow_errors, reach_database, tracking_uri
 
 CHALLENGER = "challenger"
 # A version has it from the moment it exists, and exists only once everything is uploaded.
@@ -67,6 +67,7 @@ def connect(name: str) -> MlflowClient:
     """
     set_tracking_uri(tracking_uri())
     with mlflow_errors(f"find {name}"), impatient():
+        reach_database()
         client = MlflowClient()
         client.get_registered_model(name)
     return client

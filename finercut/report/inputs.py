@@ -90,7 +90,12 @@ class Inputs:
     @property
     def checks(self) -> list[Check]:
         """The gate of registration, with the limits of the execution's own params.yaml."""
-        settings = Register.model_validate(self.settings["register"], extra="ignore")
+        try:
+            settings = Register.model_validate(self.settings["register"], extra="ignore")
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise ValueError(f"its params.yaml has no valid register.{where}: {problem['msg']}") from error
         return gate.check(self.claims, self.evaluate, self.throughput, **settings.limits)
 
 
