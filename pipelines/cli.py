@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import io
 import logging
@@ -10,9 +9,8 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -256,8 +254,6 @@ def _prepare_prefect() -> None:
     for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
     _check_prefect()
-    if not click.get_current_context().find_root().params.get("traceback"):
-        shorten_log()
 
 
 def _check_prefect() -> None:
@@ -268,27 +264,6 @@ def _check_prefect() -> None:
     from . import prefect_database
 
     prefect_database.check()
-
-
-def shorten_log() -> None:
-    """Keep tracebacks out of Prefect's log on the terminal: the command's last line says what went wrong."""
-    for handler in console_handlers():
-        handler.format = partial(_without_traceback, handler.format)
-
-
-def console_handlers() -> set[logging.Handler]:
-    """Prefect's, of all loggers."""
-    from prefect.logging.handlers import PrefectConsoleHandler
-
-    named = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
-    found = (handler for logger in (logging.root, *named) for handler in logger.handlers)
-    return {handler for handler in found if isinstance(handler, PrefectConsoleHandler)}
-
-
-def _without_traceback(shown: Callable[[logging.LogRecord], str], record: logging.LogRecord) -> str:
-    record = copy.copy(record)  # Prefect's server gets the whole one
-    record.exc_info = record.exc_text = None
-    return shown(record)
 
 
 def _take_params(file: Path) -> None:

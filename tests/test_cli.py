@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from pipelines import cli, settings
+from pipelines import settings
 from pipelines.cli import main
 from pipelines.params import Params
 
@@ -158,24 +157,6 @@ def test_a_terminal_without_a_letter_shows_the_rest(project):
     command = [sys.executable, "-c", code, "summary"]
     done = subprocess.run(command, capture_output=True, env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"})
     assert done.stdout == b"x ? y\n", done.stderr
-
-
-def test_prefects_log_has_no_traceback_on_the_terminal():
-    pytest.importorskip("prefect")
-    before = {handler: handler.format for handler in cli.console_handlers()}
-    assert before
-    try:
-        cli.shorten_log()
-        try:
-            _raise(RuntimeError("broken"))
-        except RuntimeError:
-            record = logging.LogRecord("prefect.flow_runs", 40, "", 1, "failed: broken", (), sys.exc_info())
-        for handler in before:
-            assert "Traceback" not in handler.format(record)
-        assert record.exc_info is not None
-    finally:
-        for handler, shown in before.items():
-            handler.format = shown
 
 
 def test_a_misspelt_field_is_an_error_before_anything_starts(project):

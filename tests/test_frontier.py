@@ -42,14 +42,14 @@ def test_the_leanest_or_the_best_of_those_that_pass_is_chosen():
 
 @pytest.fixture
 def toy(tmp_path, mlflow_store, monkeypatch, prefect_server):
-    """A toy whose checkpoint and speed-up depend on the budget: 1.02 for 0.1, which the gate refuses, 1.25 beyond."""
+    """A toy whose checkpoint and speed-up depend on the budget: 0.98 for 0.1, which the gate refuses, 1.25 beyond."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     prune = STAGES["prune"] | {
         "cmd": f"{TOY} model && grep -o 'amount: [0-9.]*' params.yaml >> artifacts/quantised/model.safetensors",
         "params": ["prune.budget"],
     }
-    faster = "grep -q 'amount: 0.1$' params.yaml && echo 1.02 > speed_up.txt || echo 1.25 > speed_up.txt"
+    faster = "grep -q 'amount: 0.1$' params.yaml && echo 0.98 > speed_up.txt || echo 1.25 > speed_up.txt"
     throughput = STAGES["throughput"] | {"cmd": f"({faster}) && {TOY} throughput", "params": ["prune.budget"]}
     throughput["deps"] = ["reports/prove.json", "artifacts/quantised"]
     whole = {"cmd": "echo whole >> measured.txt && echo {} > reports/whole.json", "outs": ["reports/whole.json"]}
@@ -69,7 +69,7 @@ def test_each_budget_is_a_child_run_and_the_leanest_that_passes_is_registered(to
     # 0.1 and 0.2 keep the same accuracy in this toy; 0.1 does not pass
     assert report.status == "registered"
     found = FrontierReport.read(Path("reports/frontier.json"))
-    assert [(p.amount, p.passed, p.speed_up) for p in found.points] == [(0.1, False, 1.02), (0.2, True, 1.25)]
+    assert [(p.amount, p.passed, p.speed_up) for p in found.points] == [(0.1, False, 0.98), (0.2, True, 1.25)]
     assert (found.unit, found.rule, found.chosen) == ("parameters", "best", 0.2)
     assert yaml.safe_load(Path("params.yaml").read_text())["prune"]["budget"] == {"unit": "parameters", "amount": 0.2}
     *children, parent = runs(toy["flow"]["experiment"])
@@ -95,7 +95,7 @@ def test_each_budget_is_a_child_run_and_the_leanest_that_passes_is_registered(to
 def test_where_no_point_passes_params_stay_as_they_were(toy):
     before = Path("params.yaml").read_text()
     with pytest.raises(
-        register.Refused, match=r"^no point of the frontier passes the gate: 0.1 parameters, speed-up 1.02"
+        register.Refused, match=r"^no point of the frontier passes the gate: 0.1 parameters, speed-up 0.98"
     ):
         compress(budgets=[0.1], unit="parameters")
     assert Path("params.yaml").read_text() == before
