@@ -79,8 +79,8 @@ def test_one_that_is_worse_is_refused_with_the_reason_on_the_version(here):
 
 
 def test_the_gate_of_today_counts_and_so_does_evaluation_in_part(here):
-    here.register(throughput={"speed_up": 1.0})
-    with pytest.raises(NotPromoted, match=r"speed_up is 1; at least 1\.05 is required$"):
+    here.register(throughput={"speed_up": 0.9})
+    with pytest.raises(NotPromoted, match=r"speed_up is 0\.9; at least 1 is required$"):
         promoted(here)
     here.register(evaluate={"tasks": {"finercut_copying": task(0.75, n_samples=10)}})
     with pytest.raises(NotPromoted, match=r"evaluated in part: finercut_copying \(10 of 100\); promote\.allow"):
@@ -93,7 +93,7 @@ def test_a_dry_run_compares_and_writes_nothing(here):
     outcome = promote.promote(here.params, here.name, "1", dry_run=True)
     assert outcome.message == f"{here.name} version 1 may take the place of no version"
     assert {c.name for c in outcome.judgement.checks} >= {"claim.prune", "mean_retention", "limited_tasks"}
-    here.register(throughput={"speed_up": 1.0})
+    here.register(throughput={"speed_up": 0.9})
     with pytest.raises(NotPromoted):
         promote.promote(here.params, here.name, "2", dry_run=True)
     assert here.aliases() == {"challenger": "2"}
@@ -290,12 +290,12 @@ def test_one_that_was_overtaken_while_it_checked_compares_again_with_the_new_cha
 
 def test_the_command_prints_the_comparison_and_one_line_why_not(on_server):
     here = on_server
-    here.register(throughput={"speed_up": 1.0})
+    here.register(throughput={"speed_up": 0.9})
     said = CliRunner().invoke(main, ["promote", "--dry-run"])
     assert said.exit_code == 1
     assert said.stderr == (
         f"finercut promote: {here.name} version 1 does not take the place of no version: "
-        "speed_up is 1; at least 1.05 is required\n"
+        "speed_up is 0.9; at least 1 is required\n"
     )
     assert "| speed_up " in said.stdout
     assert "FAILED" in said.stdout
