@@ -1,5 +1,6 @@
-"""Models that accelerate has spread over devices, run sublayer by sublayer."""
+"""Models run sublayer by sublayer, also where accelerate has spread them over devices."""
 
+import torch
 from accelerate import dispatch_model
 from conftest import random_llama
 
@@ -21,4 +22,13 @@ def test_so_does_one_that_was_spread_when_it_was_loaded(tiny_model, tokens):
     n_bytes = sum(p.nbytes for p in load_whole(tiny_model).parameters())
     model = load_whole(tiny_model, room={"cpu": n_bytes, "disk": n_bytes})
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    assert list(search(model, tokens[:2], tokens[5:], 2)) == expected
+
+
+def test_a_mapping_of_position_embeddings_is_not_taken_for_keys_and_values(tokens):
+    expected = list(search(random_llama(), tokens[:2], tokens[5:], 2))
+    model = random_llama()
+    tables = {"full_attention": (torch.ones(1, tokens.shape[1], 4), torch.ones(1, tokens.shape[1], 4))}
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda _, args, named: (args, named | {"tables": tables}), with_kwargs=True)
     assert list(search(model, tokens[:2], tokens[5:], 2)) == expected

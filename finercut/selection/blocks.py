@@ -242,7 +242,7 @@ class Blocks:
         """Where a state has keys and values that later blocks read: (samples, heads, tokens, numbers) each. Attentions
         put them into a mapping that all blocks are given."""
         for key, value in self._given[0].items():
-            if isinstance(value, MutableMapping) and value:
+            if _has_keys_and_values(value):
                 self._shared = key
                 return {
                     name: tuple(self._placed((tensor.shape[1], tensor.shape[3]), (0, 2)) for tensor in tensors)
@@ -283,6 +283,15 @@ class Blocks:
 def _has_rows(one: Any, two: Any) -> bool:
     """Whether a tensor that blocks are given for one sample has several rows, and that for two samples twice those."""
     return torch.is_tensor(one) and one.dim() > 0 and len(one) > 1 and two is not None and len(two) == 2 * len(one)
+
+
+def _has_keys_and_values(value: Any) -> bool:
+    """Whether a block was given a mapping of those of attentions; position embeddings come in mappings too."""
+    return (
+        isinstance(value, MutableMapping)
+        and bool(value)
+        and all(isinstance(pair, tuple) and all(tensor.dim() == 4 for tensor in pair) for pair in value.values())
+    )
 
 
 def _given(args: tuple, kwargs: dict[str, Any]) -> Given:
