@@ -41,7 +41,7 @@ test: setup ## Check style, audit the lock and run every test; its last lines sa
 	pytest --durations=20 $(PARALLEL)
 	@test ! -e .venv/.not-audited || cat .venv/.not-audited
 
-test-fast: setup ## Check style and run what needs no server, no engine and no whole pipeline: minutes
+test-fast: setup ## Check style and run what needs no server, no engine, no training and no whole pipeline: minutes
 	ruff check .
 	pytest --durations=10 -m "not slow" $(PARALLEL)
 

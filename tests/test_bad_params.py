@@ -171,6 +171,7 @@ JUNK = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(path=st.sampled_from(_leaves(VALID)), value=JUNK)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_in_any_field_is_taken_or_named(tmp_path, path, value):

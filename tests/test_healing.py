@@ -30,6 +30,8 @@ from finercut.selection.divergence import js
 from finercut.sublayers import Sublayer
 from finercut.tokens import Tokens
 
+pytestmark = pytest.mark.slow  # trains
+
 REMOVED = ["1.mlp", "2.attention"]
 CPU = torch.device("cpu")
 N = 24
