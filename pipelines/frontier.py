@@ -76,10 +76,11 @@ def run(
         tags = {"mlflow.parentRunId": parent.run_id}
         with _restored_on_error(before):
             points = []
-            for n, (amount, point) in enumerate(planned, start=1):
+            unasked = [later for _, later in planned[1:]]
+            for amount, point in planned:
                 take(amount)
-                later = [others for _, others in planned[n:]]
-                _, checks, run_id = execute(point, tags | {"frontier.amount": str(amount)}, False, later)
+                _, checks, run_id = execute(point, tags | {"frontier.amount": str(amount)}, False, unasked)
+                unasked = []  # the first run asks about all budgets
                 points.append(_point(amount, checks, run_id))
                 logger.info("frontier: %s", _line(points[-1], unit))
             points.sort(key=lambda point: point.amount)

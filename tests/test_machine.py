@@ -226,8 +226,11 @@ def test_what_is_no_number_of_threads_is_passed_over(given, expected):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-@pytest.mark.parametrize("home", ["/nonexistent", "/", None, "", "/root/hidden"])
-def test_a_user_without_a_name_and_a_home_gets_both(home):
+@pytest.mark.parametrize("home", ["/nonexistent", "/", None, "", "within a folder of another user"])
+def test_a_user_without_a_name_and_a_home_gets_both(home, tmp_path):
+    if home == "within a folder of another user":
+        tmp_path.chmod(0o700)
+        home = str(tmp_path / "hidden")
     code = (
         "import os, sys\nos.setgroups([]); os.setgid(54321); os.setuid(54321)\nsys.path.insert(0, sys.argv[1])\n"
         "from finercut.system.machine import prepare\nprepare()\nimport getpass\nfrom pathlib import Path\n"
