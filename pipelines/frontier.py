@@ -50,11 +50,9 @@ def run(
         RuntimeError: a stage failed.
         register.Refused: no point passes the gate.
     """
-    if len(set(budgets)) < len(budgets):
-        raise ValueError(f"the frontier's budgets {', '.join(map(str, budgets))} name one twice")
     params = load()
     unit = unit or params.prune.budget.unit
-    budgets = [settings.budget_amount(amount, unit) for amount in budgets]
+    budgets = settings.budget_amounts(budgets, unit)
     before = paths.PARAMS.read_text(encoding="utf-8")
 
     def take(amount: float) -> None:

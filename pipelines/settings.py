@@ -142,9 +142,7 @@ def check_budgets(amounts: Sequence[float], unit: str) -> None:
     Raises:
         ValueError: it does not, or one comes twice.
     """
-    if len(set(amounts)) < len(amounts):
-        raise ValueError(f"the frontier's budgets {', '.join(map(str, amounts))} name one twice")
-    budgets = [{"unit": unit, "amount": budget_amount(amount, unit)} for amount in amounts]
+    budgets = [{"unit": unit, "amount": amount} for amount in budget_amounts(amounts, unit)]
     for budget in budgets:
         try:
             Budget.model_validate(budget)
@@ -156,9 +154,16 @@ def check_budgets(amounts: Sequence[float], unit: str) -> None:
     params.parse(_with_overrides(PARAMS.read_text(encoding="utf-8"), str(PARAMS), changes), str(PARAMS))
 
 
-def budget_amount(amount: float, unit: str) -> float | int:
-    """A number of sublayers, which may come as 8.0, as an integer."""
-    return int(amount) if unit == "sublayers" and amount >= 1 and amount == int(amount) else amount
+def budget_amounts(amounts: Sequence[float], unit: str) -> list[float | int]:
+    """A frontier's, with numbers of sublayers, which may come as 8.0, as integers.
+
+    Raises:
+        ValueError: one comes twice.
+    """
+    if len(set(amounts)) < len(amounts):
+        raise ValueError(f"the frontier's budgets {', '.join(map(str, amounts))} name one twice")
+    counted = unit == "sublayers"
+    return [int(amount) if counted and amount >= 1 and amount == int(amount) else amount for amount in amounts]
 
 
 def change(text: str, changes: Mapping[str, JsonValue]) -> None:
