@@ -131,7 +131,7 @@ def _asked_of_vllm(params: Params, model: ModelDirectory, pruned: ModelDirectory
     if compared == alone:
         del engines["prove"]
     try:
-        claim.check_servable(model)
+        vllm_engine.check_servable(model)
         answers = foresight.ask([model.path, pruned.path], list(engines.values()))
     except RuntimeError as error:
         return [f"whether vLLM serves the model was not checked, and without vLLM nothing is registered: {error}"]

@@ -35,7 +35,7 @@ def run(params: Params) -> ProveReport:
     for name, _, child in steps.chain():
         child.written_by(name)
     tokens.check_vocabulary(whole.language.vocab_size)
-    serving.check_servable(whole)
+    vllm_engine.check_servable(whole)
     paths.report("prove").unlink(missing_ok=True)
     claims = []
     for claim in _claims(params, tokens):

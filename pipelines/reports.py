@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finercut.checkpoint.records import HealReport, ProveReport, PruneReport, QuantiseReport
 from finercut.evaluation.records import EvaluateReport, Measured
-from finercut.model.fitted_costs import CostsReport
+from finercut.model.records import CostsReport
 from finercut.selection.records import SearchReport
 from finercut.serving.records import ThroughputReport
 from finercut.sources.records import CalibrateReport, FetchReport

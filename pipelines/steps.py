@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finercut.checkpoint.steps import Inputs, step
+from finercut.checkpoint.steps import Inputs, keep, step
 from finercut.model.directory import ModelDirectory
 from finercut.registry import live
 from finercut.selection.selection import Selection
 from finercut.system.records import Record
 from finercut.system.staging import staged
-from finercut.tokens import load_tokens
 
 from . import paths
 from .params import Params
+
+if TYPE_CHECKING:
+    from finercut.tokens import Tokens
 
 logger = logging.getLogger("finercut")
 
@@ -60,20 +62,29 @@ def run(name: str, params: Params, **more: Any) -> Record:
         ValueError: they do not belong together, or the step cannot be done with its settings.
     """
     inputs = Inputs(
-        tokens=lambda: load_tokens(paths.CALIBRATION),
+        tokens=_tokens,
         selection=read_selection,
         whole=ModelDirectory(paths.MODEL),
         work=paths.WORK / name,
         on_metrics=live.log_metrics,
         **more,
     )
-    parent = parent_of(name)
+    parent, settings = parent_of(name), getattr(params, name)
     with staged(paths.CHAIN[name]) as directory:
-        record = step(name).apply(parent, directory, getattr(params, name), inputs)
+        if getattr(settings, "method", None) == "none":
+            record = keep(parent, directory)
+        else:
+            record = step(name).apply(parent, directory, settings, inputs)
         live.finish()
         # Remove the stale report first, so that a crash cannot leave it beside the new checkpoint.
         paths.report(name).unlink(missing_ok=True)
     return record
+
+
+def _tokens() -> Tokens:
+    from finercut.tokens import load_tokens  # imports torch, which a step that keeps its parent does without
+
+    return load_tokens(paths.CALIBRATION)
 
 
 def run_and_report(name: str, params: Params) -> Record:

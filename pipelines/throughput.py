@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 from finercut.checkpoint.records import ProveReport
+from finercut.model.configs import QUANTISATION
 from finercut.model.directory import ModelDirectory
-from finercut.model.quantised import CONFIG_KEY
 from finercut.serving import timing, vllm_engine
-from finercut.serving.claim import check_servable
 from finercut.serving.records import EngineFigures, OtherLoad, ThroughputReport
 from finercut.serving.settings import EngineSettings, Throughput
 from finercut.serving.vllm_engine import Round
@@ -41,7 +40,7 @@ def run(params: Params) -> ThroughputReport:
         ModelDirectory(paths.FINAL).written_by(list(paths.CHAIN)[-1]),
     ]
     for model in models:
-        check_servable(model)
+        vllm_engine.check_servable(model)
     timings = _timings([model.path for model in models], settings, start)
     whole, pruned = (_figures(m, timed, start.dtype) for m, timed in zip(models, timings, strict=True))
     speed_up, *others = [
@@ -122,7 +121,7 @@ def _figures(model: ModelDirectory, timed: Timing, dtype: str) -> EngineFigures:
         **dict(timing.served(timed.rounds[0])),
         kv_cache_tokens=timed.kv_cache_tokens,
         weights_gib=(
-            model.weights_bytes if CONFIG_KEY in model.settings else model.n_elements * getattr(torch, dtype).itemsize
+            model.weights_bytes if QUANTISATION in model.settings else model.n_elements * getattr(torch, dtype).itemsize
         )
         / 2**30,
     )

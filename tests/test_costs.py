@@ -8,7 +8,8 @@ from example_reports import prune, throughput
 from test_selection import COSTS, SUBLAYERS
 
 from finercut.checkpoint.records import Predicted
-from finercut.model.fitted_costs import CostsReport, costs_with, fitted, memory, removal_sets, table
+from finercut.model.fitted_costs import costs_with, fitted, memory, removal_sets, table
+from finercut.model.records import CostsReport
 from finercut.report.prediction import confirmed
 from finercut.sublayers import Sublayer
 from finercut.system.records import Spread

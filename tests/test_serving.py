@@ -20,9 +20,10 @@ from servers import open_to_others
 from finercut.checkpoint.records import Claim, ProveReport
 from finercut.checkpoint.writing import write_pruned
 from finercut.model.directory import ModelDirectory
-from finercut.model.fitted_costs import CostsReport, costs_with
+from finercut.model.fitted_costs import costs_with
 from finercut.model.loading import load_whole
 from finercut.model.masking import masked
+from finercut.model.records import CostsReport
 from finercut.serving import vllm_engine
 from finercut.serving.settings import Throughput
 from finercut.serving.vllm_engine import Continuation, largest_difference

@@ -22,7 +22,6 @@ from finercut.checkpoint.settings import Heal
 from finercut.checkpoint.steps import Inputs, Proof, link_files
 from finercut.checkpoint.writing import differing_tensors, write_tuned
 from finercut.healing.fidelity import compare
-from finercut.healing.settings import Unhealed
 from finercut.healing.task import Task, one_device
 from finercut.model.directory import ModelDirectory
 from finercut.tokens import Tokens
@@ -33,7 +32,7 @@ logger = logging.getLogger("finercut")
 def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Inputs) -> HealReport:
     """Write the healed checkpoint; see `finercut.checkpoint.steps`.
 
-    Where nothing is healed, it has the parent's own files, by a second name where the disk has links.
+    Where nothing better is found, it has the parent's own files, by a second name where the disk has links.
 
     Raises:
         FileNotFoundError: no tokens, or no whole model.
@@ -41,9 +40,6 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
             overlap.
         RuntimeError: the training diverged.
     """
-    if isinstance(settings, Unhealed):
-        link_files(parent.path, directory)
-        return HealReport(method=settings.method, changed=[], sha256=ModelDirectory(directory).weights_sha256)
     began = time.monotonic()
     tokens = inputs.tokens()
     tokens.check_vocabulary(parent.language.vocab_size)

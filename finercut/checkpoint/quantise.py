@@ -26,15 +26,14 @@ from transformers import PreTrainedModel
 from finercut.checkpoint import lineage
 from finercut.checkpoint.card import quantised_card
 from finercut.checkpoint.records import Claim, QuantiseReport
-from finercut.checkpoint.settings import Quantised, Unquantised
-from finercut.checkpoint.steps import Inputs, Proof, link_files
+from finercut.checkpoint.settings import Quantised
+from finercut.checkpoint.steps import Inputs, Proof
 from finercut.healing.fidelity import Fidelity, compare
 from finercut.model import modeling_finercut
-from finercut.model.configs import note, read_object
+from finercut.model.configs import QUANTISATION, note, read_object
 from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load
-from finercut.model.quantised import CONFIG_KEY
 from finercut.model.remote_code import TRUSTED_KEY
 from finercut.system import compressor
 from finercut.system.machine import interpreter
@@ -123,19 +122,14 @@ def check_shapes(model: nn.Module, settings: Quantised) -> None:
                 )
 
 
-def apply(parent: ModelDirectory, directory: Path, settings: Unquantised | Quantised, inputs: Inputs) -> QuantiseReport:
+def apply(parent: ModelDirectory, directory: Path, settings: Quantised, inputs: Inputs) -> QuantiseReport:
     """Write the quantised checkpoint; see `finercut.checkpoint.steps`.
-
-    With method none it has the parent's own files, by a second name where the disk has links.
 
     Raises:
         FileNotFoundError: no tokens, or no whole model.
         ValueError: the model cannot be quantised so, or held-out divergence rises by more than settings allow.
         RuntimeError: llm-compressor is not installed, or failed.
     """
-    if isinstance(settings, Unquantised):
-        link_files(parent.path, directory)
-        return QuantiseReport(method=settings.method, sha256=ModelDirectory(directory).weights_sha256)
     began, version = time.monotonic(), check_installed()
     if TRUSTED_KEY in parent.settings:
         raise ValueError(f"quantise: the model in {parent} runs by Python code of its own, which is not quantised")
@@ -150,10 +144,10 @@ def apply(parent: ModelDirectory, directory: Path, settings: Unquantised | Quant
             shutil.copyfile(file, directory / file.name)
     for file in written.glob("model*.safetensors*"):
         file.rename(directory / file.name)
-    stored = read_object(written / "config.json")[CONFIG_KEY]
+    stored = read_object(written / "config.json")[QUANTISATION]
     shutil.rmtree(written)
     groups = {name: _as_stored(group) for name, group in stored["config_groups"].items()}
-    note(directory, CONFIG_KEY, stored | {"config_groups": groups})
+    note(directory, QUANTISATION, stored | {"config_groups": groups})
     fitted = {} if windows is None else {"n_tokens": windows.numel(), "tokens_sha256": tokens.calibration_sha256}
     made = lineage.entry("quantise", parent, settings.model_dump(mode="json"), **fitted)
     lineage.append(ModelDirectory(directory), made)
@@ -311,7 +305,7 @@ def _same_but_for_quantised(parent: ModelDirectory, child: ModelDirectory) -> bo
 
     def said(model: ModelDirectory) -> dict[str, Any]:
         origin = {key: value for key, value in model.settings["finercut"].items() if key != "lineage"}
-        return {k: v for k, v in model.settings.items() if k != CONFIG_KEY} | {"finercut": origin}
+        return {k: v for k, v in model.settings.items() if k != QUANTISATION} | {"finercut": origin}
 
     quantised = _quantised(child)
     stored = {n for n in child.tensors if not re.fullmatch(r".*\.weight_(packed|scale|shape)", n)} - quantised.keys()
@@ -332,7 +326,7 @@ def _largest_rounding(parent: ModelDirectory, child: ModelDirectory) -> float:
     """Largest distance of a weight from what it is stored as, in steps of its scale there."""
     device = torch.device("cpu")
     healed, loaded = load(parent, torch.float32, device), load(child, torch.float32, device)
-    floating = child.settings[CONFIG_KEY]["format"] == "float-quantized"
+    floating = child.settings[QUANTISATION]["format"] == "float-quantized"
     largest = 0.0
     for name, scale_name in _quantised(child).items():
         before, after = healed.get_parameter(name).detach(), loaded.get_parameter(name).detach()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from finercut.system.records import Record
@@ -63,9 +65,17 @@ class ParityReport(Record):
     n_tokens: int = 0
 
 
+class KeptReport(Record):
+    """Of a step whose method is none; the step's own report reads it too."""
+
+    method: Literal["none"]
+    sha256: str
+    """Of the weights, which are the parent's."""
+
+
 class HealReport(Record):
     method: str
-    changed: list[str]
+    changed: list[str] = Field([])
     """Names of the stored tensors that differ from the pruned checkpoint's; none where nothing was healed."""
     sha256: str
     """Of the healed weights."""

@@ -7,8 +7,8 @@ A step is a module of this package, named as the step is, with
     claim(parent: ModelDirectory, child: ModelDirectory, proof: Proof) -> Claim
         checks what the step promises of its result.
 
-`settings` is the step's section of params.yaml. A step that changes anything appends to the lineage. docs/steps.md
-shows how to add one.
+`settings` is the step's section of params.yaml. A step whose settings have `method: none` is not asked: its checkpoint
+is its parent's (`keep`). A step that changes anything appends to the lineage. docs/steps.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
-
-from finercut.model.costs import Costs, costs_of
+from finercut.checkpoint.records import KeptReport
 from finercut.model.directory import ModelDirectory
-from finercut.selection.selection import Selection
-from finercut.tokens import Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from finercut.model.costs import Costs
+    from finercut.selection.selection import Selection
+    from finercut.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Inputs:
     """Folder of the step's own, for what an interrupted run continues from; it need not exist."""
     on_metrics: Callable[[Mapping[str, float], int], None] = lambda figures, step: None
     """Takes figures by name while the step works, and the number they belong to."""
-    costs: Callable[[ModelDirectory], Costs] = costs_of
-    """Of a whole model."""
+    costs: Callable[[ModelDirectory], Costs] | None = None
+    """Of a whole model; `prune` alone is given them."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,12 @@ def step(name: str) -> ModuleType:
         return importlib.import_module(f"finercut.checkpoint.{name}")
     except ModuleNotFoundError as error:
         raise ValueError(f"no step {name!r} on checkpoints: finercut/checkpoint/{name}.py is missing") from error
+
+
+def keep(parent: ModelDirectory, directory: Path) -> KeptReport:
+    """What every step does whose method is none. Imports nothing heavy."""
+    link_files(parent.path, directory)
+    return KeptReport(method="none", sha256=ModelDirectory(directory).weights_sha256)
 
 
 def link_files(parent: Path, directory: Path) -> None:

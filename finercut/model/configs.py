@@ -10,6 +10,8 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 """One of them at least has the tokens of a tokenizer."""
 TEMPLATES = "additional_chat_templates"
 """Folder beside config.json: the chat templates that have names."""
+QUANTISATION = "quantization_config"
+"""Key of config.json under which quantised weights say how they are stored."""
 NO_LIMIT = 2**31 - 1
 """Tokens that a model without a limit reads at most."""
 # BLOOM's published configs have the last one, which no class of transformers declares.

@@ -1,4 +1,7 @@
-"""A model directory: config, tokenizer, weights and the trust in its code, each read once."""
+"""A model directory: config, tokenizer, weights and the trust in its code, each read once.
+
+transformers' Auto classes take seconds to import, so each waits until a part is read that needs it.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from finercut.model import modeling_finercut, remote_code, tensors
+from finercut.model import remote_code, tensors
 from finercut.model.configs import context_of, read_object
 from finercut.model.families import Layout, layout_of
 from finercut.model.tensors import StoredTensor
 from finercut.sublayers import Sublayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # What transformers raises on files that are not as it expects.
 _UNEXPECTED = (
@@ -42,6 +46,8 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float6
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences transformers' load reports and progress bars: the caller reports what matters."""
+    from transformers.utils import logging as transformers_logging
+
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -127,6 +133,8 @@ class ModelDirectory:
         Raises:
             ValueError: it cannot be read, or needs such code.
         """
+        from transformers import AutoConfig
+
         _ = self.settings
         trusted = self.trusted
         with one_line_errors(f"{self.path / 'config.json'} is not a model's config"):
@@ -148,6 +156,8 @@ class ModelDirectory:
         Raises:
             ValueError: it cannot be read, or makes no tokens of a word.
         """
+        from transformers import AutoTokenizer
+
         trusted = self.trusted
         with one_line_errors(f"the tokenizer in {self.path} cannot be read"):
             tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=trusted)
@@ -215,4 +225,6 @@ class ModelDirectory:
     @property
     def removed(self) -> list[Sublayer]:
         """The sublayers that a pruned model lacks, by depth."""
+        from finercut.model import modeling_finercut
+
         return [Sublayer(*removed) for removed in modeling_finercut.removed_sublayers(self.config)]

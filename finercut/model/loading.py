@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from finercut.model.configs import QUANTISATION
 from finercut.model.devices import device_of, no_room, room_for
 from finercut.model.directory import ModelDirectory, one_line_errors, quiet
 from finercut.model.families import LAYOUT_KEY, auto_class, check_supported, is_declared
 from finercut.model.probe import find_layout
-from finercut.model.quantised import CONFIG_KEY, make_plain
+from finercut.model.quantised import make_plain
 from finercut.model.streaming import stream
 
 
@@ -80,7 +81,7 @@ def load_pruned(
     if not directory.is_pruned:
         raise ValueError(f"{directory} holds a {directory.settings.get('model_type')} model, not a pruned one")
     config, trusted = copy.deepcopy(directory.config), directory.trusted
-    if quantised := CONFIG_KEY in directory.settings:
+    if quantised := QUANTISATION in directory.settings:
         config.quantization_config["dequantize"] = True
     _ = directory.tensors
     # compressed-tensors draws bars that nothing turns off.

@@ -15,12 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from finercut.model import packed
-from finercut.model.configs import read_object, write_object
+from finercut.model.configs import QUANTISATION, read_object, write_object
 from finercut.model.directory import ModelDirectory, one_line_errors
 from finercut.model.families import auto_class
 from finercut.model.tensors import INDEX, safetensors_files
 
-CONFIG_KEY = "quantization_config"
 """Of config.json."""
 # The one is in no config; the other is dequantised on Apple's GPUs.
 _NOT_HERE = {"gguf", "metal"}
@@ -28,7 +27,7 @@ _NOT_HERE = {"gguf", "metal"}
 
 def method_of(config: PreTrainedConfig) -> str | None:
     """How the weights are quantised, by transformers' name or the config's own; None if they are not."""
-    quantisation: Any = getattr(config, CONFIG_KEY, None)
+    quantisation: Any = getattr(config, QUANTISATION, None)
     if not quantisation:
         return None
     if not isinstance(quantisation, dict):
@@ -75,7 +74,7 @@ def dequantise(directory: Path) -> None:
         else:
             _load_dequantised(model)
     settings = read_object(directory / "config.json")
-    dropped = (CONFIG_KEY, "torch_dtype")
+    dropped = (QUANTISATION, "torch_dtype")
     kept = {name: value for name, value in settings.items() if name not in dropped}
     write_object(directory / "config.json", kept | {"dtype": "bfloat16"})
 
@@ -83,7 +82,7 @@ def dequantise(directory: Path) -> None:
 def _load_dequantised(model: ModelDirectory) -> None:
     """By transformers; the model is in memory meanwhile."""
     _check_scales(model)
-    if block := model.settings[CONFIG_KEY].get("weight_block_size"):
+    if block := model.settings[QUANTISATION].get("weight_block_size"):
         _complete_grids(model, block)
     directory, config = model.path, model.config
     old = safetensors_files(directory)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from finercut.model.costs import Cost, Costs
 from finercut.selection.settings import Budget, Unit
 from finercut.sublayers import Candidate, Sublayer, candidates, parse, protected
 from finercut.system.records import Record
+
+if TYPE_CHECKING:
+    from finercut.model.costs import Cost, Costs
 
 # Amounts are compared with this relative tolerance: 0.29 of 100 is 29, and not 28.
 TOLERANCE = 1e-9

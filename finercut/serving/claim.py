@@ -8,11 +8,10 @@ from torch import Tensor
 from finercut.checkpoint.records import Claim
 from finercut.checkpoint.settings import Prove
 from finercut.model import tokenizer_files
+from finercut.model.configs import QUANTISATION
 from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load
-from finercut.model.quantised import CONFIG_KEY
-from finercut.model.remote_code import TRUSTED_KEY
 from finercut.serving import vllm_engine
 from finercut.serving.settings import EngineSettings
 
@@ -20,18 +19,6 @@ from finercut.serving.settings import EngineSettings
 N_WINDOWS = 2
 N_TOKENS = 496
 KV_CACHE_GIB = 1.0
-
-
-def check_servable(model: ModelDirectory) -> None:
-    """
-    Raises:
-        ValueError: vLLM has no such model.
-    """
-    if TRUSTED_KEY in model.settings:
-        raise ValueError(
-            f"the model in {model} runs by Python code of its own, and vLLM has no model of it: it cannot be served, "
-            "and so not be registered; `dvc repro evaluate` does all the rest"
-        )
 
 
 def engine_settings(model: ModelDirectory, n_tokens: int, settings: Prove) -> EngineSettings:
@@ -75,7 +62,7 @@ def claim(name: str, model: ModelDirectory, held_out: Tensor, settings: Prove) -
     """
     compared = engine_settings(model, held_out.shape[1], settings)
     tolerance = settings.log_probability_tolerance
-    if CONFIG_KEY in model.settings:
+    if QUANTISATION in model.settings:
         tolerance = settings.quantised_tolerance
         if device_of("auto").type != "cpu":
             compared = compared.model_copy(update={"dtype": "bfloat16"})  # GPU kernels take no float32

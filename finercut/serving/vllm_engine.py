@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from finercut.model.directory import ModelDirectory
+from finercut.model.remote_code import TRUSTED_KEY
 from finercut.serving.settings import EngineSettings, Load
 from finercut.system.machine import interpreter
 from finercut.system.processes import GRACE_S, end_group
@@ -83,6 +85,18 @@ def installed() -> str:
     raise RuntimeError(
         "vLLM is not installed: pip install 'finercut[cuda]', or 'finercut[cpu]' for a machine without a GPU"
     )
+
+
+def check_servable(model: ModelDirectory) -> None:
+    """
+    Raises:
+        ValueError: vLLM has no such model.
+    """
+    if TRUSTED_KEY in model.settings:
+        raise ValueError(
+            f"the model in {model} runs by Python code of its own, and vLLM has no model of it: it cannot be served, "
+            "and so not be registered; `dvc repro evaluate` does all the rest"
+        )
 
 
 class Engine:
