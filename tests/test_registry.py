@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,6 +59,28 @@ def test_an_address_without_its_scheme_is_one_line_and_blanks_around_it_do_not_m
         runs.open_run("tests", {}, {})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", " http://localhost:5000\n")
     assert server.tracking_uri() == "http://localhost:5000"
+
+
+@pytest.mark.parametrize(
+    ("folder", "given", "refused"),
+    [
+        ("o'brien", None, True),
+        ("why?", None, True),
+        ("o'brien", "sqlite:///mlflow.db", True),
+        ("why?", "sqlite:///a.db", False),
+        ("o'brien", "http://localhost:5000", False),
+        ('a #%20 ü"[x] $y', None, False),
+    ],
+)
+def test_a_folder_that_mlflow_keeps_no_runs_in_is_refused(tmp_path, monkeypatch, folder, given, refused):
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    if given:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    else:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RuntimeError, match="rename it, or set MLFLOW_TRACKING_URI") if refused else nullcontext():
+        server.tracking_uri()
 
 
 def test_an_unreachable_server_is_one_line_within_seconds_and_without_credentials(monkeypatch):

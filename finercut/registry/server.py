@@ -26,13 +26,19 @@ def tracking_uri() -> str:
     Raises:
         RuntimeError: that is no address, or there is none of that file.
     """
+    here = Path.cwd()
     if given := os.environ.get("MLFLOW_TRACKING_URI", "").strip():
         if re.fullmatch(r"[\w.-]+:\d+(/.*)?", given):  # which MLflow takes for a folder
             raise RuntimeError(f"MLFLOW_TRACKING_URI is {given}: put http:// or https:// before it")
-        return given
-    if "?" in (file := str(Path("mlflow.db").absolute())):
-        raise RuntimeError(f"MLflow takes no path with a question mark, as {file}: set MLFLOW_TRACKING_URI")
-    return f"sqlite:///{file}"
+        if not given.startswith("sqlite:"):
+            return given
+    # MLflow writes the path of artifacts, here/mlruns, into its SQL as it is.
+    if bad := [c for c in ("'" if given else "'?") if c in str(here)]:
+        raise RuntimeError(
+            f"MLflow keeps no runs in a folder with {bad[0]} in its path, as {here}: rename it, or set "
+            "MLFLOW_TRACKING_URI to a server's address"
+        )
+    return given or f"sqlite:///{here / 'mlflow.db'}"
 
 
 def without_credentials(uri: str) -> str:
