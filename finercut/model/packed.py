@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from finercut.model.configs import write_object
+from finercut.model.configs import QUANTISATION, write_object
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import auto_class
 from finercut.model.tensors import INDEX, safetensors_files
@@ -68,7 +68,7 @@ def unpack(model: ModelDirectory, method: str) -> None:
     Raises:
         ValueError: a part of a matrix is missing, or none is quantised.
     """
-    quantisation = model.settings["quantization_config"]
+    quantisation = model.settings[QUANTISATION]
     main = "weight" if method == "bitsandbytes" else "qweight"
     matrices = _matrices(model, method)
     if not matrices:
