@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,26 @@ def test_vllm_says_which_models_it_will_not_serve(answers):
     assert answers["helium"]["plain"] is None
     assert answers["helium pruned"]["plain"].endswith("['FinerCutHeliumForCausalLM'] are not supported for now.")
     assert answers["gpt2"]["plain"] == "AssertionError: assert not config.scale_attn_by_inverse_layer_idx"
+
+
+def test_shared_memory_too_small_for_an_engine_is_found(tmp_path, tokenizer):
+    random_llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ask = (
+        "import sys, pathlib; from finercut.serving import foresight, settings;"
+        "engine = settings.EngineSettings.model_validate_json(sys.argv[2]);"
+        "print(foresight.ask([pathlib.Path(sys.argv[1])], [engine])[0].refusals[0])"
+    )
+    command = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command, "sh", sys.executable, "-c", ask, tmp_path, json.dumps(PLAIN)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # vLLM's ring of ten chunks of 24 MiB.
+    assert "Insufficient space in /dev/shm" in done.stdout
+    assert "240 MiB required, 64 MiB free" in done.stdout
 
 
 @pytest.fixture

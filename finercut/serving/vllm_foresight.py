@@ -65,6 +65,8 @@ def _refusal(directory: str, settings: EngineSettings) -> str | None:
     try:
         _load_class(directory)
         config = EngineArgs(**arguments(directory, settings)).create_engine_config()
+        if config.parallel_config.distributed_executor_backend == "mp":
+            _check_shared_memory()
         with (
             set_current_vllm_config(config),
             set_default_torch_dtype(config.model_config.dtype),
@@ -78,6 +80,17 @@ def _refusal(directory: str, settings: EngineSettings) -> str | None:
         # What cannot be made without memory may be made with it.
         return None if " meta " in f" {said} " else said
     return None
+
+
+def _check_shared_memory() -> None:
+    """Containers have 64 MiB unless somebody asks for more.
+
+    Raises:
+        RuntimeError: /dev/shm has no room for what an engine's processes talk through.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
+
+    MessageQueue(1, 1)  # as a worker makes it; of the two that an engine has, the larger one
 
 
 def _check_attention(config: Any, settings: EngineSettings) -> None:
