@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup demo test test-fast test-oldest format lock ui trials soak audit bench-search families
+.PHONY: help setup demo test test-fast test-matrix test-oldest format lock ui trials soak audit bench-search families
 
 help: ## Show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -35,15 +35,18 @@ $(READY_TO_QUANTISE): $(READY) requirements/quantise.txt
 demo: setup ## Compress the model of params.yaml and show what came out
 	finercut run
 
-test: setup ## Check style, audit the lock and run every test; its last lines say so where the lock could not be audited
+test: setup ## Check style, audit the lock and run the tests; the last lines say so where the lock could not be audited
 	ruff check .
 	requirements/audit $(HARDWARE) || test $$? -eq 3
-	pytest --durations=20 $(PARALLEL)
+	pytest --durations=20 -m "not matrix" $(PARALLEL)
 	@test ! -e .venv/.not-audited || cat .venv/.not-audited
 
 test-fast: setup ## Check style and run what needs no server, no engine, no training and no whole pipeline: minutes
 	ruff check .
-	pytest --durations=10 -m "not slow" $(PARALLEL)
+	pytest --durations=10 -m "not slow and not matrix" $(PARALLEL)
+
+test-matrix: setup ## Run what `make test` leaves out, for another case says as much: more families, methods and moments
+	pytest --durations=10 -m matrix $(PARALLEL)
 
 test-oldest: setup ## Test checkpoints and families with the lowest transformers that pyproject.toml admits
 	python -m pip install --quiet --upgrade --no-deps --target .venv/oldest "transformers==5.16.1" "huggingface-hub>=1.5,<2"

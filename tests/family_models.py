@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 N_BLOCKS = 4
@@ -294,6 +295,30 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma4_unified": ("gemma4_unified_text", _GEMMA_4 | {"hidden_size_per_layer_input": 0}),
 }
+
+# What they do to the residual stream, to the cache or among experts is done by another family here: `make test-matrix`.
+ALIKE = {
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3_text",
+    "gpt_neox sequential",
+    "opt",
+    "cohere2",
+    "qwen3_5",
+    "lfm2_moe",
+    "granite 4 dense",
+    "bamba",
+    "olmo_hybrid",
+    "gemma4_unified",
+}
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """Families as parameters of tests."""
+    marks = {name: [pytest.mark.matrix] if name in ALIKE else [] for name in names}
+    return [pytest.param(name, marks=marks[name], id=name.replace(" ", "-")) for name in names]
+
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 400,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import CASES, N_BLOCKS, SHARED, UNDECLARED, random_model, run_without_finercut
+from family_models import CASES, N_BLOCKS, SHARED, UNDECLARED, each, random_model, run_without_finercut
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache, pipeline
 
@@ -68,7 +68,7 @@ def as_in_tests(model: Any) -> Any:
     return model
 
 
-@pytest.fixture(scope="module", params=CASES | UNDECLARED, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module", params=each(CASES | UNDECLARED))
 def case(request, tmp_path_factory, tokenizer) -> Case:
     model_type, changes = (CASES | UNDECLARED)[request.param]
     directory = tmp_path_factory.mktemp("families") / "whole"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from family_models import HYBRIDS, OTHERS, SHARED, random_model, run_without_finercut
+from family_models import HYBRIDS, OTHERS, SHARED, each, random_model, run_without_finercut
 
 from finercut.checkpoint.writing import write_pruned
 from finercut.model.caches import forward
@@ -27,7 +27,7 @@ STEPS = (10, 10, 1, 1, 2)
 MODELS = HYBRIDS | OTHERS | SHARED
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module", params=each(MODELS))
 def whole(request, tmp_path_factory):
     model_type, changes = MODELS[request.param]
     directory = tmp_path_factory.mktemp("hybrids") / "whole"

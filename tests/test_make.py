@@ -61,4 +61,4 @@ def test_the_fast_tests_are_chosen_by_the_marker(project):
     done = make(project, "test-fast")
     assert done.returncode == 0, done.stderr
     assert "ruff check ." in done.stdout
-    assert "-m not slow" in done.stdout
+    assert "-m not slow and not matrix" in done.stdout

@@ -10,7 +10,7 @@ import family_engines
 import pytest
 import torch
 from conftest import random_llama
-from family_models import CASES
+from family_models import CASES, each
 from multimodal_models import save
 from safetensors.torch import load_file
 from torch import nn
@@ -65,7 +65,7 @@ def distributed(tmp_path_factory):
     parallel_state.destroy_distributed_environment()
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module", params=each(CASES))
 def built(request, tmp_path_factory, distributed) -> Built:
     """Every family less REMOVED."""
     from vllm.config import set_current_vllm_config
