@@ -12,7 +12,7 @@ from typing import Any
 import family_engines
 import pytest
 import torch
-from family_models import CASES, N_BLOCKS
+from family_models import ALIKE, CASES, N_BLOCKS
 from vllm_cases import REMOVED, TOLERANCE, model_for_vllm, sublayers, write
 
 from finercut.model.loading import load_pruned
@@ -35,11 +35,27 @@ RUNS = [
     *(("gemma3_text", removed) for removed in (NO_WINDOW_LEFT, ONLY_WINDOWS_LEFT)),
     *((case, []) for case in ("llama", "gemma2")),
 ]
+# Where another family's engine says as much. Of a windowed one both kinds of attention are left elsewhere.
+FOR_THE_MATRIX = [
+    *((case, REMOVED) for case in CASES if case in ALIKE),
+    *((case, ONE_ATTENTION_LEFT) for case in ("granite", "olmo2", "gpt_neox", "mixtral")),
+    ("llama", []),
+]
 OLD = Path(__file__).parent / "fixtures/v0_1/checkpoint"
 
 
 def names(removed: list[Sublayer]) -> str:
     return " ".join(map(str, removed)) or "whole"
+
+
+def run_id(run: tuple[str, list[Sublayer]]) -> str:
+    return f"{run[0]}-{names(run[1])}"
+
+
+each_run = pytest.mark.parametrize(
+    "run",
+    [pytest.param(run, marks=[pytest.mark.matrix] if run in FOR_THE_MATRIX else [], id=run_id(run)) for run in RUNS],
+)
 
 
 @dataclass(frozen=True)
@@ -62,20 +78,22 @@ PROMPTS[2, :40] = PROMPTS[0, :40]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> dict[tuple[str, str], Served]:
-    """What an engine each made of RUNS and of OLD: of two prompts, and then of two with a known beginning."""
+def served(request, tmp_path_factory) -> dict[tuple[str, str], Served]:
+    """What an engine each made of OLD and of what tests ask of RUNS: of two prompts, then of two of known beginning."""
+    asked_for = [item.callspec.params.get("run") for item in request.session.items if hasattr(item, "callspec")]
+    runs = [run for run in RUNS if run in asked_for]
     root = tmp_path_factory.mktemp("families")
     prompts = {"prompts": PROMPTS[:2].tolist(), "again": PROMPTS[[0, 2]].tolist()}
     command = [sys.executable, family_engines.__file__, json.dumps(prompts)]
-    models = {case: model_for_vllm(case) for case in dict(RUNS)}
+    models = {case: model_for_vllm(case) for case in dict(runs)}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engines:
         # Meanwhile it imports vLLM.
-        for case, removed in RUNS:
+        for case, removed in runs:
             print(write(models[case], removed, root / case / names(removed)), file=engines.stdin, flush=True)
         print(OLD, file=engines.stdin)
         engines.stdin.close()
         answers = [json.loads(line) for line in engines.stdout]
-    asked = [*((case, names(removed)) for case, removed in RUNS), ("old", "")]
+    asked = [*((case, names(removed)) for case, removed in runs), ("old", "")]
     found = dict(zip(asked, answers, strict=True))
     assert {run: answer["error"] for run, answer in found.items() if "error" in answer} == {}
     models["old"] = load_pruned(OLD, torch.float32)
@@ -98,8 +116,9 @@ def test_an_engine_computes_what_a_checkpoint_of_version_0_1_does(served):
     assert largest_difference(old.continuations, old.model) < TOLERANCE
 
 
-@pytest.mark.parametrize(("case", "removed"), RUNS, ids=lambda value: value if isinstance(value, str) else names(value))
-def test_engines_compute_what_masked_whole_models_do(served, case, removed, record_property):
+@each_run
+def test_engines_compute_what_masked_whole_models_do(served, run, record_property):
+    case, removed = run
     one = served[case, names(removed)]
     assert [c.tokens[:70] for c in one.continuations] == PROMPTS[[0, 1, 0, 2]].tolist()
     assert {len(c.tokens) for c in one.continuations} == {70 + N_GENERATED}
@@ -111,8 +130,9 @@ def test_engines_compute_what_masked_whole_models_do(served, case, removed, reco
         assert largest_difference(one.continuations, one.model) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize(("case", "removed"), RUNS, ids=lambda value: value if isinstance(value, str) else names(value))
-def test_the_kv_cache_has_room_for_kept_attentions_only(served, case, removed):
+@each_run
+def test_the_kv_cache_has_room_for_kept_attentions_only(served, run):
+    case, removed = run
     one = served[case, names(removed)]
     kept = [i for i in range(N_BLOCKS) if Sublayer(i, "attention") not in removed]
     n_kv_heads = 4 if case.startswith(("gpt", "opt")) else 2
