@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sqlite3
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,15 @@ def sqlite_store(tmp_path_factory) -> str:
 
     One for all tests, because the first use of a store takes seconds: let each have an experiment of its own.
     """
+    import sqlalchemy
+
+    @sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
+    def do_not_wait_for_the_disk(connection, _):
+        # MLflow commits dozens of times a run, each of which waits as long as many a test takes.
+        if isinstance(connection, sqlite3.Connection):
+            with suppress(sqlite3.DatabaseError):  # of a file that is none: the product is to find that out
+                connection.execute("PRAGMA synchronous=OFF")
+
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
