@@ -287,8 +287,9 @@ def test_a_run_that_is_killed_with_its_machine_is_called_crashed(soon_silent, al
     eventually(lambda: [alert for alert in posted if alert["url"].endswith(str(run_id))])
 
 
+# `make soak` is the same with two dozen runs.
+@pytest.mark.matrix
 def test_what_a_schedule_starts_leaves_correct_records_no_process_and_bounded_disk(deployed, site):
-    """`make soak` does the same many times, with real stages."""
     named = {"register.name": site.name, "flow.experiment": site.name, "collect.versions": 1}
 
     def run(error_probability, ending="registered", **others):
