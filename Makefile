@@ -45,7 +45,7 @@ test-fast: setup ## Check style and run what needs no server, no engine, no trai
 	ruff check .
 	pytest --durations=10 -m "not slow and not matrix" $(PARALLEL)
 
-test-matrix: setup ## Run what `make test` leaves out, for another case says as much: more families, methods and moments
+test-matrix: setup ## Run what `make test` leaves out, for another case says as much: more families, kills and scheduled runs
 	pytest --durations=10 -m matrix $(PARALLEL)
 
 test-oldest: setup ## Test checkpoints and families with the lowest transformers that pyproject.toml admits

@@ -1,7 +1,7 @@
 """Scheduled runs of a deployment, followed one by one: the record each left against the plan's, and what else it left.
 
-For `make soak` and, with toy stages, for the suite. What a record should be is reckoned from the plan alone, without
-DVC, Prefect and MLflow.
+For `make soak` and, with toy stages, for `make test-matrix`. What a record should be is reckoned from the plan alone,
+without DVC, Prefect and MLflow.
 """
 
 from __future__ import annotations

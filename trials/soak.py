@@ -1,7 +1,7 @@
 """Scheduled runs back to back: whether each left the record it should, and what they leave behind.
 
-The suite does a few, of toy stages; `make soak` does two dozen of real ones, prints a table and ends with one line of
-JSON. Everything is real but the size of the model: databases, store, servers, worker, schedules, stages, vLLM.
+`make test-matrix` does a few, of toy stages; `make soak` does two dozen of real ones, prints a table and ends with one
+line of JSON. Everything is real but the size of the model: databases, store, servers, worker, schedules, stages, vLLM.
 
 Checked after each run:
 - its state in Prefect, its one run in MLflow, what ran and what came from the cache, its version, the alias, and which
