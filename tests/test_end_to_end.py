@@ -142,6 +142,8 @@ def project(tmp_path_factory, tiny_model, prefect_server):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "MLFLOW_TRACKING_URI": store,
         "PREFECT_API_URL": prefect_server,
+        # Engines start in half the time; test_serving times one that is divided into processes.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     made = make_project(tmp_path_factory.mktemp("project"), tiny_settings(tiny_model, text), environment)
     with pytest.MonkeyPatch.context() as patch:
