@@ -64,7 +64,9 @@ def _refusal(directory: str, settings: EngineSettings) -> str | None:
 
     try:
         _load_class(directory)
-        config = EngineArgs(**arguments(directory, settings)).create_engine_config()
+        # Users serve it with what lies around it.
+        whole = arguments(directory, settings) | {"language_model_only": False}
+        config = EngineArgs(**whole).create_engine_config()
         if config.parallel_config.distributed_executor_backend == "mp":
             _check_shared_memory()
         with (

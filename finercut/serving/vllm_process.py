@@ -64,6 +64,8 @@ def arguments(directory: str, settings: EngineSettings) -> dict[str, Any]:
     return {
         "model": directory,
         "skip_tokenizer_init": True,
+        # Prompts are token ids. To take images too vLLM wants a tokenizer, and on a GPU memory.
+        "language_model_only": True,
         "dtype": settings.dtype,
         "enforce_eager": settings.enforce_eager,
         "max_model_len": settings.max_model_len,
