@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import random_llama
 from family_models import CASES, random_model
+from multimodal_models import random_wrapper
 from vllm_cases import model_for_vllm
 
 from finercut.checkpoint.writing import write_all_but_weights
@@ -43,6 +46,8 @@ MODELS = {
     "stablelm": lambda: random_model("stablelm", **WIDE),
     "helium": lambda: random_model("helium", **WIDE),
     "gpt2": lambda: random_model(*CASES["gpt2"][:1], **CASES["gpt2"][1] | {"hidden_size": 128}),
+    "smolvlm": lambda: random_wrapper("smolvlm"),
+    "gemma3": lambda: random_wrapper("gemma3"),
 }
 
 
@@ -110,6 +115,17 @@ def test_shared_memory_too_small_for_an_engine_is_found(tmp_path, tokenizer):
     # vLLM's ring of ten chunks of 24 MiB.
     assert "Insufficient space in /dev/shm" in done.stdout
     assert "240 MiB required, 64 MiB free" in done.stdout
+
+
+def test_vllm_says_what_it_lacks_for_models_with_vision(answers):
+    needed = None
+    if find_spec("torchvision") is None:
+        needed = "its model imports torchvision, which is not installed here: add the build that goes with torch "
+        needed += f"{torch.__version__}, see docs/families.md"
+    for name in ("gemma3", "gemma3 pruned"):
+        assert answers[name]["plain"] == needed
+    for name in ("smolvlm", "smolvlm pruned"):
+        assert answers[name]["plain"] is None
 
 
 @pytest.fixture
