@@ -28,8 +28,8 @@ TEXT = [
 ]
 
 
-def make_tokenizer():
-    """A byte-level BPE of 400 tokens with BOS, EOS and padding."""
+def make_tokenizer(vocab_size=400):
+    """A byte-level BPE with BOS, EOS and padding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ def make_tokenizer():
     bpe.train_from_iterator(
         TEXT,
         trainers.BpeTrainer(
-            vocab_size=400,
+            vocab_size=vocab_size,
             special_tokens=["<s>", "</s>", "<pad>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

@@ -1,7 +1,8 @@
 """vLLM's engines one after another in one process, which imports vLLM once; test_vllm_engines.py runs it as a script.
 
 Its argument is {"prompts": token ids, "again": token ids}; each line of its input a model's directory; each line of its
-output what an engine of that model made of the prompts, or {"error": why there is none}.
+output what an engine of that model made of the prompts, or {"error": why there is none}. One with a processor is given
+an image too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 KV_CACHE_BYTES = 2**20
 BLOCK = 32
@@ -19,6 +21,7 @@ BLOCK = 32
 CHUNK = 24
 """Tokens of a prompt that are done at once."""
 MAX_MODEL_LEN = 128
+SEEING = {"limit_mm_per_prompt": {"image": 1}, "mm_processor_cache_gb": 0, "skip_mm_profiling": True}
 
 
 def main() -> None:
@@ -46,9 +49,11 @@ def serve(directory: str, prompts: list[list[int]], again: list[list[int]]) -> d
     from finercut.serving import vllm_engine, vllm_process
 
     show(directory)
+    sees = (Path(directory) / "processor_config.json").exists()
     llm = LLM(
         model=directory,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not sees,  # which needs a tokenizer
+        language_model_only=not sees,
         dtype="float32",
         enforce_eager=True,
         max_model_len=MAX_MODEL_LEN,
@@ -58,8 +63,9 @@ def serve(directory: str, prompts: list[list[int]], again: list[list[int]]) -> d
         kv_cache_memory_bytes=KV_CACHE_BYTES,
         gpu_memory_utilization=0.01,
         enable_prefix_caching=True,
+        **SEEING if sees else {},
     )
-    continuations = [asdict(c) for c in vllm_process._continue(llm, prompts)]
+    continuations = [asdict(c) for c in vllm_process._continue(llm, [{"prompt_token_ids": p} for p in prompts])]
     # Without the log-probabilities of the prompt, for which vLLM would have to compute what it has in its cache.
     sampling = SamplingParams(
         temperature=0,
@@ -76,7 +82,18 @@ def serve(directory: str, prompts: list[list[int]], again: list[list[int]]) -> d
         continuations.append({"tokens": [*one.prompt_token_ids, *tokens], "logprobs": unasked + generated})
         cached.append(one.num_cached_tokens)
     blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    return {"continuations": continuations, "n_cached": cached, "n_blocks": blocks}
+    seen = look(llm) if sees else None
+    return {"continuations": continuations, "n_cached": cached, "n_blocks": blocks, "seen": seen}
+
+
+def look(llm: Any) -> dict:
+    """What the engine makes of a text with an image in it, which it prepares by itself."""
+    from multimodal_models import TEXT_AND_PICTURE, picture
+
+    from finercut.serving import vllm_process
+
+    prompt = {"prompt": TEXT_AND_PICTURE, "multi_modal_data": {"image": picture()}}
+    return asdict(*vllm_process._continue(llm, [prompt]))
 
 
 def show(directory: str) -> None:

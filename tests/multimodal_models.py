@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import make_tokenizer
 from family_models import N_BLOCKS, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -109,6 +110,8 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
         4,
     ),
 }
+# Its parts are SmolVLM's; vLLM and its processor of images do without torchvision.
+MODELS["idefics3"] = MODELS["smolvlm"]
 
 
 def random_wrapper(model_type: str) -> Any:
@@ -152,4 +155,29 @@ def with_image(model_type: str) -> dict[str, Tensor]:
         }
     if model_type == "gemma3":
         return inputs | {"pixel_values": pixels, "token_type_ids": (ids == IMAGE).long()}
-    return inputs | {"pixel_values": pixels[None] if model_type == "smolvlm" else pixels}
+    return inputs | {"pixel_values": pixels[None] if model_type in ("smolvlm", "idefics3") else pixels}
+
+
+def add_processor(directory: Path) -> None:
+    """Give an Idefics3 a tokenizer, and a processor of images of SIDE pixels."""
+    from transformers import Idefics3ImageProcessorPil, Idefics3Processor
+
+    tokenizer = make_tokenizer(IMAGE)
+    # In the order of their ids.
+    names = ["<image>", "<global-img>", "<fake_token_around_image>", "<end_of_utterance>"]
+    tokenizer.add_tokens(names, special_tokens=True)
+    side = {"longest_edge": SIDE}
+    pixels = Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)
+    Idefics3Processor(pixels, tokenizer, image_seq_len=MODELS["idefics3"][1]).save_pretrained(directory)
+
+
+def picture() -> Any:
+    """The same random image each time, as PIL has it."""
+    from PIL import Image
+
+    pixels = torch.randint(0, 256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+TEXT_AND_PICTURE = "The river <image> rises in the north."
+"""What the processor is given with `picture`."""

@@ -13,9 +13,13 @@ import family_engines
 import pytest
 import torch
 from family_models import ALIKE, CASES, N_BLOCKS
+from multimodal_models import TEXT_AND_PICTURE, add_processor, picture, random_wrapper
+from transformers import AutoProcessor
 from vllm_cases import REMOVED, TOLERANCE, model_for_vllm, sublayers, write
 
-from finercut.model.loading import load_pruned
+from finercut.model.directory import ModelDirectory
+from finercut.model.layouts import note_layout
+from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
 from finercut.serving.vllm_engine import N_GENERATED, Continuation, largest_difference
 from finercut.sublayers import Sublayer
@@ -29,11 +33,14 @@ ALTERNATING = ("gemma2", "gemma3_text")
 WINDOWED = ("mistral", "phi3", "mixtral", "qwen3_moe")
 # vLLM's blocks differ in how they add to the residual stream, which the first of them begins: one family of each way.
 FIRST_BLOCKS = ("llama", "gemma2", "granite", "olmo2", "gpt_neox", "gpt2", "opt post-norm", "mixtral")
+# A language model inside another, which vLLM serves without torchvision.
+INSIDE = "idefics3"
 RUNS = [
     *((case, REMOVED) for case in CASES),
     *((case, ONE_ATTENTION_LEFT) for case in FIRST_BLOCKS),
     *(("gemma3_text", removed) for removed in (NO_WINDOW_LEFT, ONLY_WINDOWS_LEFT)),
     *((case, []) for case in ("llama", "gemma2")),
+    (INSIDE, REMOVED),
 ]
 # Where another family's engine says as much. Of a windowed one both kinds of attention are left elsewhere.
 FOR_THE_MATRIX = [
@@ -42,6 +49,7 @@ FOR_THE_MATRIX = [
     ("llama", []),
 ]
 OLD = Path(__file__).parent / "fixtures/v0_1/checkpoint"
+SEEING = f"{INSIDE} with a processor"
 
 
 def names(removed: list[Sublayer]) -> str:
@@ -69,6 +77,8 @@ class Served:
     """Tokens of each prompt given again that it had in its cache."""
     n_blocks: int
     """Of its KV cache."""
+    seen: Continuation | None
+    """Of a text with an image in it."""
 
 
 # Longer than any window, than what is done at once, and than two blocks of the cache; of the tokens that OLD has.
@@ -79,41 +89,76 @@ PROMPTS[2, :40] = PROMPTS[0, :40]
 
 @pytest.fixture(scope="module")
 def served(request, tmp_path_factory) -> dict[tuple[str, str], Served]:
-    """What an engine each made of OLD and of what tests ask of RUNS: of two prompts, then of two of known beginning."""
+    """What an engine each made of OLD, of SEEING and of what tests ask of RUNS: of two prompts, then of two of known beginning."""
     asked_for = [item.callspec.params.get("run") for item in request.session.items if hasattr(item, "callspec")]
     runs = [run for run in RUNS if run in asked_for]
     root = tmp_path_factory.mktemp("families")
     prompts = {"prompts": PROMPTS[:2].tolist(), "again": PROMPTS[[0, 2]].tolist()}
     command = [sys.executable, family_engines.__file__, json.dumps(prompts)]
-    models = {case: model_for_vllm(case) for case in dict(runs)}
+    models = {case: random_wrapper(case) if case == INSIDE else model_for_vllm(case) for case in dict(runs)}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engines:
         # Meanwhile it imports vLLM.
         for case, removed in runs:
             print(write(models[case], removed, root / case / names(removed)), file=engines.stdin, flush=True)
         print(OLD, file=engines.stdin)
+        random_wrapper(INSIDE).save_pretrained(root / SEEING / "whole model")
+        add_processor(root / SEEING / "whole model")
+        print(write(None, REMOVED, root / SEEING / names(REMOVED)), file=engines.stdin)
         engines.stdin.close()
         answers = [json.loads(line) for line in engines.stdout]
-    asked = [*((case, names(removed)) for case, removed in runs), ("old", "")]
+    asked = [*((case, names(removed)) for case, removed in runs), ("old", ""), (SEEING, names(REMOVED))]
     found = dict(zip(asked, answers, strict=True))
     assert {run: answer["error"] for run, answer in found.items() if "error" in answer} == {}
     models["old"] = load_pruned(OLD, torch.float32)
+    models[INSIDE] = models[SEEING] = load_whole(note_layout(ModelDirectory(root / SEEING / "whole model")))
     return {
         (case, removed): Served(
             models[case],
-            [
-                Continuation(c["tokens"], [{int(t): nats for t, nats in given.items()} for given in c["logprobs"]])
-                for c in answer["continuations"]
-            ],
+            [continuation(c) for c in answer["continuations"]],
             answer["n_cached"],
             answer["n_blocks"],
+            continuation(answer["seen"]) if answer["seen"] else None,
         )
         for (case, removed), answer in found.items()
     }
 
 
+def continuation(answer: dict) -> Continuation:
+    logprobs = [{int(token): nats for token, nats in given.items()} for given in answer["logprobs"]]
+    return Continuation(answer["tokens"], logprobs)
+
+
 def test_an_engine_computes_what_a_checkpoint_of_version_0_1_does(served):
     old = served["old", ""]
     assert largest_difference(old.continuations, old.model) < TOLERANCE
+
+
+@dataclass
+class Looking:
+    """A model that is shown an image with every prompt."""
+
+    model: Any
+    inputs: dict[str, torch.Tensor]
+    """Of its processor, for a prompt that the given tokens begin with."""
+    device = "cpu"
+
+    def __call__(self, tokens: torch.Tensor, **settings: Any) -> Any:
+        prompt = self.inputs["input_ids"]
+        assert torch.equal(tokens[:, : prompt.shape[1]], prompt)
+        return self.model(tokens, pixel_values=self.inputs["pixel_values"], **settings)
+
+
+def test_an_engine_sees_what_the_masked_whole_model_does(served, record_property):
+    one = served[SEEING, names(REMOVED)]
+    processor = AutoProcessor.from_pretrained(one.model.config.name_or_path)
+    inputs = dict(processor(text=TEXT_AND_PICTURE, images=picture(), return_tensors="pt"))
+    other = inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
+    with masked(one.model, REMOVED):
+        assert largest_difference(one.continuations, one.model) < TOLERANCE
+        difference = largest_difference([one.seen], Looking(one.model, inputs))
+        record_property("largest_logprob_difference", difference)
+        assert difference < TOLERANCE
+        assert largest_difference([one.seen], Looking(one.model, other)) > 100 * TOLERANCE
 
 
 @each_run

@@ -40,7 +40,7 @@ def _main() -> None:
         elif "sample" in request:
             answer = tokenizer_sample(sys.argv[1])
         else:
-            answer = [asdict(c) for c in _continue(llm, request["windows"])]
+            answer = [asdict(c) for c in _continue(llm, [{"prompt_token_ids": w} for w in request["windows"]])]
         print(json.dumps(answer), file=answers)
 
 
@@ -80,7 +80,7 @@ def arguments(directory: str, settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def _continue(llm: Any, windows: list[list[int]]) -> list[Continuation]:
+def _continue(llm: Any, prompts: list[dict[str, Any]]) -> list[Continuation]:
     from vllm import SamplingParams
 
     sampling = SamplingParams(
@@ -92,7 +92,7 @@ def _continue(llm: Any, windows: list[list[int]]) -> list[Continuation]:
         logprobs=N_LIKELIEST,
     )
     found = []
-    for answer in llm.generate([{"prompt_token_ids": w} for w in windows], sampling, use_tqdm=False):
+    for answer in llm.generate(prompts, sampling, use_tqdm=False):
         generated = answer.outputs[0]
         given = [*answer.prompt_logprobs[1:], *generated.logprobs]
         found.append(
