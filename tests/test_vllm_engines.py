@@ -89,7 +89,10 @@ PROMPTS[2, :40] = PROMPTS[0, :40]
 
 @pytest.fixture(scope="module")
 def served(request, tmp_path_factory) -> dict[tuple[str, str], Served]:
-    """What an engine each made of OLD, of SEEING and of what tests ask of RUNS: of two prompts, then of two of known beginning."""
+    """What an engine each made of OLD, of SEEING and of what tests ask of RUNS.
+
+    Of two prompts, then of two of known beginning.
+    """
     asked_for = [item.callspec.params.get("run") for item in request.session.items if hasattr(item, "callspec")]
     runs = [run for run in RUNS if run in asked_for]
     root = tmp_path_factory.mktemp("families")
