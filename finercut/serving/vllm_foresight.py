@@ -219,8 +219,9 @@ def _one_line(error: Exception) -> str:
         # It says nothing itself; the line that failed does.
         said = f"AssertionError: {traceback.extract_tb(error.__traceback__)[-1].line}"
     elif isinstance(error, ModuleNotFoundError):
-        said = f"its model imports {error.name}, which is not installed here: add the build that goes with torch "
-        said += f"{torch.__version__}, see docs/families.md"
+        said = f"its model imports {error.name}, which is not installed here"
+        if error.name == "torchvision":
+            said += f": add the build that goes with torch {torch.__version__}, see docs/families.md"
     else:
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return shortened(" ".join(said.partition(" Supported architectures:")[0].split()))
