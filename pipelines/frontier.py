@@ -111,13 +111,16 @@ def _restored_on_error(before: str) -> Iterator[None]:
 def _point(amount: float, checks: Sequence[Check], run_id: str) -> Point:
     prune = PruneReport.read(paths.report("prune"))
     evaluate = EvaluateReport.read(paths.report("evaluate"))
+    throughput = ThroughputReport.read(paths.report("throughput"))
     return Point(
         amount=amount,
         removed=prune.removed,
         shares=prune.shares,
         mean_retention=evaluate.mean_retention,
+        mean_retention_stderr=evaluate.mean_retention_stderr,
         perplexity_ratio=evaluate.perplexity_ratio,
-        speed_up=ThroughputReport.read(paths.report("throughput")).speed_up,
+        speed_up=throughput.speed_up,
+        speed_up_spread=throughput.speed_up_spread,
         predicted_speed_up=prune.predicted["speed_up"].value if "speed_up" in prune.predicted else None,
         passed=all(check.passed for check in checks),
         reasons=[check.reason for check in checks if not check.passed],
@@ -138,8 +141,7 @@ def markdown() -> str:
         [
             f"{point.amount:g}{' *' if point.amount == report.chosen else ''}",
             *(f"-{100 * share:.1f} %" for share in point.shares.values()),
-            f"x {point.speed_up:.2f}"
-            + (f" (predicted {point.predicted_speed_up:.2f})" if point.predicted_speed_up is not None else ""),
+            point.measured_and_predicted,
             "-" if point.mean_retention is None else f"{100 * point.mean_retention:.1f} %",
             f"{point.perplexity_ratio:.2f}",
             "passed" if point.passed else "; ".join(point.reasons),

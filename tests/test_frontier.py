@@ -7,10 +7,12 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from test_flow import runs
 from toy import ROOT, STAGES, TOY, make_toy
 
-from finercut.report.frontier import FrontierReport, Point, choose
+from finercut.report.frontier import FrontierReport, Point, choose, draw
+from finercut.system.records import Spread
 from pipelines import frontier, pages, register
 from pipelines.flow import compress
 
@@ -38,6 +40,28 @@ def test_the_leanest_or_the_best_of_those_that_pass_is_chosen():
     # by the budget's own cost, not by its amount
     assert choose([point(0.1, 0.9, kv_cache=0.5), point(0.2, 0.9)], "kv_cache", "leanest").amount == 0.1
     assert choose(points[2:], "parameters", "leanest") is None
+
+
+def test_the_picture_has_errors_spreads_and_predictions():
+    found = point(0.2, 0.9).model_copy(
+        update={
+            "mean_retention_stderr": 0.03,
+            "speed_up_spread": Spread(median=1.2, low=1.1, high=1.4),
+            "predicted_speed_up": 1.15,
+        }
+    )
+    report = FrontierReport(unit="parameters", rule="leanest", points=[point(0.1, 0.95), found], chosen=0.2)
+    quality, speed = Figure().subplots(1, 2)
+    draw(report, quality, speed)
+
+    def bars(axes):
+        (ends,) = axes.containers[1].lines[2][0].get_segments()
+        return ends.round(6).tolist()
+
+    assert bars(quality) == [[20, 87], [20, 93]]
+    assert bars(speed) == [[20, 1.1], [20, 1.4]]
+    assert speed.lines[-1].get_xydata().tolist() == [[20, 1.15]]
+    assert found.measured_and_predicted == "x 1.20 [1.10, 1.40], predicted 1.15"
 
 
 @pytest.fixture

@@ -146,6 +146,12 @@ class EvaluateReport(Evaluation):
     lm_eval_version: str
     torch_version: str | None = None
 
+    @property
+    def mean_retention_stderr(self) -> float:
+        """Of the mean retention, with the tasks' errors independent; 0 without tasks."""
+        errors = [task.retention_stderr for task in self.tasks.values() if task.retention is not None]
+        return math.hypot(*errors) / len(errors) if errors else 0.0
+
 
 def written(whole: Measured | None, report: EvaluateReport, final: str) -> dict[str, dict[str, Sample]]:
     """What each model wrote, by prompt; without models that wrote nothing.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from finercut.registry.promotion import LOAD, PERPLEXITY, SCORES, differing
 from finercut.report.inputs import Inputs
-from finercut.report.page import Cell, change, count, number, percent, removal_map, render, retention_error, spread_cell
+from finercut.report.page import Cell, change, count, number, percent, removal_map, render, spread_cell
 from finercut.serving.records import Spread
 from finercut.system.records import flatten
 
@@ -141,7 +141,7 @@ def _speed_up(inputs: Inputs) -> Cell:
 
 def _retention(inputs: Inputs) -> Cell:
     mean = inputs.evaluate.mean_retention
-    return _NONE if mean is None else Cell(f"{percent(mean)} ± {100 * retention_error(inputs):.1f}", mean)
+    return _NONE if mean is None else Cell(f"{percent(mean)} ± {100 * inputs.evaluate.mean_retention_stderr:.1f}", mean)
 
 
 def _plain(value: object) -> str:

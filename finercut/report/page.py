@@ -70,7 +70,7 @@ def html(inputs: Inputs) -> str:
         versions=_versions(inputs),
         settings=json.dumps(inputs.settings, indent=2),
         percent=percent,
-        retention_error=retention_error(inputs),
+        retention_error=inputs.evaluate.mean_retention_stderr,
     )
 
 
@@ -171,12 +171,6 @@ def _figures(inputs: Inputs) -> list[tuple[str, list[Cell]]]:
             ),
         ]
     return rows
-
-
-def retention_error(inputs: Inputs) -> float:
-    """Standard error of the mean retention, with the tasks' errors independent."""
-    errors = [t.retention_stderr for t in inputs.evaluate.tasks.values() if t.retention is not None]
-    return math.hypot(*errors) / len(errors) if errors else 0.0
 
 
 def removal_map(inputs: Inputs) -> list[dict[str, Square]]:
@@ -346,7 +340,7 @@ def _points(inputs: Inputs) -> list[list[Cell]]:
                 Cell(f"{point.amount:g}", point.amount),
                 Cell(", ".join(name for name, holds in marks.items() if holds)),
                 *(Cell(f"−{percent(share)}", share) for share in point.shares.values()),
-                Cell(f"x {point.speed_up:.2f}", point.speed_up),
+                Cell(point.measured_and_predicted, point.speed_up),
                 Cell(percent(point.mean_retention), point.mean_retention),
                 Cell(f"x {point.perplexity_ratio:.2f}", point.perplexity_ratio),
                 Cell("passed" if point.passed else "; ".join(point.reasons)),
