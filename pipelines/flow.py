@@ -103,18 +103,27 @@ def compress(
             if wanted:
                 dag.remote(purpose)
         if not budgets:
-            return _execute(load(), pull, push, collect, {})[0]
+            params = load()
+            _name(params.title)
+            return _execute(params, pull, push, collect, {})[0]
         return frontier.run(
             budgets,
             unit,
             rule,
             params_file,
             overrides or {},
+            _name,
             # What one point leaves, the next may need: only the last one collects.
             lambda params, tags, registers, others=(): _execute(
                 params, pull, push, collect and registers, tags, registers, others
             ),
         )
+
+
+def _name(title: str) -> None:
+    """Of this flow run, in Prefect."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(FlowRunContext.get().flow_run.id, name=title)
 
 
 def _execute(
@@ -135,10 +144,7 @@ def _execute(
         The registration, the gate's checks, and the id of the MLflow run, which has `tags`.
     """
     stages = dag.stages()
-    flow_run_id = FlowRunContext.get().flow_run.id
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(flow_run_id, name=params.title)
-    tags = {"prefect.flow_run_id": str(flow_run_id), **tags}
+    tags = {"prefect.flow_run_id": str(FlowRunContext.get().flow_run.id), **tags}
     if deployment.id:
         tags |= {"mlflow.source.name": f"{compress.name}/{deployment.name}", "mlflow.source.type": "JOB"}
     command = "finercut frontier" if MLFLOW_PARENT_RUN_ID in tags else "finercut run"

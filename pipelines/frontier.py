@@ -36,6 +36,7 @@ def run(
     rule: Rule,
     params_file: str | None,
     overrides: Mapping[str, JsonValue],
+    name: Callable[[str], None],
     execute: Execute,
 ) -> RegisterReport:
     """One parent run in MLflow with a child for each point; reports/frontier.json and .png.
@@ -44,6 +45,7 @@ def run(
 
     Args:
         unit: of the budgets; None: that of `prune.budget` in params.yaml.
+        name: gives the flow run its title.
 
     Raises:
         ValueError: a budget that is not allowed, or is given twice.
@@ -69,6 +71,7 @@ def run(
             planned.append((amount, load()))
         amounts = ", ".join(map(str, budgets))
         title = f"{params.model}: frontier of {unit}, {amounts}"
+        name(title)
         parent = register.open_run(params, {"frontier": amounts}, "finercut frontier", title)
     with runs.recorded(parent):
         tags = {"mlflow.parentRunId": parent.run_id}

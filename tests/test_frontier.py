@@ -8,6 +8,7 @@ import mlflow
 import pytest
 import yaml
 from matplotlib.figure import Figure
+from prefect import get_client
 from test_flow import runs
 from toy import ROOT, STAGES, TOY, make_toy
 
@@ -99,6 +100,8 @@ def test_each_budget_is_a_child_run_and_the_leanest_that_passes_is_registered(to
     *children, parent = runs(toy["flow"]["experiment"])
     assert parent.data.tags["frontier"] == "0.1, 0.2"
     assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
+    with get_client(sync_client=True) as prefect:
+        assert prefect.read_flow_run(children[0].data.tags["prefect.flow_run_id"]).name == parent.info.run_name
     told = [(child.data.tags["frontier.amount"], child.data.tags["gate"]) for child in reversed(children)]
     assert told == [("0.2", "passed"), ("0.1", "refused"), ("0.2", "passed")]
     client = mlflow.MlflowClient()
