@@ -199,7 +199,7 @@ def test_the_tokens_of_an_image_see_each_other_where_they_do_in_the_whole_model(
     assert config.model_type == f"finercut_{model_type}"
 
 
-@pytest.mark.parametrize("model_type", ["llava", "gemma3", "qwen2_5_vl", "idefics3"])
+@pytest.mark.parametrize("model_type", ["llava", "gemma3", "qwen2_5_vl", "smolvlm", "idefics3"])
 def test_a_language_model_inside_another_has_kept_sublayers_only(model_type, distributed, tmp_path):
     if model_type != "idefics3":
         pytest.importorskip("torchvision", reason="vLLM's code of this model imports it")

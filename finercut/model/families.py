@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from finercut.model.configs import QUANTISATION
 from finercut.sublayers import KINDS, Sublayer
 
 
@@ -249,7 +250,7 @@ def check_supported(config: Any, *, dequantised: bool = False) -> None:
     kind = f"cannot prune a {config.model_type} model"
     if config.model_type.startswith("finercut_"):
         raise ValueError(f"{kind}: it is pruned already; take the whole model")
-    if getattr(config, "quantization_config", None):
+    if getattr(config, QUANTISATION, None):
         _check_quantised(config, kind, dequantised)
     language = config.get_text_config()
     if language.model_type == "falcon_h1":

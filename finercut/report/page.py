@@ -70,7 +70,6 @@ def html(inputs: Inputs) -> str:
         versions=_versions(inputs),
         settings=json.dumps(inputs.settings, indent=2),
         percent=percent,
-        retention_error=inputs.evaluate.mean_retention_stderr,
     )
 
 

@@ -26,6 +26,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import utils
 
 from finercut.model import modeling_finercut
+from finercut.model.configs import QUANTISATION
 from finercut.model.modeling_finercut import PREFIX, branch_of, removed_sublayers
 
 # Where vLLM's blocks call a member otherwise than transformers' do, by the block's class.
@@ -229,7 +230,7 @@ class CheckedWeights:
 def _check_names(config: Any, seen: set[str], renamed: Callable[[str], str]) -> None:
     with torch.device("meta"):
         model = getattr(modeling_finercut, config.architectures[0])(config)
-        if getattr(config, "quantization_config", None):
+        if getattr(config, QUANTISATION, None):
             # transformers gives the model the names that quantised weights are stored by.
             quantiser = AutoHfQuantizer.from_config(copy.deepcopy(config.quantization_config))
             quantiser.validate_environment()

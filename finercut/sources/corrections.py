@@ -12,7 +12,7 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 
 from finercut.model.checks import stores_differing_ties, tied_names
-from finercut.model.configs import note, read_object, write_object
+from finercut.model.configs import QUANTISATION, note, read_object, write_object
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import base_architecture
 from finercut.model.tensors import rename
@@ -45,8 +45,8 @@ def settle_run(model: ModelDirectory) -> None:
 
 def _without_run(settings: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in settings.items() if value == _OF_A_RUN.get(key, value)}
-    if not kept.get("quantization_config"):
-        kept.pop("quantization_config", None)
+    if not kept.get(QUANTISATION):
+        kept.pop(QUANTISATION, None)
     return {key: _without_run(v) if key.endswith("_config") and isinstance(v, dict) else v for key, v in kept.items()}
 
 
