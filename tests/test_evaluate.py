@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,11 @@ def test_lm_evals_warnings_reach_the_log_and_its_bars_do_not(caplog):
         stream.flush()
         stream.write("off")
     assert [record.getMessage() for record in caplog.records] == ["lm-eval: tokenizer has no BOS", "lm-eval: cut off"]
+
+
+def test_lm_evals_warnings_reach_a_program_that_has_set_up_no_log(monkeypatch, capsys):
+    # Python then writes warnings to what sys.stderr is at that moment, which is where they come from.
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with contextlib.closing(harness._WithoutBars()) as stream, contextlib.redirect_stderr(stream):
+        print("tokenizer has no BOS", file=sys.stderr)
+    assert capsys.readouterr().err == "lm-eval: tokenizer has no BOS\n"

@@ -288,6 +288,7 @@ class _WithoutBars(io.TextIOBase):
 
     def __init__(self) -> None:
         self._begun = ""
+        self._stderr = sys.stderr
 
     def write(self, text: str) -> int:
         *lines, self._begun = (self._begun + text).split("\n")
@@ -307,7 +308,9 @@ class _WithoutBars(io.TextIOBase):
 
     def _tell(self, line: str) -> None:
         if line.strip() and "\r" not in line:
-            logger.warning("lm-eval: %s", line.rstrip())
+            # Handlers may look stderr up: their lines must not come back here.
+            with contextlib.redirect_stderr(self._stderr):
+                logger.warning("lm-eval: %s", line.rstrip())
 
 
 @torch.inference_mode()
