@@ -4,7 +4,8 @@ Every method selects for every budget (shares of the parameters outside embeddin
 them, so that a difference can be told from noise; every selection is pruned and healed in every way. All checkpoints
 are made by the pipeline's own stages, in workspaces under --folder, and measured alike: accuracy of tasks, perplexity
 of each text, js divergence from the whole model, agreement on the most likely token, and repetition in greedy
-continuations. What was measured is kept in --folder: a run that was stopped goes on where it was.
+continuations. What was measured is kept in --folder: a run that was stopped goes on where it was. A GPU with room takes
+several --jobs at once.
 
 --data is a folder of other people's items and texts, none of which may be calibrated on: `NAME.jsonl` with `question`
 and `choices` and `gold`, or `query`, or `contexts` and `continuation`, or `passage`, `question` and `label`; or with
@@ -21,10 +22,14 @@ import json
 import logging
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +120,29 @@ def main() -> None:
     arguments = _arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    rows = []
-    for model, fetch in _models(arguments).items():
-        for sample in range(arguments.samples):
-            bench = _Workspace(arguments, model, fetch, sample)
-            rows += bench.rows()
-    _show(rows, arguments)
+    models = _models(arguments)
+    if arguments.job is not None:
+        model, sample, method = json.loads(arguments.job)
+        _Workspace(arguments, model, models[model], sample).run(method)
+        return
+    benches = [
+        _Workspace(arguments, model, fetch, sample)
+        for model, fetch in models.items()
+        for sample in range(arguments.samples)
+    ]
+    for bench in benches:
+        bench.prepare()
+    jobs = [(bench, method) for bench in benches for method in arguments.methods]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(lambda job: (_in_process if arguments.jobs > 1 else _Workspace.run)(*job), jobs))
+    _show([row for bench in benches for row in bench.done().values()], arguments)
+
+
+def _in_process(bench: _Workspace, method: str) -> None:
+    job = json.dumps([bench.model, bench.sample, method])
+    done = subprocess.run([sys.executable, *sys.argv, "--job", job], check=False)
+    if done.returncode:
+        logger.warning("%s of sample %d ended with status %d", method, bench.sample, done.returncode)
 
 
 def _arguments() -> argparse.Namespace:
@@ -137,6 +159,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mode", default="lazy", help="of our searches: exact, lazy")
     parser.add_argument("--limit", type=int, default=200, help="items of each task")
     parser.add_argument("--text-tokens", type=int, default=8192, help="of each text")
+    parser.add_argument("--jobs", type=int, default=1, help="methods at work at once, each in a process of its own")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.folder = arguments.folder.absolute()
     arguments.data = arguments.data and arguments.data.absolute()
@@ -169,33 +193,39 @@ class _Workspace:
         self.results = self.root / "results.jsonl"
         self.root.mkdir(parents=True, exist_ok=True)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def prepare(self) -> None:
+        """What all methods need: the model, its windows and its figures."""
         self._stages(self.root, {"fetch": paths.MODEL, "calibrate": paths.CALIBRATION}, {})
-        whole = ModelDirectory(self.root / paths.MODEL)
-        self.costs = costs_of(whole)
-        self.measure = _Measure(self.arguments, self.root, self.values)
-        if "whole" not in self._done():
-            self._keep("whole", {"method": "whole", "heal": "none"} | self.measure.of(whole))
-        for method in self.arguments.methods:
-            # From the smallest budget on: a greedy search continues where the one before it ended.
-            for share in sorted(self.arguments.budgets):
-                try:
-                    self._method(method, share)
-                except (ValueError, RuntimeError) as error:
-                    logger.warning("%s at %g: %s", method, share, error)
-        return list(self._done().values())
+        if "whole" not in self.done():
+            self._keep("whole", {"method": "whole", "heal": "none"} | self.measure.of(self.whole))
 
-    def _method(self, method: str, share: float) -> None:
+    def run(self, method: str) -> None:
+        # From the smallest budget on: a greedy search continues where the one before it ended.
+        for share in sorted(self.arguments.budgets):
+            try:
+                self._at_budget(method, share)
+            except (ValueError, RuntimeError) as error:
+                logger.warning("%s at %g: %s", method, share, error)
+
+    @cached_property
+    def whole(self) -> ModelDirectory:
+        return ModelDirectory(self.root / paths.MODEL)
+
+    @cached_property
+    def measure(self) -> _Measure:
+        return _Measure(self.arguments, self.root)
+
+    def _at_budget(self, method: str, share: float) -> None:
         where = self.root / f"{method.replace(',', '').replace(' ', '_')}-{share:g}"
         search = self.values["search"] | {"mode": self.arguments.mode, "removals": "auto"} | METHODS[method]
-        budget = {"unit": "parameters", "amount": _of_all_parameters(share, self.costs)}
+        budget = {"unit": "parameters", "amount": _of_all_parameters(share, costs_of(self.whole))}
         for healing in self.arguments.heal:
             key = f"{method} {share:g} {healing}"
-            if key in self._done():
+            if key in self.done():
                 continue
             heal = HEALING[healing] | ({"tokens": self.arguments.tokens} if healing == "distill" else {})
             changes = {"search": search, "prune": {"budget": budget}, "heal": heal}
-            self._share_inputs(where)
+            self._share_inputs(where, method)
             seconds = self._stages(where, {"search": paths.SELECTION, "prune": paths.PRUNED}, changes)
             healed = where / paths.HEALED
             with contextlib.suppress(FileNotFoundError):
@@ -216,18 +246,20 @@ class _Workspace:
                 }
                 | self.measure.of(ModelDirectory(healed)),
             )
+        for made in (paths.PRUNED, paths.HEALED):
+            shutil.rmtree(where / made, ignore_errors=True)
 
-    def _share_inputs(self, where: Path) -> None:
+    def _share_inputs(self, where: Path, method: str) -> None:
         for path in (paths.MODEL, paths.CALIBRATION, paths.report("fetch"), paths.report("calibrate")):
             link = where / path
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.exists():
                 link.symlink_to(self.root / path)
         # Greedy searches of several budgets are one search.
-        work = where / paths.WORK
+        work, shared = where / paths.WORK, self.root / "work" / method
         if not work.exists():
-            (self.root / "work").mkdir(exist_ok=True)
-            work.symlink_to(self.root / "work")
+            shared.mkdir(parents=True, exist_ok=True)
+            work.symlink_to(shared)
 
     def _stages(self, where: Path, stages: Mapping[str, Path | None], changes: Mapping[str, Any]) -> dict[str, float]:
         """Run those whose output is not there; the seconds each took."""
@@ -243,7 +275,7 @@ class _Workspace:
                 seconds[stage] = time.monotonic() - began
         return seconds
 
-    def _done(self) -> dict[str, dict[str, Any]]:
+    def done(self) -> dict[str, dict[str, Any]]:
         if not self.results.is_file():
             return {}
         lines = self.results.read_text(encoding="utf-8").splitlines()
@@ -266,7 +298,7 @@ def _of_all_parameters(share: float, costs: Costs) -> float:
 class _Measure:
     """Figures of one checkpoint after the other, on the same items and texts."""
 
-    def __init__(self, arguments: argparse.Namespace, root: Path, values: Mapping[str, Any]) -> None:
+    def __init__(self, arguments: argparse.Namespace, root: Path) -> None:
         self.device = device_of("auto")
         self.dtype = dtype_of("auto", self.device)
         self.directory = ModelDirectory(root / paths.MODEL)
@@ -378,7 +410,9 @@ def _show(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> N
         )
     if summaries:
         _draw(summaries, arguments.folder / "quality.png")
-    machine = {"processor": platform.machine(), "n_cores": os.cpu_count(), "torch": torch.__version__}
+    device = device_of("auto")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    machine = {"hardware": hardware, "n_cores": os.cpu_count(), "torch": torch.__version__}
     print(json.dumps({"results": summaries, "tokens": arguments.tokens, "machine": machine}))
 
 

@@ -6,7 +6,7 @@ timed. Prints a table; the last line is one JSON document.
 
 Work is counted in full forwards of one window: a method's matrix products over those of a forward. `limit` is how many
 times faster than the authors' way a method would be if its products ran at the machine's measured peak and nothing else
-took time.
+took time. With --device cuda the authors' way runs on the GPU too and keeps its logits in main memory, as theirs does.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def main() -> None:
         default="float32",
         help="of all methods but the authors', which is float32",
     )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="for --model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3, help="of the random models")
     parser.add_argument("--model-rounds", type=int, default=1, help="of all but brute force on --model")
@@ -113,7 +114,8 @@ def benchmark(chosen: argparse.Namespace) -> dict[str, Any]:
         return document
     if chosen.only != "random":
         document["model"] = real_model(chosen)
-        limits(document["model"]["methods"], machine["gflops_a_core"][chosen.dtype] * chosen.threads)
+        on_cpu = machine["gflops_a_core"][chosen.dtype] * chosen.threads
+        limits(document["model"]["methods"], machine.get("gflops", on_cpu))
     if chosen.only != "model":
         from finercut.report.pictures import cost_curves
 
@@ -156,6 +158,7 @@ def real_model(chosen: argparse.Namespace) -> dict[str, Any]:
         "n_windows": chosen.windows,
         "n_tokens": chosen.tokens,
         "dtype": chosen.dtype,
+        "device": chosen.device,
         "threads": chosen.threads,
     }
     seconds = estimate_s(chosen, *forward_s(job))
@@ -177,12 +180,12 @@ def limits(methods: dict[str, dict[str, Any]], gflops: float) -> None:
 def forward_s(job: dict[str, Any]) -> tuple[float, int]:
     """Of one window in float32, and how many sublayers it goes through."""
     torch.set_num_threads(job["threads"])
-    model, tokens = load_whole(Path(job["model"]), torch.float32), calibration_tokens(job)
+    model, tokens = load_whole(Path(job["model"]), torch.float32, job["device"]), calibration_tokens(job)
     with torch.inference_mode():
         model(tokens[:1], use_cache=False)
         started = time.perf_counter()
         for window in tokens:
-            model(window[None], use_cache=False)
+            model(window[None], use_cache=False).logits.cpu()
     return (time.perf_counter() - started) / len(tokens), 2 * model.config.num_hidden_layers
 
 
@@ -214,13 +217,14 @@ def run_job(job: dict[str, Any]) -> list[dict[str, Any]]:
     torch.set_num_threads(job["threads"])
     if "model" in job:
         dtype = torch.float32 if job["method"] == "authors" else getattr(torch, job["dtype"])
-        model = load_whole(Path(job["model"]), dtype)
+        model = load_whole(Path(job["model"]), dtype, job["device"])
         return [measured(job["method"], model, calibration_tokens(job), job["timed_steps"])]
     return [measured(job["method"], *random_model(shape)) for shape in job["shapes"]]
 
 
 def calibration_tokens(job: dict[str, Any]) -> Tensor:
-    return load_tokens(Path(job["calibration"])).calibration[: job["n_windows"], : job["n_tokens"]]
+    tokens = load_tokens(Path(job["calibration"])).calibration[: job["n_windows"], : job["n_tokens"]]
+    return tokens.to(job["device"])
 
 
 def random_model(shape: dict[str, int]) -> tuple[PreTrainedModel, Tensor]:
@@ -248,7 +252,7 @@ def measured(method: str, model: PreTrainedModel, tokens: Tensor, timed_steps: i
     full = [len(tokens) * (n_sublayers - step) for step in range(n_removals)]
     with torch.inference_mode():
         model(tokens[:1], use_cache=False)
-        rss_before = peak_rss_mib()
+        before = peak_mib(model.device)
         wall, cpu = time.perf_counter(), time.process_time()
         if method == "authors":
             removals = list(authors(model, tokens, n_steps))
@@ -274,8 +278,8 @@ def measured(method: str, model: PreTrainedModel, tokens: Tensor, timed_steps: i
         "head_tokens": head_tokens,
         "forward_equivalents": forward_equivalents(model, passes, head_tokens, tokens.shape[1]),
         "gflop": gflop(model, passes, head_tokens, tokens.shape[1]),
-        "peak_rss_mib": peak_rss_mib(),
-        "peak_above_model_mib": peak_rss_mib() - rss_before,
+        "peak_mib": peak_mib(model.device),
+        "peak_above_model_mib": peak_mib(model.device) - before,
     }
 
 
@@ -306,7 +310,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
             **{name: spread([r[name] for r in rounds]) for name in ("wall_s", "cpu_s", "peak_above_model_mib")},
             **{name: first[name] for name in ("timed_steps", "sublayer_passes", "head_tokens", "gflop")},
             "forward_equivalents": first["forward_equivalents"],
-            "peak_rss_mib": max(r["peak_rss_mib"] for r in rounds),
+            "peak_mib": max(r["peak_mib"] for r in rounds),
             "less_work": slow[0]["forward_equivalents"] / first["forward_equivalents"],
             "fewer_passes": slow[0]["sublayer_passes"] / first["sublayer_passes"],
             "faster_wall": faster("wall_s", rounds),
@@ -326,14 +330,21 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def peak_rss_mib() -> float:
+def peak_mib(device: torch.device) -> float:
+    """Of the GPU's memory, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def environment(chosen: argparse.Namespace) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     cpu = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    on_gpu = {}
+    if chosen.device == "cuda":
+        on_gpu = {"gpu": torch.cuda.get_device_name(), "gflops": gpu_gflops(getattr(torch, chosen.dtype))}
     return {
+        **on_gpu,
         "cpu": cpu.get("model name", platform.machine()),
         "n_cpus": os.cpu_count(),
         "threads": chosen.threads,
@@ -366,10 +377,25 @@ def matmul_gflops(dtype: torch.dtype, quick: bool) -> float:
     return 2 * size**3 / statistics.median(times) / 1e9
 
 
+def gpu_gflops(dtype: torch.dtype) -> float:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        a @ b
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3)
+    return 2 * 8192**3 / statistics.median(times) / 1e9
+
+
 def table(document: dict[str, Any]) -> str:
     machine = document["environment"]
+    gpu = f"{machine['gpu']}, {machine['gflops'] / 1e3:.0f} TFLOP/s in {machine['dtype']}; " if "gpu" in machine else ""
     lines = [
-        f"{machine['cpu']}, {machine['threads']} of {machine['n_cpus']} cores, load {machine['load_average']:.1f}; "
+        gpu
+        + f"{machine['cpu']}, {machine['threads']} of {machine['n_cpus']} cores, load {machine['load_average']:.1f}; "
         + ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in machine["gflops_a_core"].items())
         + f" a core; torch {machine['torch']}, transformers {machine['transformers']}",
     ]

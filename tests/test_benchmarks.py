@@ -71,7 +71,7 @@ def test_the_sizes_that_grow_are_measured_once_each(benchmark):
 
 
 def test_a_job_that_fails_is_named(benchmark, tmp_path, capfd):
-    job = {"method": "lazy", "model": str(tmp_path / "none"), "dtype": "float32", "threads": 1}
+    job = {"method": "lazy", "model": str(tmp_path / "none"), "dtype": "float32", "device": "cpu", "threads": 1}
     with pytest.raises(SystemExit, match=r"lazy on .*/none failed with status 1, see above"):
         benchmark.in_process(job)
     assert "no model in" in capfd.readouterr().err
