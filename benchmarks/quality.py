@@ -58,8 +58,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = {
     "greedy": {"per": None},
     "greedy per parameter": {"per": "parameters", "fill": True},
-    "blocks too, per parameter": {"per": "parameters", "fill": True, "candidates": "any"},
-    "swaps, per parameter": {"per": "parameters", "fill": True, "swaps": 1},
+    "blocks too per parameter": {"per": "parameters", "fill": True, "candidates": "any"},
+    "swaps per parameter": {"per": "parameters", "fill": True, "swaps": 1},
 }
 BASELINES = ("random", "last_blocks", "shortgpt", "gromov", "llm_drop", "sleb", "block_pruner", "one_shot")
 METHODS: dict[str, dict[str, Any]] = OURS | {

@@ -118,6 +118,25 @@ def test_micro_batches_change_the_last_bits_at_most(model, tokens):
     assert [r.divergence for r in small] == pytest.approx([r.divergence for r in usual], rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["exact", "racing"])
+def test_windows_that_run_together_as_on_a_gpu_change_the_last_bits_at_most(model, tokens, mode, monkeypatch):
+    apart = list(search(model, tokens, tokens, 4, mode=mode))
+    sizes = []
+
+    def noting_size(blocks, unit, states, removed, run=Blocks.run):
+        sizes.append(len(states))
+        return run(blocks, unit, states, removed)
+
+    monkeypatch.setattr(Blocks, "run", noting_size)
+    monkeypatch.setattr(Sweep, "_joins_windows", True)
+    # 20 branches of 24 tokens at once, of 8 candidates in 6 windows.
+    together = list(search(model, tokens, tokens, 4, mode=mode, micro_batch_tokens=20 * 24))
+    assert [r.sublayer for r in together] == [r.sublayer for r in apart]
+    assert [r.divergence for r in together] == pytest.approx([r.divergence for r in apart], rel=1e-5)
+    assert 8 < max(sizes) <= 20
+    assert sizes[:8] == [12] * 8  # the trunk: 6 windows to search on, 6 held out
+
+
 def test_micro_batches_of_a_gpu_are_the_same_when_a_little_less_of_it_is_free(model, tokens):
     blocks = Blocks(model, layout_of(model.config), tokens[:1])
     assert (blocks.width, blocks.widest) == (128, 192)

@@ -4,8 +4,9 @@ Removing a sublayer at depth d leaves the residual stream before d unchanged. So
 stream kept at every depth (the trunk), and a candidate is a branch that starts from the trunk at its own sublayer and
 skips it. All live branches, of all windows, advance one sublayer at a time.
 
-A candidate's result on a window depends in its last bits on the candidates beside it in a micro-batch, but never on
-other windows: another process may compute those.
+A candidate's result on a window depends in its last bits on the candidates beside it in a micro-batch, but on a CPU
+never on other windows: another process may compute those. A GPU, which takes as long to start a matrix product as to
+compute a small one, runs the branches of several windows at once.
 """
 
 from __future__ import annotations
@@ -251,13 +252,34 @@ class Sweep:
     def _advance(self, unit: Unit, batches: Iterable[tuple[Tensor, frozenset[Sublayer]]]) -> None:
         """Run (branches, tokens, hidden) states through a unit without its removed sublayers, in place."""
 
-        def run(batch: tuple[Tensor, frozenset[Sublayer]]) -> None:
+        def run(batch: tuple[Sequence[Tensor], frozenset[Sublayer]]) -> None:
             states, removed = batch
-            states.copy_(self.blocks.run(unit, states, removed))
+            together = states[0] if len(states) == 1 else torch.cat(states)
+            after = self.blocks.run(unit, together, removed).split([len(part) for part in states])
+            for part, new in zip(states, after, strict=True):
+                part.copy_(new)
 
         # A sublayer that is gone changes nothing; a block that is run as one may have more than its sublayers.
         whole = not self.blocks.layout.sequential
-        self.workers.map(run, [b for b in batches if len(b[0]) and (whole or not b[1].issuperset(unit.sublayers))])
+        running = [b for b in batches if len(b[0]) and (whole or not b[1].issuperset(unit.sublayers))]
+        self.workers.map(run, self._joined(running) if self._joins_windows else [((s,), r) for s, r in running])
+
+    @property
+    def _joins_windows(self) -> bool:
+        return self.blocks.model.device.type == "cuda"
+
+    def _joined(
+        self, batches: Iterable[tuple[Tensor, frozenset[Sublayer]]]
+    ) -> list[tuple[list[Tensor], frozenset[Sublayer]]]:
+        """Those without the same sublayers together, as far as a micro-batch has room."""
+        together = max(1, self.micro_batch.tokens // self.n_tokens)
+        joined: dict[frozenset[Sublayer], list[list[Tensor]]] = {}
+        for states, removed in batches:
+            pieces = joined.setdefault(removed, [[]])
+            if sum(map(len, pieces[-1])) + len(states) > together and pieces[-1]:
+                pieces.append([])
+            pieces[-1].append(states)
+        return [(piece, removed) for removed, pieces in joined.items() for piece in pieces]
 
     def _depth(self, candidate: Candidate) -> int:
         return self._start[candidate.sublayers[0]]
