@@ -10,9 +10,11 @@ import logging
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finercut.checkpoint import quantise
-from finercut.checkpoint.writing import write_all_but_weights
+from finercut.checkpoint.writing import as_stored, write_all_but_weights
 from finercut.evaluation import samples
 from finercut.model import tokenizer_files
 from finercut.model.devices import device_of
@@ -24,6 +26,9 @@ from finercut.system.staging import staged_file
 
 from . import paths
 from .params import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("finercut")
 
@@ -97,7 +102,7 @@ def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="finercut-") as folder:
         pruned = ModelDirectory(folder)
         without_weights = write_all_but_weights(model, _one_of_each(model), pruned.path, {})
-        found += _asked_of_vllm(params, model, pruned)
+        found += _asked_of_vllm(params, model, pruned, without_weights)
         if params.quantise.method != "none":
             quantise.check_shapes(without_weights, params.quantise)
             found += _unquantisable(params)
@@ -124,7 +129,9 @@ def _unquantisable(params: Params) -> list[str]:
     return found
 
 
-def _asked_of_vllm(params: Params, model: ModelDirectory, pruned: ModelDirectory) -> list[str]:
+def _asked_of_vllm(
+    params: Params, model: ModelDirectory, pruned: ModelDirectory, without_weights: PreTrainedModel
+) -> list[str]:
     compared = claim.engine_settings(model, params.calibrate.n_tokens, params.prove)
     alone = compared.model_copy(update={"tensor_parallel_size": 1, "pipeline_parallel_size": 1})
     engines = {None: alone, "prove": compared, "throughput": params.throughput.engine}
@@ -132,7 +139,7 @@ def _asked_of_vllm(params: Params, model: ModelDirectory, pruned: ModelDirectory
         del engines["prove"]
     try:
         vllm_engine.check_servable(model)
-        answers = foresight.ask([model.path, pruned.path], list(engines.values()))
+        answers = foresight.ask(questions(model, pruned.path, without_weights), list(engines.values()))
     except RuntimeError as error:
         return [f"whether vLLM serves the model was not checked, and without vLLM nothing is registered: {error}"]
     except ValueError as error:
@@ -151,6 +158,24 @@ def _asked_of_vllm(params: Params, model: ModelDirectory, pruned: ModelDirectory
             expected, where = tokenizer_files.sample(model.tokenizer), f"vLLM loads the tokenizer of {what}"
             tokenizer_files.check_sample(expected, answer.tokenizer, where)
     return []
+
+
+def questions(model: ModelDirectory, pruned: Path, without_weights: PreTrainedModel) -> list[foresight.Asked]:
+    """The model, and it less some sublayers.
+
+    Args:
+        pruned: the latter's directory.
+        without_weights: the latter, as `write_all_but_weights` returns it.
+    """
+    # Of what lies around a language model vLLM may leave out parts that do not matter.
+    inside = f"{model.layout.blocks}." if model.language is not model.config else ""
+    parameters = {name: p for name, p in without_weights.named_parameters() if name.startswith(inside)}
+    computing = as_stored(without_weights, parameters).keys()
+    left = {
+        name: list(tensor.shape) for name, tensor in as_stored(without_weights, without_weights.state_dict()).items()
+    }
+    whole = {name: list(tensor.shape) for name, tensor in model.tensors.items()}
+    return [foresight.Asked(model.path, whole, computing), foresight.Asked(pruned, left, computing)]
 
 
 def _one_of_each(model: ModelDirectory) -> list[Sublayer]:

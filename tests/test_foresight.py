@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from conftest import random_llama
 from family_models import CASES, random_model
 from multimodal_models import random_wrapper
-from vllm_cases import model_for_vllm
+from vllm_cases import NO_WINDOWS, model_for_vllm
 
 from finercut.checkpoint.writing import write_all_but_weights
 from finercut.evaluation.settings import Samples, Task
@@ -23,7 +24,7 @@ from finercut.serving import foresight as vllm_foresight
 from finercut.serving.foresight import Answer
 from finercut.serving.settings import EngineSettings
 from pipelines import fetch, flow, foresight, params, paths
-from pipelines.foresight import _one_of_each
+from pipelines.foresight import _one_of_each, questions
 
 # Heads of 32, the least that vLLM's attention takes on a CPU.
 WIDE = {"hidden_size": 128, "head_dim": 32}
@@ -48,22 +49,30 @@ MODELS = {
     "gpt2": lambda: random_model(*CASES["gpt2"][:1], **CASES["gpt2"][1] | {"hidden_size": 128}),
     "smolvlm": lambda: random_wrapper("smolvlm"),
     "gemma3": lambda: random_wrapper("gemma3"),
+    # Its embeddings are not tied, and its attention's output has a bias: vLLM has no place for one or the other.
+    "bloom": lambda: random_model("bloom", hidden_size=128),
+    "qwen3": lambda: random_model(*CASES["qwen3"][:1], **CASES["qwen3"][1] | WIDE | NO_WINDOWS),
 }
+LOST = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory, tokenizer) -> dict[str, dict[str, str | None]]:
     """What vLLM says of models, and of each less some sublayers, in one process."""
-    root = tmp_path_factory.mktemp("asked")
+    root, asked = tmp_path_factory.mktemp("asked"), {}
     for name, make in MODELS.items():
         make().save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
         whole = note_layout(ModelDirectory(root / name))
-        write_all_but_weights(whole, _one_of_each(whole), root / f"{name} pruned", {})
-    names = [each for name in MODELS for each in (name, f"{name} pruned")]
+        pruned = write_all_but_weights(whole, _one_of_each(whole), root / f"{name} pruned", {})
+        asked[name], asked[f"{name} pruned"] = questions(whole, root / f"{name} pruned", pruned)
+    stored = {name: dict(asked[name].weights) for name in ("llama", "olmo2")}
+    del stored["llama"][LOST]
+    stored["olmo2"]["model.odd.weight"] = [3, 2]
+    asked |= {f"{name} otherwise": replace(asked[name], weights=weights) for name, weights in stored.items()}
     engines = [EngineSettings(**PLAIN | changes) for changes in ENGINES.values()]
-    found = vllm_foresight.ask([root / name for name in names], engines)
-    return {name: dict(zip(ENGINES, answer.refusals, strict=True)) for name, answer in zip(names, found, strict=True)}
+    found = vllm_foresight.ask(list(asked.values()), engines)
+    return {name: dict(zip(ENGINES, answer.refusals, strict=True)) for name, answer in zip(asked, found, strict=True)}
 
 
 def refused(answer: dict[str, str | None]) -> set[str]:
@@ -97,13 +106,29 @@ def test_vllm_says_which_models_it_will_not_serve(answers):
     assert answers["gpt2"]["plain"] == "AssertionError: assert not config.scale_attn_by_inverse_layer_idx"
 
 
+def test_weights_that_vllm_does_not_take_pass_over_or_lacks_are_found(answers):
+    for name in ("bloom", "bloom pruned"):
+        assert answers[name]["plain"] == (
+            "its model does not take lm_head.weight of shape (400, 128): There is no module or parameter named "
+            "'lm_head' in BloomModel"
+        )
+    assert "take model.odd.weight of shape (3, 2): There is no module" in answers["olmo2 otherwise"]["plain"]
+    blocks = [f"model.layers.{block}.self_attn.o_proj.bias" for block in range(3)]
+    for name in ("qwen3", "qwen3 pruned"):
+        assert answers[name]["plain"] == (
+            f"its model makes no use of {', '.join(blocks)}, which transformers computes with"
+        )
+    assert answers["llama otherwise"]["plain"] == f"its model has {LOST}, which the checkpoint has not"
+
+
 def test_shared_memory_too_small_for_an_engine_is_found(tmp_path, tokenizer):
     random_llama().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     ask = (
         "import sys, pathlib; from finercut.serving import foresight, settings;"
         "engine = settings.EngineSettings.model_validate_json(sys.argv[2]);"
-        "print(foresight.ask([pathlib.Path(sys.argv[1])], [engine])[0].refusals[0])"
+        "asked = foresight.Asked(pathlib.Path(sys.argv[1]), {}, []);"
+        "print(foresight.ask([asked], [engine])[0].refusals[0])"
     )
     command = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     done = subprocess.run(

@@ -58,13 +58,13 @@ def write_pruned(
     source = ModelDirectory.of(model).written_by("fetch")
     check_supported(source.config)
     pruned = write_all_but_weights(source, removed, directory, origin)
-    stored = _as_stored(pruned, pruned.state_dict())
+    stored = as_stored(pruned, pruned.state_dict())
     if all(name in source.tensors and source.tensors[name].shape == tensor.shape for name, tensor in stored.items()):
         copy_tensors(source.path, stored, directory)
     else:
         # Its files have other names for the weights than transformers gives them.
         whole = load_whole(source, getattr(torch, source.dtype, "auto"))
-        save_torch_state_dict(_as_stored(pruned, whole.state_dict()), directory, max_shard_size=_SHARD)
+        save_torch_state_dict(as_stored(pruned, whole.state_dict()), directory, max_shard_size=_SHARD)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -122,7 +122,7 @@ def write_all_but_weights(
     return pruned
 
 
-def _as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of `tensors` that transformers stores of `model`, by their names in files."""
     once = dict(model.named_parameters())
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once.keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,46 @@ from finercut.system.machine import interpreter
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A model that vLLM is asked about."""
+
+    directory: Path
+    """Complete but for the weights."""
+    weights: Mapping[str, Sequence[int]]
+    """Shapes of all that its files store or will store, by name."""
+    computing: Collection[str]
+    """Names of weights that transformers computes with; some may not be stored."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """What vLLM said of one model."""
 
     refusals: list[str | None]
-    """For each engine asked about why it would not start, in one line; None where nothing speaks against it."""
+    """For each engine asked about why it would not start, in one line; None where nothing speaks against it.
+    Where the first is refused all are."""
     tokenizer: dict[str, Any] | None
     """`finercut.model.tokenizer_files.sample` of vLLM's tokenizer; None where the model has none."""
 
 
-def ask(models: Sequence[Path], engines: Sequence[EngineSettings]) -> list[Answer]:
+def ask(models: Sequence[Asked], engines: Sequence[EngineSettings]) -> list[Answer]:
     """What vLLM says of each model for each engine.
 
-    vLLM checks its config for the model, and makes the model without memory for weights. It is imported in a process of
-    its own, once.
-
-    Args:
-        models: directories, complete but for the weights.
+    vLLM checks its config for the model, makes the model without memory for weights, and for the first engine loads
+    into it weights without values. It is imported in a process of its own, once.
 
     Raises:
         RuntimeError: vLLM is missing, or cannot be imported.
     """
     asked = {
-        "models": [str(path.absolute()) for path in models],
+        "models": [
+            {
+                "directory": str(model.directory.absolute()),
+                "weights": dict(model.weights),
+                "computing": sorted(model.computing),
+            }
+            for model in models
+        ],
         "engines": [settings.model_dump(include=set(EngineSettings.model_fields)) for settings in engines],
     }
     return [Answer(**answer) for answer in _answer(asked)]
@@ -61,8 +78,8 @@ def ask_scheme(quantization_config: Mapping[str, Any], weight_bits: int, dtype: 
 def _answer(asked: Mapping[str, Any]) -> Any:
     vllm_engine.installed()
     done = subprocess.run(
-        [interpreter(), "-m", "finercut.serving.vllm_foresight", json.dumps(asked)],
-        stdin=subprocess.DEVNULL,
+        [interpreter(), "-m", "finercut.serving.vllm_foresight"],
+        input=json.dumps(asked),
         capture_output=True,
         text=True,
         errors="replace",

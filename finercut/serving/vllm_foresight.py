@@ -1,18 +1,22 @@
-"""The process in which vLLM answers `finercut.serving.foresight.ask`: its argument is the question, it prints JSON."""
+"""The process in which vLLM answers `finercut.serving.foresight.ask`: the question in, the answer out, both JSON."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from finercut.model.tokenizer_files import present
 from finercut.serving.settings import EngineSettings
@@ -24,7 +28,7 @@ def _main() -> None:
     # Libraries print to the standard output: keep it to the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    asked = json.loads(sys.argv[1])
+    asked = json.load(sys.stdin)
     if "quantization_config" in asked:
         with _one_rank():
             print(json.dumps(_scheme_refusal(**asked)), file=answers, flush=True)
@@ -36,8 +40,8 @@ def _main() -> None:
     with _one_rank():
         found = [
             {
-                "refusals": [_refusal(model, settings) for settings in engines],
-                "tokenizer": tokenizer_sample(model) if present(Path(model)) else None,
+                "refusals": _refusals(model, engines),
+                "tokenizer": tokenizer_sample(model["directory"]) if present(Path(model["directory"])) else None,
             }
             for model in asked["models"]
         ]
@@ -56,31 +60,39 @@ def _one_rank() -> Iterator[None]:
         yield
 
 
-def _refusal(directory: str, settings: EngineSettings) -> str | None:
+def _refusals(model: dict[str, Any], engines: Sequence[EngineSettings]) -> list[str | None]:
+    if first := _refusal(model, engines[0], load=True):
+        return [first] * len(engines)
+    return [None, *(_refusal(model, settings, load=False) for settings in engines[1:])]
+
+
+def _refusal(asked: dict[str, Any], settings: EngineSettings, load: bool) -> str | None:
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     try:
-        _load_class(directory)
+        _load_class(asked["directory"])
         # Users serve it with what lies around it.
-        whole = arguments(directory, settings) | {"language_model_only": False}
+        whole = arguments(asked["directory"], settings) | {"language_model_only": False}
         config = EngineArgs(**whole).create_engine_config()
         if config.parallel_config.distributed_executor_backend == "mp":
             _check_shared_memory()
         with (
             set_current_vllm_config(config),
             set_default_torch_dtype(config.model_config.dtype),
-            torch.device("meta"),
+            _WithoutWeights(),
         ):
-            initialize_model(config)
+            model = initialize_model(config)
             _check_attention(config, settings)
+            if load:
+                _check_weights(model, config, asked["weights"], asked["computing"])
     except Exception as error:
         # vLLM refuses by errors of every class, also by assertions.
         said = _one_line(error)
         # What cannot be made without memory may be made with it.
-        return None if " meta " in f" {said} " else said
+        return None if re.search(r"\bmeta\b", said, re.IGNORECASE) else said
     return None
 
 
@@ -138,6 +150,94 @@ def _check_attention(config: Any, settings: EngineSettings) -> None:
             f"kv_cache_gib {settings.kv_cache_gib:.3g} holds {max(estimate_max_model_len(config, caches, n_bytes), 0)} "
             "tokens: set one higher or the other lower"
         )
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Tensors that are made without values take no memory. Others have theirs: models ask for them as they are made."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.empty_like, torch.empty_strided) and kwargs.get("device") is None:
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
+class _Sources(TorchDispatchMode):
+    """Follows stored tensors to the memory that they end up in, whatever is made of them on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: dict[int, set[str]] = {}
+        self._kept: list[torch.Tensor] = []  # the address of memory that is let go may become another's
+
+    def begin(self, name: str, tensor: torch.Tensor) -> None:
+        self._add({name}, tensor)
+
+    def of(self, tensor: torch.Tensor) -> set[str]:
+        """The names of the stored tensors that something in its memory comes from."""
+        return self._names.get(tensor.untyped_storage()._cdata, set())
+
+    def _add(self, names: set[str], tensor: torch.Tensor) -> None:
+        self._names.setdefault(tensor.untyped_storage()._cdata, set()).update(names)
+        self._kept.append(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and self.of(args[1]):
+            # There is nothing to be copied, and the other may be in memory.
+            result = args[0]
+            args[1].expand_as(result)
+        else:
+            result = func(*args, **kwargs or {})
+        given = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        if names := set[str]().union(*map(self.of, given)):
+            for tensor in tree_leaves(result):
+                if torch.is_tensor(tensor):
+                    self._add(names, tensor)
+        return result
+
+
+def _check_weights(
+    model: torch.nn.Module, config: Any, shapes: Mapping[str, Sequence[int]], computing: Collection[str]
+) -> None:
+    """Load weights without values into a model of vLLM's: it passes over some, and leaves others unset, in silence.
+
+    Args:
+        config: vLLM's, with which the model was made.
+        shapes: of all stored weights.
+        computing: what must be used where it is stored.
+
+    Raises:
+        ValueError: vLLM does not take a weight, passes over one of `computing`, or has one that is not stored.
+    """
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    sources, reached = _Sources(), ""
+
+    def stored(*_: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal reached
+        for name, shape in shapes.items():
+            reached = f"{name} of shape {tuple(shape)}"
+            tensor = torch.empty(shape)
+            sources.begin(name, tensor)
+            yield name, tensor
+        reached = "the weights"
+
+    loader = DefaultModelLoader(config.load_config)
+    loader.get_all_weights = stored  # instead of those in files
+    try:
+        with sources:
+            loader.load_weights(model, config.model_config)
+    except Exception as error:
+        raise ValueError(f"its model does not take {reached}: {_one_line(error)}") from error
+    used = set[str]().union(*map(sources.of, [*model.parameters(), *model.buffers()]))
+    if unused := sorted(set(computing) & shapes.keys() - used):
+        raise ValueError(f"its model makes no use of {_some(unused)}, which transformers computes with")
+    if unset := sorted(name for name, it in model.named_parameters() if it.numel() and not sources.of(it)):
+        raise ValueError(f"its model has {_some(unset)}, which the checkpoint has not")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" ({len(names)} in all)" if len(names) > 3 else "")
 
 
 # Of a matrix that is multiplied to see whether vLLM does; divided by every group size that models take.
@@ -224,7 +324,9 @@ def _one_line(error: Exception) -> str:
             said += f": add the build that goes with torch {torch.__version__}, see docs/families.md"
     else:
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return shortened(" ".join(said.partition(" Supported architectures:")[0].split()))
+    for list_follows in (" Supported architectures:", ". The available parameters belonging"):
+        said = said.partition(list_follows)[0]
+    return shortened(" ".join(said.split()))
 
 
 if __name__ == "__main__":
