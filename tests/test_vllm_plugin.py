@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import family_engines
 import pytest
 import torch
 from conftest import random_llama
-from family_models import CASES, each
+from family_models import CASES, UNDECLARED, each, random_model
 from multimodal_models import save
 from safetensors.torch import load_file
 from torch import nn
-from vllm_cases import REMOVED, model_for_vllm, write
+from vllm_cases import REMOVED, model_for_vllm, sublayers, write
 
 from finercut.checkpoint import quantise
 from finercut.checkpoint.settings import Quantised
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import layout_of
+from finercut.model.layouts import note_layout
 
 
 def engine_config(directory):
@@ -155,6 +157,27 @@ def test_the_model_is_vllms_own_with_all_it_can_do(built):
     assert supports_pp(built.model) == supports_pp(base)
     assert llama.make_layers is utils.make_layers
     assert utils.make_layers.__module__ == utils.__name__
+
+
+@pytest.mark.parametrize("case", ["falcon", "gpt_oss"])
+def test_a_block_without_sublayers_hands_on_the_stream_whatever_vllm_calls_and_expects_of_them(
+    case, distributed, tmp_path
+):
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    model_type, changes = UNDECLARED[case]
+    random_model(model_type, **changes | {"hidden_size": 128}).save_pretrained(tmp_path / "whole model")
+    layout = note_layout(ModelDirectory(tmp_path / "whole model")).layout
+    config = engine_config(write(None, sublayers("1.block"), tmp_path / "pruned"))
+    with set_current_vllm_config(config):
+        block = initialize_model(config).get_submodule(f"{layout.blocks}.1")
+    given = {"hidden_states": torch.randn(3, 128)}
+    if "residual" in signature(block.forward).parameters:
+        given["residual"] = torch.randn(3, 128)
+    before = sum(given.values())
+    after = block(positions=torch.arange(3), **given)
+    assert torch.equal(sum(after) if isinstance(after, tuple) else after, before)
 
 
 def test_pipeline_parallel_is_refused_where_vllm_runs_transformers_code(distributed, tmp_path):

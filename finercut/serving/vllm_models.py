@@ -34,7 +34,10 @@ RENAMED = {
     "MixtralDecoderLayer": {"mlp": "block_sparse_moe"},
     "Lfm2ShortConvDecoderLayer": {"conv": "short_conv"},
     "Lfm2MoeShortConvDecoderLayer": {"conv": "short_conv"},
+    "TransformerBlock": {"self_attn": "attn"},  # gpt-oss
 }
+# Whose sublayers give (output, bias to be added), as vLLM's linear layers do.
+GIVEN_WITH_BIAS = ("FalconDecoderLayer",)
 
 
 class RemovedNorm(nn.Module):
@@ -74,14 +77,14 @@ class RemovedCore(nn.Module):
 
 
 class WithBias(nn.Module):
-    """Gives what vLLM's linear layers give, where one of them is a member of its own: (output, bias to be added)."""
+    """Gives what vLLM's linear layers give: (output, bias to be added)."""
 
     def __init__(self, removed: nn.Module) -> None:
         super().__init__()
         self.removed = removed
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self.removed(hidden_states), None
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return self.removed(*args, **kwargs), None
 
 
 def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, Any], vllm_config: VllmConfig) -> None:
@@ -113,7 +116,10 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
     for name, replacement in replacements.items():
         member = getattr(block, name)
         removed.update(member.modules())
-        setattr(block, name, WithBias(replacement) if isinstance(member, LinearBase) else replacement)
+        with_bias = isinstance(member, LinearBase) or (
+            isinstance(replacement, RemovedCore) and type(block).__name__ in GIVEN_WITH_BIAS
+        )
+        setattr(block, name, WithBias(replacement) if with_bias else replacement)
     # vLLM looks here for what needs a KV cache, or an expert's kernels.
     compilation = vllm_config.compilation_config
     gone = {name for name, module in compilation.static_forward_context.items() if module in removed}
