@@ -257,6 +257,12 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> Iterator[int]:
+    """One more than there are cores: a quarter of the time tests wait, for servers, schedules and engines."""
+    return (yield) + 1
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Keep what the test files import out of garbage collections, each of which takes a second to look through it."""

@@ -312,7 +312,7 @@ def test_an_execution_holds_the_workspace_for_itself_and_its_stages(toy):
 
 
 def test_cancelling_stops_the_stage_and_closes_the_run_as_killed(toy, prefect_server):
-    write(stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": "sleep 2718.2 & sleep 2718.2"}})
+    write(stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": "sleep 2236.07 & sleep 2236.07"}})
     environment = os.environ | {"PREFECT_API_URL": prefect_server}
     execution = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", "run"],
@@ -321,12 +321,12 @@ def test_cancelling_stops_the_stage_and_closes_the_run_as_killed(toy, prefect_se
         stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 90
-    while not processes_with("2718.2") and execution.poll() is None and time.monotonic() < deadline:
+    while not processes_with("2236.07") and execution.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     execution.send_signal(signal.SIGTERM)  # what a Prefect worker sends to cancel
     _, said = execution.communicate(timeout=60)
     assert execution.returncode != 0, said.decode()
-    assert gone("2718.2")
+    assert gone("2236.07")
     (run,) = runs(toy["flow"]["experiment"])
     assert run.info.status == "KILLED"
 
