@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import click
 
+from finercut.system.imports import large_imports
 from finercut.system.machine import prepare
 from finercut.system.redaction import install, redacted
 
@@ -174,9 +175,10 @@ def run(file: Path | None, pull: bool) -> None:
         if file is not None:
             _take_params(file)
         _prepare_prefect()
-        from . import summary
-        from .flow import compress
-        from .register import Refused
+        with large_imports():
+            from . import summary
+            from .flow import compress
+            from .register import Refused
 
         local_store = not os.environ.get("MLFLOW_TRACKING_URI")
         try:
@@ -226,9 +228,10 @@ def frontier(budgets: str, unit: str | None, rule: str, pull: bool) -> None:
     settings.check_budgets(amounts, unit or given.prune.budget.unit)
     with exclusive(paths.WORK):
         _prepare_prefect()
-        from . import frontier as points
-        from .flow import compress
-        from .register import Refused
+        with large_imports():
+            from . import frontier as points
+            from .flow import compress
+            from .register import Refused
 
         local_store = not os.environ.get("MLFLOW_TRACKING_URI")
         try:

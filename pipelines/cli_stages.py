@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from finercut.system.imports import large_imports
+
 from . import paths
 
 if TYPE_CHECKING:
@@ -151,7 +153,8 @@ def _command(name: str, explanation: str) -> click.Command:
 def runner(name: str) -> Callable[[Params], object]:
     """What runs a stage: its module, or for a step that needs none `pipelines.steps`."""
     if importlib.util.find_spec(f"{__package__}.{name}") is not None:
-        return importlib.import_module(f"{__package__}.{name}").run
+        with large_imports():
+            return importlib.import_module(f"{__package__}.{name}").run
     from . import steps
 
     return partial(steps.run_and_report, name)

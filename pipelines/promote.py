@@ -20,7 +20,7 @@ from finercut.registry.ledger import Ledger, State
 from finercut.registry.records import Check
 from finercut.registry.server import mlflow_errors
 
-from . import recheck, summary
+from . import summary
 from .params import Params
 
 logger = logging.getLogger("finercut")
@@ -118,6 +118,8 @@ def promote(params: Params, name: str, wanted: str, reason: str = "", dry_run: b
         challenger = challenger or read_evidence(version)
         judgement = _against_champion(params, challenger, client, name, state.champion)
         if judgement.passed and not dry_run:
+            from . import recheck  # imports torch, which the figures alone do without
+
             proof = proof or recheck.files(params, version, challenger)
             judgement = replace(judgement, checks=[*judgement.checks, *proof])
         if not judgement.passed:

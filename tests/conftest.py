@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -252,6 +255,24 @@ LONGEST = (
     "test_collect",
     "test_promote",
 )
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> Iterator[int]:
+    """One more than there are cores: a quarter of the time tests wait, for servers, schedules and engines."""
+    return (yield) + 1
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep what the test files import out of garbage collections, each of which takes a second to look through it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # nanobind calls what is frozen at the end leaked
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.server
 import json
 import os
@@ -26,6 +27,7 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_UR
 
 from finercut.registry import runs
 from finercut.system import machine
+from finercut.system.imports import large_imports
 from pipelines import dag, environment, prefect_database, settings
 from pipelines.cli import main
 
@@ -413,6 +415,19 @@ class _OlderTrackingServer(_Answers):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.do_GET()
+
+
+def test_large_imports_are_without_garbage_collections_and_leave_them_as_they_were():
+    with large_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with large_imports():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,14 @@
 """Runs a registered version in `mlflow.pyfunc`: text in, text out. MLflow stores this file beside the checkpoint.
 
-It imports nothing of finercut: it must load where only mlflow, torch and transformers are installed.
+It imports nothing of finercut: it must load where only mlflow, torch and transformers are installed. MLflow also runs
+this file whenever a version is registered, which needs no model: so the libraries wait for one.
 """
 
 from pathlib import Path
 
 import pandas
-import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
@@ -24,6 +23,9 @@ class ServedModel(PythonModel):
     """Greedy continuation of each prompt."""
 
     def load_context(self, context):
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
         # The checkpoint's own files, uploaded with it, serve where finercut is not installed.
         self.tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, trust_remote_code=True)
         # The config has the defaults of its class: config.json need not name a soft cap.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -18,13 +19,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finercut.model.tokenizer_files import present
 from finercut.serving.settings import EngineSettings
 from finercut.serving.vllm_engine import shortened
 from finercut.serving.vllm_process import arguments, tokenizer_sample
 
 
 def _main() -> None:
+    # Garbage may stay for the seconds that this process lives: collections would look through all that vLLM imports.
+    gc.disable()
+    from finercut.model.tokenizer_files import present
+
     # Libraries print to the standard output: keep it to the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import gc
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ from typing import Any
 
 from finercut.serving.settings import EngineSettings, Load
 from finercut.serving.vllm_engine import N_GENERATED, N_LIKELIEST, Continuation, Round
+from finercut.system.imports import large_imports
 
 
 def _main() -> None:
@@ -54,8 +57,12 @@ def _listen(requests: SimpleQueue[dict[str, Any] | None]) -> None:
 
 
 def _start_vllm(directory: str, settings: EngineSettings) -> Any:
-    from vllm import LLM
+    with large_imports():
+        from vllm import LLM
 
+    # An engine collects garbage at five places as it starts: what was imported need not be looked through each time.
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # nanobind calls what is frozen at the end leaked
     return LLM(**arguments(directory, settings))
 
 
