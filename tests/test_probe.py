@@ -49,6 +49,17 @@ def test_the_model_is_as_it_was(tokens):
         ("bert", {}, "runs for the attention and for the MLP"),
         ("gpt_neo", {"num_layers": 4, "attention_types": [[["global"], 4]]}, "attn has no layer_idx"),
         ("openai-gpt", {}, "0 of a block's modules let tokens see each other"),
+        (
+            "dbrx",
+            {
+                "d_model": 64,
+                "n_heads": 4,
+                "n_layers": 4,
+                "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+                "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1},
+            },
+            "what seems to be a core is given no hidden states",
+        ),
         ("gpt_neox_japanese", {}, "block 3 less its attention is not the block with that masked"),
     ],
 )

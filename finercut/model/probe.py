@@ -134,8 +134,10 @@ def find_layout(model: PreTrainedModel) -> Layout:
         layout = replace(layout, sequential=all(sequential))
         _check_cache(model, blocks, layout, tokens)
     except _FAILURES as error:
+        # What stands in a core's place looks for states among its arguments.
+        reason = "what seems to be a core is given no hidden states" if isinstance(error, StopIteration) else error
         raise ValueError(
-            f"cannot tell the sublayers of this {model.config.model_type} model: {error}. Found {found}. "
+            f"cannot tell the sublayers of this {model.config.model_type} model: {reason}. Found {found}. "
             f"If you know better, write into config.json, as {LAYOUT_KEY!r}, what is like {EXAMPLE}"
         ) from error
     return layout
