@@ -164,6 +164,17 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite 4": ("granitemoehybrid", {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite 4 dense": ("granitemoehybrid", {**_GRANITE, "num_local_experts": 0}),
     "bamba": ("bamba", {"attn_layer_indices": [1, 3], **_SSM}),
+    # A block has a state space model beside its attention.
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **_SSM,
+            "mamba_d_ssm": 128,
+            "ssm_multipliers": [0.5, 2.0, 0.7, 1.3, 0.9],
+            "ssm_in_multiplier": 0.8,
+            "attention_in_multiplier": 1.2,
+        },
+    ),
     "jamba": (
         "jamba",
         {

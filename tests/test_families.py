@@ -312,7 +312,6 @@ def _routed(model_type: str) -> list[int]:
     ("model_type", "changes", "message"),
     [
         ("bart", {}, "an encoder and a decoder"),
-        ("falcon_h1", {}, "asks every block for its state space model"),
         (
             "llama",
             {"quantization_config": {"quant_method": "hqq"}},

@@ -11,7 +11,7 @@ import family_engines
 import pytest
 import torch
 from conftest import random_llama
-from family_models import CASES, UNDECLARED, each, random_model
+from family_models import CASES, HYBRIDS, UNDECLARED, each, random_model
 from multimodal_models import save
 from safetensors.torch import load_file
 from torch import nn
@@ -159,14 +159,14 @@ def test_the_model_is_vllms_own_with_all_it_can_do(built):
     assert utils.make_layers.__module__ == utils.__name__
 
 
-@pytest.mark.parametrize("case", ["falcon", "gpt_oss"])
+@pytest.mark.parametrize("case", ["falcon", "falcon_h1", "gpt_oss"])
 def test_a_block_without_sublayers_hands_on_the_stream_whatever_vllm_calls_and_expects_of_them(
     case, distributed, tmp_path
 ):
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    model_type, changes = UNDECLARED[case]
+    model_type, changes = (UNDECLARED | HYBRIDS)[case]
     random_model(model_type, **changes | {"hidden_size": 128}).save_pretrained(tmp_path / "whole model")
     layout = note_layout(ModelDirectory(tmp_path / "whole model")).layout
     config = engine_config(write(None, sublayers("1.block"), tmp_path / "pruned"))

@@ -253,8 +253,6 @@ def check_supported(config: Any, *, dequantised: bool = False) -> None:
     if getattr(config, QUANTISATION, None):
         _check_quantised(config, kind, dequantised)
     language = config.get_text_config()
-    if language.model_type == "falcon_h1":
-        raise ValueError(f"{kind}: transformers' code for loading it asks every block for its state space model")
     if config.is_encoder_decoder or language.is_encoder_decoder:
         raise ValueError(f"{kind}: it is an encoder and a decoder, and only decoders are searched")
     if language is not config:

@@ -88,6 +88,10 @@ def bypass(block: nn.Module, kind: str, branch: dict[str, Any] | None) -> dict[s
         n_outputs = path.get("n_outputs") or (2 if kind == "attention" else 1)
         members = {name: nn.Identity() for name in (*path["before"], *path["after"])}
         core = Removed(kind, n_outputs, path.get("stream"))
+        # Models set what is not stored when they are loaded, in every block.
+        whole = getattr(block, path["core"])
+        for name in whole._non_persistent_buffers_set:
+            core.register_buffer(name, whole.get_buffer(name), persistent=False)
         for name, instead in (members | {path["core"]: core}).items():
             replaced[name] = getattr(block, name)
             setattr(block, name, instead)
@@ -271,6 +275,15 @@ class PrunedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         remove_sublayers(self)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether transformers' code is not what initialises it: that of the whole model decides. Transformers passes
+        over the model itself otherwise, and buffers that it sets in its blocks stay without values."""
+        whole = next(
+            base for base in cls.__mro__ if not issubclass(base, PrunedModel) and hasattr(base, "is_custom_code")
+        )
+        return whole.is_custom_code()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -36,8 +36,9 @@ RENAMED = {
     "Lfm2MoeShortConvDecoderLayer": {"conv": "short_conv"},
     "TransformerBlock": {"self_attn": "attn"},  # gpt-oss
 }
-# Whose sublayers give (output, bias to be added), as vLLM's linear layers do.
-GIVEN_WITH_BIAS = ("FalconDecoderLayer",)
+# Sublayers that give a pair, by the block's class: (output, bias to be added) as vLLM's linear layers do, or (output,
+# residual stream).
+IN_PAIRS = {"FalconDecoderLayer": ("attention", "mlp"), "FalconH1ParallelHybrid": ("attention",)}
 
 
 class RemovedNorm(nn.Module):
@@ -60,16 +61,20 @@ class RemovedCore(nn.Module):
     Args:
         has_norm: a `RemovedNorm` before it gives it what is to be added to the residual stream already, to be handed
             on. Without one it is given the residual stream, and adds nothing.
+        in_pair: what stood there gave two values.
     """
 
-    def __init__(self, has_norm: bool) -> None:
+    def __init__(self, has_norm: bool, in_pair: bool) -> None:
         super().__init__()
         self.has_norm = has_norm
+        self.in_pair = in_pair
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, None]:
         # Families name and order a core's arguments differently; positions are integers.
         given = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.is_floating_point()]
         added = given[0] if self.has_norm else torch.zeros_like(given[0])
+        if self.in_pair:
+            return added, None
         # Some return nothing, and write into a second tensor.
         if len(given) > 1 and given[1].shape == added.shape:
             given[1].copy_(added)
@@ -77,14 +82,14 @@ class RemovedCore(nn.Module):
 
 
 class WithBias(nn.Module):
-    """Gives what vLLM's linear layers give: (output, bias to be added)."""
+    """Gives what vLLM's linear layers give, where one of them is a member of its own: (output, bias to be added)."""
 
     def __init__(self, removed: nn.Module) -> None:
         super().__init__()
         self.removed = removed
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        return self.removed(*args, **kwargs), None
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.removed(hidden_states), None
 
 
 def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, Any], vllm_config: VllmConfig) -> None:
@@ -99,11 +104,12 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
     """
     branch = branch_of(layout, kind, int(prefix.rpartition(".")[2]))
     beside = branch.get("beside", ())
+    in_pair = kind in IN_PAIRS.get(type(block).__name__, ())
     replacements: dict[str, nn.Module] = {}
     for path in (branch, *beside):
         replacements |= {name: RemovedNorm() for name in path["before"]}
         # Of several that run in parallel the first hands on what is to be added, and the others add nothing to it.
-        replacements[path["core"]] = RemovedCore(has_norm=path is branch and bool(branch["before"]))
+        replacements[path["core"]] = RemovedCore(path is branch and bool(branch["before"]), in_pair)
         replacements |= {name: nn.Identity() for name in path["after"]}
     renamed = RENAMED.get(type(block).__name__, {})
     replacements = {renamed.get(name, name): replacement for name, replacement in replacements.items()}
@@ -116,10 +122,7 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
     for name, replacement in replacements.items():
         member = getattr(block, name)
         removed.update(member.modules())
-        with_bias = isinstance(member, LinearBase) or (
-            isinstance(replacement, RemovedCore) and type(block).__name__ in GIVEN_WITH_BIAS
-        )
-        setattr(block, name, WithBias(replacement) if with_bias else replacement)
+        setattr(block, name, WithBias(replacement) if isinstance(member, LinearBase) else replacement)
     # vLLM looks here for what needs a KV cache, or an expert's kernels.
     compilation = vllm_config.compilation_config
     gone = {name for name, module in compilation.static_forward_context.items() if module in removed}
