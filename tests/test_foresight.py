@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_llama
-from family_models import CASES, random_model
+from family_models import CASES, HYBRIDS, random_model
 from multimodal_models import random_wrapper
 from vllm_cases import NO_WINDOWS, model_for_vllm
 
@@ -49,6 +49,7 @@ MODELS = {
     "gpt2": lambda: random_model(*CASES["gpt2"][:1], **CASES["gpt2"][1] | {"hidden_size": 128}),
     "smolvlm": lambda: random_wrapper("smolvlm"),
     "gemma3": lambda: random_wrapper("gemma3"),
+    "mamba": lambda: random_model(*HYBRIDS["mamba"][:1], **HYBRIDS["mamba"][1]),
     # Its embeddings are not tied, and its attention's output has a bias: vLLM has no place for one or the other.
     "bloom": lambda: random_model("bloom", hidden_size=128),
     "qwen3": lambda: random_model(*CASES["qwen3"][:1], **CASES["qwen3"][1] | WIDE | NO_WINDOWS),
@@ -98,6 +99,8 @@ def test_a_sequence_that_does_not_fit_the_cache_is_found(answers):
 
 def test_vllm_says_which_models_it_will_not_serve(answers):
     assert answers["small heads"]["plain"].startswith("CPU_ATTN has no kernel for heads of size 16, only for those of")
+    for name in ("mamba", "mamba pruned"):
+        assert answers[name]["plain"] == "its build for CPUs has no kernel for the scan of Mamba's state space model"
     assert refused(answers["stablelm pruned"]) == refused(answers["stablelm"])
     assert answers["olmo2"]["two stages"] is None
     assert "use tensor_parallel_size" in answers["olmo2 pruned"]["two stages"]

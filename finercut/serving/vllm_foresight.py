@@ -118,11 +118,12 @@ def _check_attention(config: Any, settings: EngineSettings) -> None:
         config: vLLM's, with which a model was made.
 
     Raises:
-        ValueError: vLLM has no kernel for the heads, or a sequence does not fit the KV cache.
+        ValueError: vLLM has no kernel for the heads or a scan, or a sequence does not fit the KV cache.
     """
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
     from vllm.platforms import current_platform
     from vllm.v1.core.kv_cache_utils import estimate_max_model_len, is_kv_cache_spec_uniform, max_memory_usage_bytes
 
@@ -135,6 +136,9 @@ def _check_attention(config: Any, settings: EngineSettings) -> None:
                 f"{backend.get_name()} has no kernel for heads of size {layer.head_size}, only for those of "
                 f"{', '.join(map(str, backend.get_supported_head_sizes()))}"
             )
+    scans = any(isinstance(layer, MambaMixer) for layer in layers.values())
+    if scans and current_platform.is_cpu() and not hasattr(torch.ops._C, "selective_scan_fwd"):
+        raise ValueError("its build for CPUs has no kernel for the scan of Mamba's state space model")
     if len(attentions) < len(layers):
         return  # recurrent states and latent attention, whose caches only an engine lays out
     current_platform.update_block_size_for_backend(config)
