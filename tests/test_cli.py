@@ -51,6 +51,15 @@ def test_help_teaches_and_imports_nothing_heavy():
         assert len(text.splitlines()) > 5, command
 
 
+def test_commands_that_compare_and_register_figures_import_no_torch():
+    code = (
+        "import sys\nfrom pipelines import collect, promote, register, status\n"
+        "print([name for name in ('torch', 'transformers', 'vllm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_an_error_is_one_line_that_names_the_stage_and_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     said = finercut("fetch", cwd=tmp_path)
