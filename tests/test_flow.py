@@ -139,20 +139,10 @@ def test_prefect_shows_each_run_by_model_and_budget_with_the_figures_and_progres
     assert "reports/report.html" in told["finercut-summary"].data
 
 
-def written_by_another_version(**changes):
-    """reports/evaluate.json changed (None: without the field), and DVC's cache with it."""
-    path = Path("reports/evaluate.json")
-    content = json.loads(path.read_text()) | changes
-    path.unlink()  # a link into the cache
-    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
-    subprocess.run([sys.executable, "-m", "dvc", "commit", "--quiet", "--force", "evaluate"], check=True)
-
-
 def test_a_second_execution_runs_nothing_logs_every_figure_again_and_makes_no_version_but_a_challenger(executed):
     toy, first = executed
     client = mlflow.MlflowClient()
     client.delete_registered_model_alias(toy["register"]["name"], "challenger")
-    written_by_another_version(from_the_future=1)  # a field of a later one, which is read
     second = compress()
     assert (second.status, second.version) == ("already registered", first.version)
     challenger = client.get_model_version_by_alias(toy["register"]["name"], "challenger")
@@ -166,6 +156,15 @@ def test_a_second_execution_runs_nothing_logs_every_figure_again_and_makes_no_ve
     assert [(m.step, m.value) for m in history] == [(1, 0.1), (2, 0.375)]
 
 
+def written_by_another_version(**changes):
+    """reports/evaluate.json changed (None: without the field), and DVC's cache with it."""
+    path = Path("reports/evaluate.json")
+    content = json.loads(path.read_text()) | changes
+    path.unlink()  # a link into the cache
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    subprocess.run([sys.executable, "-m", "dvc", "commit", "--quiet", "--force", "evaluate"], check=True)
+
+
 def test_a_cached_report_that_lacks_what_this_version_needs_is_made_again(executed):
     toy, _ = executed
     written_by_another_version(whole_perplexity=None)
@@ -176,6 +175,14 @@ def test_a_cached_report_that_lacks_what_this_version_needs_is_made_again(execut
         "evaluate": "ran",
         "throughput": "cached",
     }
+
+
+def test_a_cached_report_with_a_field_of_a_later_version_is_read(executed):
+    toy, _ = executed
+    written_by_another_version(from_the_future=1)
+    assert compress().status == "already registered"
+    run = runs(toy["flow"]["experiment"])[0]
+    assert {name: run.data.tags[f"stage.{name}"] for name in STAGES} == dict.fromkeys(STAGES, "cached")
 
 
 def test_a_stage_whose_local_source_was_edited_is_to_run_again(tmp_path, monkeypatch, tiny_model):
@@ -280,16 +287,13 @@ def test_a_stage_that_takes_too_long_is_stopped_with_all_its_processes(toy):
     assert gone("3141.5", within_s=0)
 
 
-def test_a_collected_checkpoint_is_a_new_version_when_made_again_and_a_disk_that_cannot_be_freed_is_told(executed):
-    toy, first = executed
-    book = Ledger(mlflow.MlflowClient(), first.name)
-    assert book.append(book.read(), "collected", first.version, first.run_id)
+def test_a_disk_that_cannot_be_freed_leaves_the_run_registered_and_is_told(executed):
+    toy, _ = executed
     leave_searches(4)
     oldest = paths.WORK / "search" / "0"
     oldest.rename("elsewhere")
     oldest.symlink_to(Path("elsewhere").absolute())  # no folder to delete
-    second = compress(collect=True)
-    assert (second.status, second.version) == ("registered", "2")
+    assert compress(collect=True).status == "already registered"
     oldest.unlink()
     run = runs(toy["flow"]["experiment"])[0]
     assert run.info.status == "FINISHED"
@@ -309,6 +313,14 @@ def test_an_execution_holds_the_workspace_for_itself_and_its_stages(toy):
     with holding() as other, pytest.raises(RuntimeError, match=rf"^process {other.pid} works in "):
         compress()
     assert len(runs(toy["flow"]["experiment"])) == 1, "nothing was begun"
+
+
+def test_a_checkpoint_that_was_collected_is_a_new_version_when_it_is_made_again(executed):
+    _, first = executed
+    book = Ledger(mlflow.MlflowClient(), first.name)
+    assert book.append(book.read(), "collected", first.version, first.run_id)
+    second = compress()
+    assert (second.status, second.version) == ("registered", "2")
 
 
 def test_cancelling_stops_the_stage_and_closes_the_run_as_killed(toy, prefect_server):
