@@ -226,6 +226,7 @@ def attempt(model_type: str) -> Outcome:
     try:
         config = CONFIG_MAPPING[model_type]()
     except Exception as error:
+        # A config class that needs arguments fails without them in any way.
         return Outcome("not tried", f"no default config: {_line(error)}")
     try:
         check_supported(config)

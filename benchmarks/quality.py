@@ -216,7 +216,7 @@ class _Workspace:
         return _Measure(self.arguments, self.root)
 
     def _at_budget(self, method: str, share: float) -> None:
-        where = self.root / f"{method.replace(',', '').replace(' ', '_')}-{share:g}"
+        where = self.root / f"{method.replace(' ', '_')}-{share:g}"
         search = self.values["search"] | {"mode": self.arguments.mode, "removals": "auto"} | METHODS[method]
         budget = {"unit": "parameters", "amount": _of_all_parameters(share, costs_of(self.whole))}
         for healing in self.arguments.heal:

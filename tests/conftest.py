@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import logging
 import os
 import shutil
@@ -14,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import servers
+
+from finercut.system.imports import freeze_imports, large_imports
 
 pytest.register_assert_rewrite("bad_input")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -144,6 +144,13 @@ def tokens():
     return torch.randint(3, 400, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
+def few_tokens(n, seed):
+    """(n, 24) ids of few tokens, so that what holds for some windows holds for others."""
+    import torch
+
+    return torch.randint(3, 30, (n, 24), generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture(scope="session")
 def sqlite_store(tmp_path_factory) -> str:
     """The address of an SQLite store of MLflow.
@@ -266,13 +273,10 @@ def pytest_xdist_auto_num_workers() -> Iterator[int]:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Keep what the test files import out of garbage collections, each of which takes a second to look through it."""
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
-        atexit.register(gc.unfreeze)  # nanobind calls what is frozen at the end leaked
+    with large_imports():
+        collected = yield
+        freeze_imports()
+    return collected
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

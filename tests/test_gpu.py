@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from bad_input import VALID
+from conftest import few_tokens
 
 from finercut.checkpoint.records import HealReport
 from finercut.evaluation.records import EvaluateReport
@@ -73,11 +74,6 @@ def test_a_streamed_search_gives_the_resident_searchs_numbers(tiny_model, tokens
     assert [(r.sublayer, r.divergence) for r in found] == of_trajectory(expected)
 
 
-def few(n, seed):
-    """Windows of few tokens, so that what holds for some holds for others."""
-    return torch.randint(3, 30, (n, 24), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture
 def compress(tmp_path, tiny_model, monkeypatch, without_vllm):
     """Runs the stages from fetch to evaluate on a device."""
@@ -99,7 +95,7 @@ def compress(tmp_path, tiny_model, monkeypatch, without_vllm):
         paths.REPORTS.mkdir()
         fetch_stage.run(chosen)
         paths.CALIBRATION.mkdir()
-        write_tokens(paths.CALIBRATION, Tokens(few(4, 0), few(4, 1), few(64, 2)), {})
+        write_tokens(paths.CALIBRATION, Tokens(few_tokens(4, 0), few_tokens(4, 1), few_tokens(64, 2)), {})
         search_stage.run(chosen)
         prune.run(chosen)
         for step in ("heal", "quantise"):

@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import few_tokens
 from family_models import CASES, random_model
 from safetensors.torch import load_file, save_file
 
@@ -80,14 +81,9 @@ def reconstructed(model, batch, removed, stored=lambda name: None, **changes):
     return found.run(reconstruct.Reconstruction(found, reconstructing(**changes)))
 
 
-def windows(n, seed):
-    # Few tokens, so that what holds for some windows holds for others.
-    return torch.randint(3, 30, (n, N), generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def tokens_to_heal():
-    return Tokens(calibration=windows(4, 0), held_out=windows(4, 1), healing=windows(64, 2))
+    return Tokens(calibration=few_tokens(4, 0), held_out=few_tokens(4, 1), healing=few_tokens(64, 2))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +215,7 @@ def test_a_fit_to_other_text_than_the_held_out_leaves_the_parent(run, pruned, to
 
 
 def test_without_healing_tokens_the_calibrations_are_taken_with_a_warning(run, tokens_to_heal, caplog):
-    few = dataclasses.replace(tokens_to_heal, calibration=windows(64, 2), healing=None)
+    few = dataclasses.replace(tokens_to_heal, calibration=few_tokens(64, 2), healing=None)
     _, healed, _ = run(refitting(), tokens=few)
     assert "no tokens for healing; taking its 64 windows" in caplog.text
     _, same, _ = run(refitting(), name="again")
@@ -307,11 +303,13 @@ def test_micro_batches_do_not_change_the_result_by_more_than_rounding(run, monke
 
 
 def test_windows_are_all_seen_before_any_is_seen_again():
-    order = distill._Windows(windows(5, 0), 12, seed=3).order
+    order = distill._Windows(few_tokens(5, 0), 12, seed=3).order
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
     assert order[:5] != order[5:10]
     assert (
-        order == distill._Windows(windows(5, 0), 12, seed=3).order != distill._Windows(windows(5, 0), 12, seed=4).order
+        order
+        == distill._Windows(few_tokens(5, 0), 12, seed=3).order
+        != distill._Windows(few_tokens(5, 0), 12, seed=4).order
     )
 
 
@@ -441,7 +439,7 @@ def streams(model, removed, kind, block, batch):
 def test_a_refit_is_the_ridge_solution_of_numpy(tiny_model):
     # 1.attention is removed: 0.mlp is the first that is fitted, with nothing drifted before it.
     removed = [Sublayer(1, "attention")]
-    batch = windows(32, 3)
+    batch = few_tokens(32, 3)
     model = load_whole(tiny_model)
     own = model.model.layers[0].mlp.down_proj.weight.detach().clone().double().numpy()
     seen = streams(model, removed, "mlp", 0, batch)
@@ -484,7 +482,7 @@ def at(norms, model, batch, gone):
 
 def test_a_refit_lowers_what_is_missing_at_every_gap_on_its_own_tokens(tiny_model):
     removed = [Sublayer(1, "attention"), Sublayer(2, "mlp")]
-    batch = windows(32, 3)
+    batch = few_tokens(32, 3)
     whole, fitted = load_whole(tiny_model), load_whole(tiny_model)
     fit(fitted, batch, removed)
     norms = [f"model.layers.{i}.{name}" for i, name in ((1, "post_attention_layernorm"), (3, "input_layernorm"))]
@@ -500,7 +498,7 @@ def test_a_refit_lowers_what_is_missing_at_every_gap_on_its_own_tokens(tiny_mode
 
 
 def test_nothing_before_the_first_gap_is_fitted(tiny_model):
-    fitted = fit(load_whole(tiny_model), windows(64, 3), [Sublayer(2, "attention")])
+    fitted = fit(load_whole(tiny_model), few_tokens(64, 3), [Sublayer(2, "attention")])
     assert {name.split(".")[2] for name in fitted} <= {"1", "2", "3"}
     assert "model.layers.1.mlp.down_proj.weight" in fitted
     assert "model.layers.1.self_attn.o_proj.weight" not in fitted
@@ -515,7 +513,7 @@ def test_a_ridge_too_small_for_inputs_that_repeat_changes_nothing():
 
 
 def test_what_follows_sees_the_rounded_weights(tiny_model):
-    batch = windows(16, 3)
+    batch = few_tokens(16, 3)
     model = load_whole(tiny_model)
     stored = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
     fitted = fit(model, batch, [Sublayer(1, "attention")], stored=stored.get)
@@ -540,7 +538,7 @@ FITTED = {
 def test_every_kind_of_family_has_something_to_fit_and_gains_by_it(case):
     model_type, changes = CASES[case]
     removed = [Sublayer(1, "attention"), Sublayer(2, "mlp")]
-    batch, held_out = windows(32, 3), windows(4, 4)
+    batch, held_out = few_tokens(32, 3), few_tokens(4, 4)
     whole, fitted = (random_model(model_type, **changes) for _ in range(2))
     with masked(fitted, removed):
         before = fidelity(logits_of(whole), logits_of(fitted), held_out)
@@ -556,12 +554,12 @@ def test_parallel_blocks_are_refused_with_what_to_do():
     with pytest.raises(
         ValueError, match="cannot fit a gpt_neox model, whose blocks are not .* take heal.method reconstruct"
     ):
-        refit.fit(random_model(model_type, **changes), windows(4, 3), [Sublayer(1, "mlp")], [0.1], 8 * N)
+        refit.fit(random_model(model_type, **changes), few_tokens(4, 3), [Sublayer(1, "mlp")], [0.1], 8 * N)
 
 
 def test_one_window_is_refused(tiny_model):
     with pytest.raises(ValueError, match="two windows at least"):
-        fit(load_whole(tiny_model), windows(1, 3), [Sublayer(1, "mlp")])
+        fit(load_whole(tiny_model), few_tokens(1, 3), [Sublayer(1, "mlp")])
 
 
 # Reconstruction
@@ -570,7 +568,7 @@ def test_one_window_is_refused(tiny_model):
 def test_a_reconstruction_is_what_a_plain_loop_of_adam_finds(tiny_model):
     # 1.attention is removed: 0.mlp is the first that is trained, with nothing drifted before it.
     removed, steps = [Sublayer(1, "attention")], 6
-    batch = windows(32, 3)
+    batch = few_tokens(32, 3)
     model = load_whole(tiny_model)
     names = ["model.layers.0.post_attention_layernorm", "model.layers.1.post_attention_layernorm"]
     before, target = at(names, model, batch, []).values()
@@ -613,8 +611,8 @@ def test_a_reconstruction_is_what_a_plain_loop_of_adam_finds(tiny_model):
 
 def test_only_sublayers_beside_a_gap_are_trained_on_request(tiny_model):
     removed = [Sublayer(1, "mlp"), Sublayer(2, "attention")]
-    everywhere = reconstructed(load_whole(tiny_model), windows(64, 3), removed, ridges=[], sublayers="all")
-    beside = reconstructed(load_whole(tiny_model), windows(64, 3), removed, ridges=[], sublayers="gaps")
+    everywhere = reconstructed(load_whole(tiny_model), few_tokens(64, 3), removed, ridges=[], sublayers="all")
+    beside = reconstructed(load_whole(tiny_model), few_tokens(64, 3), removed, ridges=[], sublayers="gaps")
     of = [{(int(name.split(".")[2]), "mlp" in name) for name in one if "_proj" in name} for one in (everywhere, beside)]
     assert of[0] == {(1, False), (2, True), (3, False), (3, True)}
     assert of[1] == {(1, False), (2, True)}
@@ -659,7 +657,7 @@ def test_an_interrupted_fit_continues_to_the_same_bytes(run, tmp_path, monkeypat
 def test_parallel_blocks_and_experts_are_reconstructed(case, trained):
     model_type, changes = CASES[case]
     removed = [Sublayer(1, "attention"), Sublayer(2, "mlp")]
-    batch, held_out = windows(32, 3), windows(4, 4)
+    batch, held_out = few_tokens(32, 3), few_tokens(4, 4)
     whole, fitted = (random_model(model_type, **changes) for _ in range(2))
     stored = {name: p.detach().bfloat16() for name, p in fitted.named_parameters()}
     with masked(fitted, removed):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_llama
+from conftest import few_tokens, random_llama
 from family_models import CASES, random_model
 
 from finercut.model.masking import masked
@@ -17,12 +17,7 @@ N = 24
 RIDGES = [0.01, 0.1, 1.0]
 
 
-def windows(n, seed):
-    # Few tokens, so that what holds for some windows holds for others.
-    return torch.randint(3, 30, (n, N), generator=torch.Generator().manual_seed(seed))
-
-
-CALIBRATION, HELD_OUT, HEALING = windows(4, 0), windows(2, 1), windows(48, 2)
+CALIBRATION, HELD_OUT, HEALING = few_tokens(4, 0), few_tokens(2, 1), few_tokens(48, 2)
 
 
 def searched(model, n_removals, every=1, **how):

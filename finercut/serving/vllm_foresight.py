@@ -236,6 +236,7 @@ def _check_weights(
         with sources:
             loader.load_weights(model, config.model_config)
     except Exception as error:
+        # vLLM's loaders refuse by errors of every class, also by assertions.
         raise ValueError(f"its model does not take {reached}: {_one_line(error)}") from error
     used = set[str]().union(*map(sources.of, [*model.parameters(), *model.buffers()]))
     if unused := sorted(set(computing) & shapes.keys() - used):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import gc
 import json
 import os
 import platform
@@ -24,7 +22,7 @@ from typing import Any
 
 from finercut.serving.settings import EngineSettings, Load
 from finercut.serving.vllm_engine import N_GENERATED, N_LIKELIEST, Continuation, Round
-from finercut.system.imports import large_imports
+from finercut.system.imports import freeze_imports, large_imports
 
 
 def _main() -> None:
@@ -60,9 +58,7 @@ def _start_vllm(directory: str, settings: EngineSettings) -> Any:
     with large_imports():
         from vllm import LLM
 
-    # An engine collects garbage at five places as it starts: what was imported need not be looked through each time.
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # nanobind calls what is frozen at the end leaked
+        freeze_imports()  # an engine collects garbage at five places as it starts
     return LLM(**arguments(directory, settings))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,3 +19,9 @@ def large_imports() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def freeze_imports() -> None:
+    """Keep what is in memory out of later garbage collections, each of which would look through all of it."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # nanobind calls what is frozen at the end leaked
