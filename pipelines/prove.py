@@ -58,12 +58,17 @@ def run(params: Params) -> ProveReport:
     )
     report.write(paths.report("prove"))
     if failed := [claim for claim in claims if not claim.holds]:
-        raise RuntimeError(
-            "not proved: "
-            + "; ".join(f"{c.name} ({c.statement}): {c.figures}, allowed {c.limit}" for c in failed)
-            + ". Run `finercut prune` again"
-        )
+        found = "; ".join(f"{c.name} ({c.statement}): {c.figures}, allowed {c.limit}" for c in failed)
+        raise RuntimeError(f"not proved: {found}. {_remedy(failed[0].name)}")
     return report
+
+
+def _remedy(claim: str) -> str:
+    if claim in paths.CHAIN:
+        return f"Run `finercut {claim}` again"
+    if claim == "serve_whole":
+        return "vLLM computes something else with the whole model too: take another version of it, or another model"
+    return "vLLM computes the whole model as transformers does, but not this checkpoint: change what made it"
 
 
 def _claims(params: Params, tokens: Tokens) -> Iterator[Claim]:

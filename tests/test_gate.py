@@ -94,6 +94,13 @@ def test_one_nan_among_the_figures_of_a_claim_fails():
     assert "(not a number; at most 0.001)" in judged(claim={"figures": figures})["claim.prune"].reason
 
 
+def test_a_mean_difference_is_held_to_the_limit_too():
+    figures = {"mean_logprob_difference": 0.3, "logprob_rounding": 0.4}
+    check = judged(claim={"figures": figures, "limit": 0.5})["claim.prune"]
+    assert (check.passed, check.value) == (True, 0.3)
+    assert not judged(claim={"figures": figures, "limit": 0.2})["claim.prune"].passed
+
+
 def test_every_claim_must_hold():
     claims = [example_reports.claim(), example_reports.claim(name="serve", holds=False)]
     checks = gate.check(claims, example_reports.evaluate(), example_reports.throughput(), **LIMITS)

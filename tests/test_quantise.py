@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
+from quantised_checkpoints import quantise_by_hand, settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finercut.checkpoint import lineage, quantise
 from finercut.checkpoint.records import QuantiseReport
-from finercut.checkpoint.settings import Quantise
 from finercut.checkpoint.steps import Proof
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned
@@ -19,29 +19,6 @@ from finercut.system import compressor
 from pipelines import params, paths, steps
 
 CHANGED = "model.layers.1.mlp.up_proj.weight"
-VALID = {"n_samples": 4, "max_divergence_rise": 0.05, "device": "cpu", "ignore": [], "group_size": None}
-
-
-def settings(scheme="w8a8", method="rtn", **changes):
-    return TypeAdapter(Quantise).validate_python(VALID | {"method": method, "scheme": scheme} | changes)
-
-
-def store(name, weight, scheme):
-    """A matrix rounded to the nearest number by hand: its tensors in a file, and what they stand for."""
-    if scheme == "w4a16":  # groups of 32 columns
-        groups = weight.reshape(len(weight), -1, 32)
-        scale = groups.abs().amax(-1, keepdim=True) / 7
-        numbers = (groups / scale).round().reshape(weight.shape).long()
-        packed = sum((numbers[:, i::8] + 8) << (4 * i) for i in range(8))
-        packed = torch.where(packed < 2**31, packed, packed - 2**32).to(torch.int32)
-        stored = {f"{name}_packed": packed, f"{name}_shape": torch.tensor(weight.shape)}
-        meant = (numbers.reshape(groups.shape) * scale).reshape(weight.shape)
-        return stored | {f"{name}_scale": scale[..., 0]}, meant
-    largest, dtype = (448, torch.float8_e4m3fn) if scheme == "fp8" else (127, torch.int8)
-    scale = weight.abs().amax(1, keepdim=True) / largest
-    numbers = weight / scale
-    numbers = (numbers if scheme == "fp8" else numbers.round()).to(dtype)
-    return {name: numbers, f"{name}_scale": scale}, numbers.float() * scale
 
 
 @pytest.fixture
@@ -52,15 +29,7 @@ def by_hand(workspace):
         parent, chosen = ModelDirectory(paths.HEALED), settings(scheme, **changes)
         shutil.rmtree(paths.QUANTISED)
         shutil.copytree(paths.HEALED, paths.QUANTISED)
-        file, meant = paths.QUANTISED / "model.safetensors", {}
-        stored = load_file(file)
-        for name in [name for name in stored if "proj" in name]:
-            new, meant[name] = store(name, stored.pop(name), scheme)
-            stored |= new
-        save_file({n: t.contiguous() for n, t in stored.items()}, file, {"format": "pt"})
-        config = json.loads((paths.QUANTISED / "config.json").read_text())
-        config["quantization_config"] = quantise.quantization_config(chosen)
-        (paths.QUANTISED / "config.json").write_text(json.dumps(config))
+        meant = quantise_by_hand(paths.QUANTISED, chosen)
         entry = lineage.entry("quantise", parent, chosen.model_dump(mode="json"))
         lineage.append(ModelDirectory(paths.QUANTISED), entry)
         report(chosen)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from family_models import ALIKE, CASES, N_BLOCKS
 from multimodal_models import TEXT_AND_PICTURE, add_processor, picture, random_wrapper
+from quantised_checkpoints import quantise_by_hand, settings
 from transformers import AutoProcessor
 from vllm_cases import REMOVED, TOLERANCE, model_for_vllm, sublayers, write
 
@@ -21,6 +22,7 @@ from finercut.model.directory import ModelDirectory
 from finercut.model.layouts import note_layout
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
+from finercut.serving.claim import mean_difference
 from finercut.serving.vllm_engine import N_GENERATED, Continuation, largest_difference
 from finercut.sublayers import Sublayer
 
@@ -50,6 +52,8 @@ FOR_THE_MATRIX = [
 ]
 OLD = Path(__file__).parent / "fixtures/v0_1/checkpoint"
 SEEING = f"{INSIDE} with a processor"
+# Of inputs rounded to integers, in the range that does not overflow without VNNI.
+ROUNDING = "llama in w7a8"
 
 
 def names(removed: list[Sublayer]) -> str:
@@ -89,7 +93,7 @@ PROMPTS[2, :40] = PROMPTS[0, :40]
 
 @pytest.fixture(scope="module")
 def served(request, tmp_path_factory) -> dict[tuple[str, str], Served]:
-    """What an engine each made of OLD, of SEEING and of what tests ask of RUNS.
+    """What an engine each made of OLD, of SEEING, of ROUNDING and of what tests ask of RUNS.
 
     Of two prompts, then of two of known beginning.
     """
@@ -107,12 +111,16 @@ def served(request, tmp_path_factory) -> dict[tuple[str, str], Served]:
         random_wrapper(INSIDE).save_pretrained(root / SEEING / "whole model")
         add_processor(root / SEEING / "whole model")
         print(write(None, REMOVED, root / SEEING / names(REMOVED)), file=engines.stdin)
+        rounding = write(model_for_vllm("llama"), REMOVED, root / ROUNDING / names(REMOVED))
+        quantise_by_hand(rounding, settings("w7a8"))
+        print(rounding, file=engines.stdin)
         engines.stdin.close()
         answers = [json.loads(line) for line in engines.stdout]
-    asked = [*((case, names(removed)) for case, removed in runs), ("old", ""), (SEEING, names(REMOVED))]
+    asked = [*((case, names(removed)) for case, removed in runs), ("old", ""), (SEEING, names(REMOVED)), (ROUNDING, "")]
     found = dict(zip(asked, answers, strict=True))
     assert {run: answer["error"] for run, answer in found.items() if "error" in answer} == {}
     models["old"] = load_pruned(OLD, torch.float32)
+    models[ROUNDING] = load_pruned(rounding, torch.float32)
     models[INSIDE] = models[SEEING] = load_whole(note_layout(ModelDirectory(root / SEEING / "whole model")))
     return {
         (case, removed): Served(
@@ -134,6 +142,16 @@ def continuation(answer: dict) -> Continuation:
 def test_an_engine_computes_what_a_checkpoint_of_version_0_1_does(served):
     old = served["old", ""]
     assert largest_difference(old.continuations, old.model) < TOLERANCE
+
+
+def test_an_engine_rounds_inputs_as_the_model_with_rounded_inputs_does(served, record_property):
+    one = served[ROUNDING, ""]
+    mean, by_rounding = mean_difference(one.continuations, one.model, "float32")
+    record_property("mean_logprob_difference", mean)
+    assert mean < 1.25 * by_rounding + TOLERANCE
+    wrong = one.model.model.layers[2].mlp.down_proj
+    wrong.weight.data *= 1.05
+    assert mean_difference(one.continuations, one.model, "float32")[0] > 1.25 * by_rounding + TOLERANCE
 
 
 @dataclass

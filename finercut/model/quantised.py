@@ -20,7 +20,6 @@ from finercut.model.directory import ModelDirectory, one_line_errors
 from finercut.model.families import auto_class
 from finercut.model.tensors import INDEX, safetensors_files
 
-"""Of config.json."""
 # The one is in no config; the other is dequantised on Apple's GPUs.
 _NOT_HERE = {"gguf", "metal"}
 
@@ -134,6 +133,12 @@ def make_plain(model: PreTrainedModel) -> None:
             ):
                 raise ValueError(f"the inputs of {name} are quantised in a way that is not known: {inputs}")
             module.register_forward_pre_hook(_rounded_integers if inputs.type == "int" else _rounded_floats)
+
+
+def rounds_inputs(model: PreTrainedModel) -> bool:
+    """Whether inputs of its matrices are quantised, as `make_plain` left them."""
+    rounding = {_rounded_integers, _rounded_floats}
+    return any(rounding & set(module._forward_pre_hooks.values()) for module in model.modules())
 
 
 def _rounded_integers(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -39,8 +39,8 @@ def _doubted(doubt: str) -> Check:
 
 
 def _claim(claim: Claim) -> Check:
-    """Passed if the claim holds and, where it has a limit, its largest difference is within that."""
-    differences = [value for name, value in claim.figures.items() if name.startswith("max_")]
+    """Passed if the claim holds and, where it has a limit, its largest difference is within that, or its mean one."""
+    differences = [value for name, value in claim.figures.items() if name.startswith(("max_", "mean_"))]
     largest = max(differences, default=0.0) if all(map(math.isfinite, differences)) else math.nan
     passed = claim.holds and not math.isnan(largest) and (claim.limit is None or largest <= claim.limit)
     shown = "not a number" if math.isnan(largest) else f"{largest:.4g}"

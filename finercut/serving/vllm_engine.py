@@ -27,6 +27,7 @@ from finercut.system.machine import interpreter
 from finercut.system.processes import GRACE_S, end_group
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 # The likeliest tokens at each position whose log-probabilities are compared, beside the token that is there.
@@ -219,16 +220,27 @@ def engine(directory: Path, settings: EngineSettings, one_process: bool = False)
 
 def largest_difference(served: Sequence[Continuation], model: PreTrainedModel) -> float:
     """Largest difference, in nats, between vLLM's log-probabilities and those of `model`; NaN if either has one."""
+    return (log_probabilities(served) - log_probabilities_by(model, served)).abs().max().item()
+
+
+def log_probabilities(served: Sequence[Continuation]) -> Tensor:
+    """All that vLLM gave, nats, in their order."""
     import torch
 
-    differences = []
+    return torch.tensor([value for c in served for given in c.logprobs for value in given.values()])
+
+
+def log_probabilities_by(model: PreTrainedModel, served: Sequence[Continuation]) -> Tensor:
+    """What `model` gives for them, nats, float32."""
+    import torch
+
+    found = []
     with torch.inference_mode():
         for continuation in served:
             tokens = torch.tensor([continuation.tokens[:-1]], device=model.device)
             expected = model(tokens, use_cache=False).logits[0].float().log_softmax(-1).cpu()
-            for row, given in zip(expected, continuation.logprobs, strict=True):
-                differences.append(row[list(given)] - torch.tensor(list(given.values())))
-    return torch.cat(differences).abs().max().item()
+            found += [row[list(given)] for row, given in zip(expected, continuation.logprobs, strict=True)]
+    return torch.cat(found)
 
 
 def cause(log: str) -> str:
