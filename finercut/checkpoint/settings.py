@@ -64,7 +64,7 @@ class Prove(Section):
     log_probability_tolerance: PositiveFloat
     """Between vLLM and transformers: largest difference of two log-probabilities, nats."""
     quantised_tolerance: PositiveFloat = 0.5
-    """The same where weights alone are quantised, which GPUs multiply in bfloat16. Where inputs are too, the mean
+    """The same where weights alone are quantised, which vLLM multiplies in bfloat16. Where inputs are too, the mean
     difference is held to what rounding makes of transformers' own log-probabilities."""
     device: str
     """Of transformers: auto, cpu, cuda, cuda:1, ..."""

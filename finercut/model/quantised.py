@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,11 @@ def _load_dequantised(model: ModelDirectory) -> None:
     shutil.rmtree(directory / "dequantised")
 
 
+def rounds_inputs(quantisation: Mapping[str, Any]) -> bool:
+    """Whether matrices that are stored so, by compressed-tensors, have their inputs quantised too."""
+    return any(group.get("input_activations") for group in quantisation["config_groups"].values())
+
+
 def make_plain(model: PreTrainedModel) -> None:
     """Leave of a model that compressed-tensors has dequantised plain matrices, and what vLLM does to their inputs.
 
@@ -133,12 +138,6 @@ def make_plain(model: PreTrainedModel) -> None:
             ):
                 raise ValueError(f"the inputs of {name} are quantised in a way that is not known: {inputs}")
             module.register_forward_pre_hook(_rounded_integers if inputs.type == "int" else _rounded_floats)
-
-
-def rounds_inputs(model: PreTrainedModel) -> bool:
-    """Whether inputs of its matrices are quantised, as `make_plain` left them."""
-    rounding = {_rounded_integers, _rounded_floats}
-    return any(rounding & set(module._forward_pre_hooks.values()) for module in model.modules())
 
 
 def _rounded_integers(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -78,10 +78,12 @@ def claim(name: str, model: ModelDirectory, held_out: Tensor, settings: Prove) -
     """
     compared = engine_settings(model, held_out.shape[1], settings)
     tolerance = settings.log_probability_tolerance
-    if QUANTISATION in model.settings:
+    quantisation = model.settings.get(QUANTISATION)
+    rounded = quantisation is not None and rounds_inputs(quantisation)
+    if quantisation is not None:
         tolerance = settings.quantised_tolerance
-        if device_of("auto").type != "cpu":
-            compared = compared.model_copy(update={"dtype": "bfloat16"})  # GPU kernels take no float32
+        if device_of("auto").type != "cpu" or not rounded:
+            compared = compared.model_copy(update={"dtype": "bfloat16"})  # such kernels take no float32
     windows = held_out[:N_WINDOWS, : compared.max_model_len - vllm_engine.N_GENERATED].tolist()
     alone = compared.tensor_parallel_size * compared.pipeline_parallel_size == 1
     with vllm_engine.engine(model.path, compared, one_process=alone) as engine:
@@ -91,7 +93,7 @@ def claim(name: str, model: ModelDirectory, held_out: Tensor, settings: Prove) -
             tokenizer_files.check_sample(expected, engine.tokenizer_sample(), where)
     loaded = load(model, torch.float32, device_of(settings.device), weights_gib=settings.weights_gib)
     n_tokens = sum(len(c.tokens) for c in served)
-    if rounds_inputs(loaded):
+    if rounded:
         mean, by_rounding = mean_difference(served, loaded, compared.dtype)
         limit = _MOST_TIMES_ROUNDING * by_rounding + settings.log_probability_tolerance
         return Claim(
