@@ -110,10 +110,13 @@ def _time_in_turn(directories: Sequence[Path], settings: Throughput, start: Engi
     with ExitStack() as stack:
         engines = [stack.enter_context(vllm_engine.engine(directory, start)) for directory in directories]
         by_load = [timing.in_turn(engines, load, settings, "throughput") for load in settings.loads]
-        return [
+        timings = [
             Timing(list(rounds), e.kv_cache_tokens, e.hardware)
             for e, rounds in zip(engines, zip(*by_load, strict=True), strict=True)
         ]
+        for engine in engines:  # all at once
+            engine.end()
+        return timings
 
 
 def _figures(model: ModelDirectory, timed: Timing, dtype: str) -> EngineFigures:

@@ -29,9 +29,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    from vllm.plugins import load_general_plugins
+    import vllm  # noqa: F401  (while the caller makes the models)
 
-    load_general_plugins()
     for line in sys.stdin:
         # An engine collects garbage at five places: what vLLM's import left need not be looked through each time.
         gc.collect()
@@ -48,7 +47,7 @@ def serve(directory: str, prompts: list[list[int]], again: list[list[int]]) -> d
 
     from finercut.serving import vllm_engine, vllm_process
 
-    show(directory)
+    vllm_process.load_class(directory)
     sees = (Path(directory) / "processor_config.json").exists()
     llm = LLM(
         model=directory,
@@ -94,14 +93,6 @@ def look(llm: Any) -> dict:
 
     prompt = {"prompt": TEXT_AND_PICTURE, "multi_modal_data": {"image": picture()}}
     return asdict(*vllm_process._continue(llm, [prompt]))
-
-
-def show(directory: str) -> None:
-    """Give vLLM the model's class: by its name alone it would look at it in one more process, which imports vLLM."""
-    from vllm import ModelRegistry
-
-    (architecture,) = json.loads((Path(directory) / "config.json").read_text())["architectures"]
-    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
 if __name__ == "__main__":

@@ -154,6 +154,12 @@ class Engine:
         """
         return self._ask({"sample": "tokenizer"})
 
+    def end(self) -> None:
+        """Let it end by itself, which takes seconds; the block that started it waits for that."""
+        with suppress(BrokenPipeError):
+            self.process.stdin.write("null\n")
+            self.process.stdin.flush()
+
     def _ask(self, request: dict[str, Any]) -> Any:
         _ = self._start
         with suppress(BrokenPipeError):  # then there is no answer either
@@ -205,11 +211,11 @@ def engine(directory: Path, settings: EngineSettings, one_process: bool = False)
             start_new_session=True,
         )
         try:
-            yield Engine(directory, settings, process, log)
+            engine = Engine(directory, settings, process, log)
+            yield engine
             # An engine that ends by itself gives its shared memory back.
-            with suppress(BrokenPipeError, subprocess.TimeoutExpired):
-                process.stdin.write("null\n")
-                process.stdin.flush()
+            engine.end()
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
         finally:
             end_group(process)

@@ -43,6 +43,9 @@ def _main() -> None:
         else:
             answer = [asdict(c) for c in _continue(llm, [{"prompt_token_ids": w} for w in request["windows"]])]
         print(json.dumps(answer), file=answers)
+    llm.llm_engine.engine_core.shutdown()  # gives its shared memory back
+    # To take apart what vLLM imported costs Python seconds.
+    os._exit(0)
 
 
 def _listen(requests: SimpleQueue[dict[str, Any] | None]) -> None:
@@ -59,7 +62,23 @@ def _start_vllm(directory: str, settings: EngineSettings) -> Any:
         from vllm import LLM
 
         freeze_imports()  # an engine collects garbage at five places as it starts
+    load_class(directory)
     return LLM(**arguments(directory, settings))
+
+
+def load_class(directory: str) -> None:
+    """Give vLLM the model's class. By its name alone it looks at a class it has not met in one more process, which
+    imports vLLM too; that spares a GPU, which an import may take hold of, and a CPU nothing."""
+    from vllm import ModelRegistry
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    if not current_platform.is_cpu():
+        return
+    load_general_plugins()
+    for name in json.loads(Path(directory, "config.json").read_text(encoding="utf-8")).get("architectures") or []:
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def arguments(directory: str, settings: EngineSettings) -> dict[str, Any]:
