@@ -63,14 +63,19 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 0.999, 1.0])
 def test_a_draw_does_not_depend_on_which_tokens_are_sorted(top_p):
-    logits = 4 * torch.randn(6, 300, generator=torch.Generator().manual_seed(2)).round(decimals=1)  # with ties
+    # Some rows have all of it in a few tokens, others in many; and there are ties.
+    spread = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0, 16.0])[:, None]
+    logits = spread * torch.randn(6, 300, generator=torch.Generator().manual_seed(2)).round(decimals=1)
     chances = torch.rand(6, generator=torch.Generator().manual_seed(3))
+    expected = []
     for row, chance in zip(logits, chances, strict=True):
         p, order = row.softmax(-1).sort(descending=True, stable=True)
         nucleus = [0.0, *p.cumsum(-1).tolist()]
         n = next(i for i, total in enumerate(nucleus) if total >= top_p or i == len(p))
         place = next(i for i in range(n) if nucleus[i + 1] > chance * nucleus[n])
-        assert int(draw(row[None], chance[None], top_p)) == order[place]
+        expected.append(int(order[place]))
+    for n_likely in (1, 16, 300):
+        assert draw(logits, chances, top_p, n_likely)[:, 0].tolist() == expected
 
 
 def test_what_is_written_has_the_likelihood_the_whole_forward_gives_it(model):

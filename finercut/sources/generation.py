@@ -36,7 +36,7 @@ logger = logging.getLogger("finercut")
 _END_OF_TEXT = "<|endoftext|>"
 # Of the tokens that are needed, what documents may lose when their text is tokenised again.
 _LOSS = 0.05
-# Tokens among which a draw is tried first; more where these have less than top_p together.
+# Tokens among which a draw is tried first; more in rows where these have less than top_p together.
 N_LIKELY = 1024
 # How many times the documents that should do are written before giving up.
 _MOST = 4
@@ -272,22 +272,25 @@ def sample(
     return torch.cat(ids, -1), torch.cat(log_p, -1)
 
 
-def draw(logits: Tensor, chance: Tensor, top_p: float) -> Tensor:
-    """A token a row, (batch, 1): the one `chance` in [0, 1) falls on, of the likeliest that have `top_p` together."""
+def draw(logits: Tensor, chance: Tensor, top_p: float, n_likely: int = N_LIKELY) -> Tensor:
+    """A token a row, (batch, 1): the one `chance` in [0, 1) falls on, of the likeliest that have `top_p` together.
+
+    Args:
+        n_likely: tokens to look for them among first; sorting all would take longer than the model.
+    """
     every = logits.softmax(-1)
-    n_likely = min(N_LIKELY, every.shape[-1])
-    while True:  # sorting all tokens would take longer than the model
-        likely = every.topk(n_likely).indices.sort().values
-        p, order = every.gather(-1, likely).sort(descending=True, stable=True)
-        total = p.cumsum(-1)
-        if n_likely == every.shape[-1] or bool((total[:, -1] >= top_p).all()):
-            break
-        n_likely = min(4 * n_likely, every.shape[-1])
-    order = likely.gather(-1, order)
+    n_likely = min(n_likely, every.shape[-1])
+    likely = every.topk(n_likely).indices.sort().values
+    p, order = every.gather(-1, likely).sort(descending=True, stable=True)
+    order, total = likely.gather(-1, order), p.cumsum(-1)
     n_kept = (total - p < top_p).sum(-1, keepdim=True)
     mass = total.gather(-1, n_kept - 1)
     place = torch.searchsorted(total, chance[:, None] * mass, right=True)
-    return order.gather(-1, place.minimum(n_kept - 1))
+    drawn = order.gather(-1, place.minimum(n_kept - 1))
+    lacking = total[:, -1] < top_p
+    if n_likely < every.shape[-1] and lacking.any():
+        drawn[lacking] = draw(logits[lacking], chance[lacking], top_p, 4 * n_likely)
+    return drawn
 
 
 def _of_one_length(starts: Sequence[list[int]]) -> Iterator[list[int]]:
