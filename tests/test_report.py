@@ -218,7 +218,8 @@ def test_another_clones_page_is_not_put_in_place_of_this_ones(project):
 
 @pytest.fixture
 def two(project):
-    """The workspace and another, whose model has a sublayer more, is faster and was timed on other hardware."""
+    """The workspace and another, whose model has a sublayer less and 8-bit weights, is faster and was timed on other
+    hardware."""
     other = project / "other"
     shutil.copytree("reports", other / "reports")
     shutil.copy("params.yaml", other)
@@ -231,6 +232,8 @@ def two(project):
         other / paths.report("evaluate")
     )
     example_reports.throughput(speed_up=1.5, hardware="another").write(other / paths.report("throughput"))
+    smaller = {"method": "rtn", "scheme": "w8a8", "bytes_before": 1600, "bytes_after": 1000}
+    example_reports.quantise().model_copy(update=smaller).write(other / paths.report("quantise"))
     return other
 
 
@@ -241,6 +244,7 @@ def test_two_executions_are_compared_by_the_figures_of_their_reports(two):
     rows = {row[0]: row[1:] for row in told}
     assert rows["parameters saved"] == ["20.0\N{NO-BREAK SPACE}%", "25.0\N{NO-BREAK SPACE}%", "+5.0 points"]
     assert rows["speed-up"] == ["x 1.25", "x 1.50", "+20.0\N{NO-BREAK SPACE}%"]
+    assert rows["checkpoint, bytes"] == ["1,600", "1,000", "-37.5\N{NO-BREAK SPACE}%"]
     assert rows["finercut_copying"][1:3] == ["0.600", "0.400"]
     assert rows["finercut_copying"][-1] == "-25.0 ± 0.0 points"
     assert "speed does not compare: other hardware\n" in said.stdout

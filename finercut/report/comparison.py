@@ -45,7 +45,7 @@ class Comparison:
         yield _row("perplexity, held-out", *(number(x.evaluate.pruned_perplexity, 2) for x in self.inputs))
         yield _row("bits a byte, held-out", *(number(x.evaluate.pruned_bits_per_byte) for x in self.inputs))
         yield _row("parameters", *(count(x.prune.pruned_parameters) for x in self.inputs))
-        yield _row("checkpoint, bytes", *(count(x.prune.pruned_bytes) for x in self.inputs))
+        yield _row("checkpoint, bytes", *(count(x.final_bytes) for x in self.inputs))
         yield _row("KV cache, bytes a token", *(count(x.prune.pruned_kv_bytes_per_token) for x in self.inputs))
         timed = [x.throughput.pruned for x in self.inputs]
         yield _row("weights in the engine, GiB", *(number(engine.weights_gib, 2) for engine in timed))

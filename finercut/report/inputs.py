@@ -78,6 +78,11 @@ class Inputs:
         return self.quantise is not None and self.quantise.method != "none"
 
     @property
+    def final_bytes(self) -> int:
+        """Of the final checkpoint's safetensors files; healing keeps the pruned one's size."""
+        return self.quantise.bytes_after if self.quantised else self.prune.pruned_bytes
+
+    @property
     def last_step(self) -> str:
         """What the final checkpoint is called where it is not the pruned one."""
         return "quantised" if self.quantised else "healed"

@@ -126,13 +126,11 @@ def _figures(inputs: Inputs) -> list[tuple[str, list[Cell]]]:
 
     pruned = {
         "parameters": count(prune.pruned_parameters),
-        "bytes": count(prune.pruned_bytes),
         "kv": count(prune.pruned_kv_bytes_per_token),
     }
-    final_bytes = count(inputs.quantise.bytes_after) if inputs.quantised else pruned["bytes"]
     rows = [
         row("parameters", count(prune.whole_parameters), pruned["parameters"], pruned["parameters"]),
-        row("checkpoint, bytes", count(prune.whole_bytes), final_bytes, pruned["bytes"]),
+        row("checkpoint, bytes", count(prune.whole_bytes), count(inputs.final_bytes), count(prune.pruned_bytes)),
         row("KV cache, bytes a token", count(prune.whole_kv_bytes_per_token), pruned["kv"], pruned["kv"]),
         row("weights in the engine, GiB", number(timed.whole.weights_gib, 2), number(timed.pruned.weights_gib, 2)),
         row("tokens the KV memory holds", count(timed.whole.kv_cache_tokens), count(timed.pruned.kv_cache_tokens)),
