@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
-import family_engines
 import pytest
 import torch
 from conftest import random_llama
 from family_models import CASES, HYBRIDS, UNDECLARED, each, random_model
 from multimodal_models import save
+from quantised_checkpoints import settings
 from safetensors.torch import load_file
 from torch import nn
 from vllm_cases import REMOVED, model_for_vllm, sublayers, write
 
 from finercut.checkpoint import quantise
-from finercut.checkpoint.settings import Quantised
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import layout_of
 from finercut.model.layouts import note_layout
@@ -27,7 +26,9 @@ from finercut.model.layouts import note_layout
 def engine_config(directory):
     from vllm.engine.arg_utils import EngineArgs
 
-    family_engines.show(str(directory))
+    from finercut.serving.vllm_process import load_class
+
+    load_class(str(directory))
     arguments = EngineArgs(model=str(directory), skip_tokenizer_init=True, dtype="float32", max_model_len=64)
     return arguments.create_engine_config()
 
@@ -115,16 +116,11 @@ def test_weights_that_do_not_fit_the_config_are_refused(built):
     built.load(built.tensors)
 
 
-def quantised(scheme, group_size=None):
-    kept = {"ignore": [], "n_samples": 1, "max_divergence_rise": 0, "device": "cpu"}
-    return Quantised(method="rtn", scheme=scheme, group_size=group_size, **kept)
-
-
 def test_a_quantised_weight_without_its_scale_is_refused(tiny_pruned):
     from finercut.serving import vllm_models
 
     config = ModelDirectory(tiny_pruned).config
-    config.quantization_config = quantise.quantization_config(quantised("w4a16", 32))
+    config.quantization_config = quantise.quantization_config(settings("w4a16", group_size=32))
     stored = set()
     for name in ModelDirectory(tiny_pruned).tensors:
         stored |= {f"{name}_{part}" for part in ("packed", "scale", "shape")} if "proj" in name else {name}
@@ -138,7 +134,7 @@ def test_a_quantised_weight_without_its_scale_is_refused(tiny_pruned):
 def test_a_scheme_that_vllm_multiplies_wrongly_is_refused(distributed, monkeypatch):
     from finercut.serving import vllm_foresight
 
-    asked = quantise.quantization_config(quantised("w7a8"))
+    asked = quantise.quantization_config(settings("w7a8"))
     assert vllm_foresight._scheme_refusal(asked, 7, "float32") is None
     fill = vllm_foresight._fill
     monkeypatch.setattr(vllm_foresight, "_fill", lambda *given: 1.1 * fill(*given))
