@@ -190,6 +190,17 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # A block is one state space model, without an MLP.
     "mamba": ("mamba", {"state_size": 8, "conv_kernel": 3, "use_associative_scan": False}),
+    # A cache of its own class, which tells its length by its first layer.
+    "minimax": (
+        "minimax",
+        {
+            "layer_types": ["full_attention"] * 2 + ["linear_attention"] * 2,
+            "block_size": 8,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "olmo_hybrid": ("olmo_hybrid", {**_MIXERS, **_DELTA, "linear_num_key_heads": 4}),
     "nemotron_h": (
         "nemotron_h",

@@ -138,6 +138,21 @@ def test_the_probe_finds_every_mixer():
     assert {layout.branch("mlp", i).core for i in range(4)} == {"mlp"}
 
 
+@torch.no_grad()
+def test_positions_go_on_where_the_cache_counts_by_a_layer_that_keeps_no_keys(some_tokens):
+    model_type, changes = HYBRIDS["minimax"]
+    model = random_model(model_type, **changes | {"layer_types": ["linear_attention", "full_attention"] * 2})
+    tokens = some_tokens[:, :14]
+    output, cache = forward(model, tokens[:, :10])
+    parts = [output.logits]
+    for token in tokens[:, 10:].split(1, 1):
+        output, cache = forward(model, token, cache)
+        parts.append(output.logits)
+    assert cache.get_seq_length() == 0
+    assert torch.allclose(torch.cat(parts, 1), model(tokens, use_cache=False).logits, atol=TOLERANCE)
+    assert {find_layout(model).branch("attention", i).core for i in range(4)} == {"self_attn"}
+
+
 def test_what_runs_in_parallel_is_one_sublayer():
     model_type, changes = HYBRIDS["granite 4"]
     mlp = find_layout(random_model(model_type, **changes)).branch("mlp", 0)

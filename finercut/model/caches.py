@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +21,20 @@ def forward(model: PreTrainedModel, tokens: Tensor, cache: Any = None, **options
     Returns:
         What the model gives, and its cache; None where it has none.
     """
+    arguments = inspect.signature(model.forward).parameters
     # State space models of transformers (Mamba) name it so.
-    name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    name = "cache_params" if "cache_params" in arguments else "past_key_values"
+    if cache is not None and "position_ids" in arguments:
+        options = _positions(tokens, cache) | options
     output = model(tokens, use_cache=True, **{name: cache}, **options)
     return output, getattr(output, name, None)
+
+
+def _positions(tokens: Tensor, cache: Any) -> dict[str, Tensor]:
+    """Positions of `tokens`, as `generate` gives them, where the cache would tell the model others: MiniMax's tells its
+    length by its first layer, which may keep no keys."""
+    counting = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")]
+    n_seen = max((layer.get_seq_length() for layer in counting), default=0)
+    if n_seen == 0 or n_seen == cache.get_seq_length():
+        return {}
+    return {"position_ids": torch.arange(n_seen, n_seen + tokens.shape[1], device=tokens.device)[None]}

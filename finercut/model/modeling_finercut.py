@@ -126,12 +126,21 @@ def readers(config: transformers.PreTrainedConfig) -> dict[int, int]:
 
 
 def kept_attentions(config: transformers.PreTrainedConfig) -> list[int]:
-    """Blocks that still have their attention and whose attention has a cache: the n-th owns the n-th layer of it."""
+    """Blocks that still have their attention and whose attention has a cache, in the order of its layers."""
     gone = {block for block, kind in removed_sublayers(config) if kind == "attention"}
     gone.update(readers(config))
     layout = (config.finercut or {}).get("layout")
     blocks = range(config.num_hidden_layers)
-    return [i for i in blocks if i not in gone and (layout is None or branch_of(layout, "attention", i))]
+    return numbered(
+        config, [i for i in blocks if i not in gone and (layout is None or branch_of(layout, "attention", i))]
+    )
+
+
+def numbered(config: transformers.PreTrainedConfig, blocks: list[int]) -> list[int]:
+    """Some blocks in the order of their layers of a cache. Some caches tell their length by the first one: those that
+    know how many tokens went by come first."""
+    known = counting(config, blocks)
+    return known + [i for i in blocks if i not in known]
 
 
 def counting(config: transformers.PreTrainedConfig, blocks: list[int]) -> list[int]:
@@ -148,7 +157,7 @@ def cached_by(attention: nn.Module) -> list[nn.Module]:
 def remove_sublayers(model: nn.Module) -> None:
     """Take out of `model` what its config lists as skipped.
 
-    Kept attentions are numbered anew: a cache tells its length by its first layer, which must be one that is filled.
+    Kept attentions are numbered anew: every layer of a cache must be one that is filled.
 
     Raises:
         ValueError: the config does not say where the sublayers are, or no attention is left.

@@ -18,12 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from finercut.model.caches import forward
 from finercut.model.families import EXAMPLE, FAMILIES, LAYOUT_KEY, Branch, Layout, Variant, declared
 from finercut.model.masking import masked
-from finercut.model.modeling_finercut import branch_of, bypass, cache_config, cached_by, counting, readers, renumber
+from finercut.model.modeling_finercut import (
+    branch_of,
+    bypass,
+    cache_config,
+    cached_by,
+    counting,
+    numbered,
+    readers,
+    renumber,
+)
 from finercut.sublayers import KINDS, Sublayer
 
 N_TOKENS = 8
@@ -320,26 +329,28 @@ def _check_cache(model: PreTrainedModel, blocks: Sequence[nn.Module], layout: La
     gone = next((i for i in caching if lasting != [i] and caching != [i] and i not in reading.values()), None)
     if gone is None:
         return
-    kept = [i for i in caching if i != gone]
-    # Where the config does not tell the kinds of layers, a cache makes one for each attention that asks.
-    told = getattr(config, "layer_types", None) is not None
+    kept = numbered(config, [i for i in caching if i != gone])
+    # Where the config does not tell the kinds of layers, a cache makes one for each attention that asks; and one of the
+    # model's own class, such as MiniMax's, is not told.
+    own = type(forward(model, tokens[:, :1])[1])
+    told = own is DynamicCache and getattr(config, "layer_types", None) is not None
 
-    def in_parts(cache: DynamicCache) -> Tensor:
-        parts = tokens.split(N_TOKENS - 2, 1)
+    def in_parts(cache: Cache) -> Tensor:
+        parts = tokens.split([N_TOKENS - 2, 1, 1], 1)
         return torch.cat([forward(model, part, cache)[0].logits for part in parts], 1)
 
     with masked(model, [Sublayer(gone, "attention")], layout):
         # Some state space models compute something else with a cache than without: that is the whole model's own.
-        expected = in_parts(DynamicCache(config=config) if told else DynamicCache())
+        expected = in_parts(DynamicCache(config=config) if told else own())
     with _without(blocks[gone], gone, ["attention"], layout):
         described = layout.to_dict()
         renumber(blocks, config, described, {i: position for position, i in enumerate(kept)})
         try:
-            cache = DynamicCache(config=cache_config(config, kept)) if told else DynamicCache()
+            cache = DynamicCache(config=cache_config(config, kept)) if told else own()
             found = in_parts(cache)
         finally:
             renumber(blocks, config, described, {i: i for i in kept})
-    if len(cache.layers) != len(kept) or not _close(found, expected):
+    if len(cache) != len(kept) or not _close(found, expected):
         raise ValueError(f"without the attention of block {gone} and with a KV cache it computes something else")
 
 
