@@ -30,6 +30,8 @@ from pipelines.foresight import _one_of_each, questions
 WIDE = {"hidden_size": 128, "head_dim": 32}
 PLAIN = {"concurrency": 2, "dtype": "float32", "max_model_len": 64, "kv_cache_gib": 0.1, "enforce_eager": True}
 ENGINES = {
+    # Where the first one is refused, so are all.
+    "bfloat16": {"dtype": "bfloat16"},
     "plain": {},
     "float16": {"dtype": "float16"},
     "long": {"max_model_len": 300},
@@ -50,6 +52,7 @@ MODELS = {
     "smolvlm": lambda: random_wrapper("smolvlm"),
     "gemma3": lambda: random_wrapper("gemma3"),
     "mamba": lambda: random_model(*HYBRIDS["mamba"][:1], **HYBRIDS["mamba"][1]),
+    "qwen3_next": lambda: random_model(*HYBRIDS["qwen3_next"][:1], **HYBRIDS["qwen3_next"][1] | WIDE),
     # Its embeddings are not tied, and its attention's output has a bias: vLLM has no place for one or the other.
     "bloom": lambda: random_model("bloom", hidden_size=128),
     "qwen3": lambda: random_model(*CASES["qwen3"][:1], **CASES["qwen3"][1] | WIDE | NO_WINDOWS),
@@ -101,6 +104,9 @@ def test_vllm_says_which_models_it_will_not_serve(answers):
     assert answers["small heads"]["plain"].startswith("CPU_ATTN has no kernel for heads of size 16, only for those of")
     for name in ("mamba", "mamba pruned"):
         assert answers[name]["plain"] == "its build for CPUs has no kernel for the scan of Mamba's state space model"
+    for name in ("qwen3_next", "qwen3_next pruned"):
+        assert answers[name]["plain"] == "its build for CPUs computes gated delta nets in bfloat16 alone"
+        assert answers[name]["bfloat16"] is None
     assert refused(answers["stablelm pruned"]) == refused(answers["stablelm"])
     assert answers["olmo2"]["two stages"] is None
     assert "use tensor_parallel_size" in answers["olmo2 pruned"]["two stages"]

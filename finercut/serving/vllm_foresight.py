@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from finercut.serving.settings import EngineSettings
 from finercut.serving.vllm_engine import shortened
-from finercut.serving.vllm_process import arguments, tokenizer_sample
+from finercut.serving.vllm_process import arguments, load_class, tokenizer_sample
 
 
 def _main() -> None:
@@ -38,9 +38,6 @@ def _main() -> None:
             print(json.dumps(_scheme_refusal(**asked)), file=answers, flush=True)
         return
     engines = [EngineSettings.model_validate(settings) for settings in asked["engines"]]
-    from vllm.plugins import load_general_plugins
-
-    load_general_plugins()
     with _one_rank():
         found = [
             {
@@ -77,7 +74,7 @@ def _refusal(asked: dict[str, Any], settings: EngineSettings, load: bool) -> str
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     try:
-        _load_class(asked["directory"])
+        load_class(asked["directory"])
         # Users serve it with what lies around it.
         whole = arguments(asked["directory"], settings) | {"language_model_only": False}
         config = EngineArgs(**whole).create_engine_config()
@@ -118,12 +115,11 @@ def _check_attention(config: Any, settings: EngineSettings) -> None:
         config: vLLM's, with which a model was made.
 
     Raises:
-        ValueError: vLLM has no kernel for the heads or a scan, or a sequence does not fit the KV cache.
+        ValueError: vLLM has no kernel for the heads, a scan or a delta net, or a sequence does not fit the KV cache.
     """
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-    from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
     from vllm.platforms import current_platform
     from vllm.v1.core.kv_cache_utils import estimate_max_model_len, is_kv_cache_spec_uniform, max_memory_usage_bytes
 
@@ -136,9 +132,8 @@ def _check_attention(config: Any, settings: EngineSettings) -> None:
                 f"{backend.get_name()} has no kernel for heads of size {layer.head_size}, only for those of "
                 f"{', '.join(map(str, backend.get_supported_head_sizes()))}"
             )
-    scans = any(isinstance(layer, MambaMixer) for layer in layers.values())
-    if scans and current_platform.is_cpu() and not hasattr(torch.ops._C, "selective_scan_fwd"):
-        raise ValueError("its build for CPUs has no kernel for the scan of Mamba's state space model")
+    if current_platform.is_cpu():
+        _check_mixers_on_cpu(list(layers.values()), config.model_config.dtype)
     if len(attentions) < len(layers):
         return  # recurrent states and latent attention, whose caches only an engine lays out
     current_platform.update_block_size_for_backend(config)
@@ -158,6 +153,17 @@ def _check_attention(config: Any, settings: EngineSettings) -> None:
             f"kv_cache_gib {settings.kv_cache_gib:.3g} holds {max(estimate_max_model_len(config, caches, n_bytes), 0)} "
             "tokens: set one higher or the other lower"
         )
+
+
+def _check_mixers_on_cpu(layers: Sequence[Any], dtype: torch.dtype) -> None:
+    from vllm.model_executor.layers.mamba.gdn.base import GatedDeltaNetAttention
+    from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
+
+    for layer in layers:
+        if isinstance(layer, MambaMixer) and not hasattr(torch.ops._C, "selective_scan_fwd"):
+            raise ValueError("its build for CPUs has no kernel for the scan of Mamba's state space model")
+        if isinstance(layer, GatedDeltaNetAttention) and dtype != torch.bfloat16:
+            raise ValueError("its build for CPUs computes gated delta nets in bfloat16 alone")
 
 
 class _WithoutWeights(TorchFunctionMode):
@@ -308,15 +314,6 @@ def _fill(matrix: torch.nn.Module, largest: int) -> torch.Tensor:
         matrix.weight.data.copy_(numbers)
     spread = scale.double().reshape(_SIZE, -1)
     return (numbers.double() * spread.repeat_interleave(_SIZE // spread.shape[1], 1)).float()
-
-
-def _load_class(directory: str) -> None:
-    """Give vLLM the model's class: by its name alone it would look at it in one more process, which imports vLLM."""
-    from vllm import ModelRegistry
-
-    for name in json.loads((Path(directory) / "config.json").read_text()).get("architectures") or []:
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _one_line(error: Exception) -> str:

@@ -60,21 +60,20 @@ def _listen(requests: SimpleQueue[dict[str, Any] | None]) -> None:
 def _start_vllm(directory: str, settings: EngineSettings) -> Any:
     with large_imports():
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         freeze_imports()  # an engine collects garbage at five places as it starts
-    load_class(directory)
+    if current_platform.is_cpu():  # the import might take hold of a GPU
+        load_class(directory)
     return LLM(**arguments(directory, settings))
 
 
 def load_class(directory: str) -> None:
-    """Give vLLM the model's class. By its name alone it looks at a class it has not met in one more process, which
-    imports vLLM too; that spares a GPU, which an import may take hold of, and a CPU nothing."""
+    """Give vLLM the model's class: by its name alone it looks at one that it has not met in one more process, which
+    imports vLLM."""
     from vllm import ModelRegistry
-    from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
-    if not current_platform.is_cpu():
-        return
     load_general_plugins()
     for name in json.loads(Path(directory, "config.json").read_text(encoding="utf-8")).get("architectures") or []:
         if name in ModelRegistry.models:
