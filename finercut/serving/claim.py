@@ -30,7 +30,7 @@ N_WINDOWS = 2
 N_TOKENS = 496
 KV_CACHE_GIB = 1.0
 
-# Of the embeddings, in units of the dtype's rounding, which some sixty sublayers add up to.
+# How far the embeddings are changed, in roundings of the dtype: what those of some sixty sublayers add up to.
 _ROUNDINGS = 8
 _N_DRAWS = 3
 # vLLM's mean difference was 0.96 to 1.04 times that of single draws; errors of 3 % in each matrix made it 1.7.
