@@ -174,4 +174,4 @@ def test_llm_compressor_quantises_and_its_claim_holds(workspace, tokens, scheme,
     assert claim(tokens).holds
     numbers = load_file(paths.QUANTISED / "model.safetensors").get(CHANGED)
     if numbers is not None:
-        assert numbers.abs().max() in ({63, 64} if scheme == "w7a8" else {127, 128})
+        assert int(numbers.int().abs().max()) in ({63, 64} if scheme == "w7a8" else {127, 128})
