@@ -52,10 +52,10 @@ def removals(model):
     }
 
 
-def in_steps(model, tokens):
+def in_steps(model, tokens, steps=STEPS):
     """Logits of tokens that a cache is given bit by bit."""
     cache, parts = None, []
-    for step in tokens.split(STEPS, 1):
+    for step in tokens.split(steps, 1):
         output, cache = forward(model, step, cache)
         parts.append(output.logits)
     return torch.cat(parts, 1)
@@ -143,13 +143,9 @@ def test_positions_go_on_where_the_cache_counts_by_a_layer_that_keeps_no_keys(so
     model_type, changes = HYBRIDS["minimax"]
     model = random_model(model_type, **changes | {"layer_types": ["linear_attention", "full_attention"] * 2})
     tokens = some_tokens[:, :14]
-    output, cache = forward(model, tokens[:, :10])
-    parts = [output.logits]
-    for token in tokens[:, 10:].split(1, 1):
-        output, cache = forward(model, token, cache)
-        parts.append(output.logits)
-    assert cache.get_seq_length() == 0
-    assert torch.allclose(torch.cat(parts, 1), model(tokens, use_cache=False).logits, atol=TOLERANCE)
+    assert forward(model, tokens)[1].get_seq_length() == 0
+    in_parts = in_steps(model, tokens, (10, 1, 1, 1, 1))
+    assert torch.allclose(in_parts, model(tokens, use_cache=False).logits, atol=TOLERANCE)
     assert {find_layout(model).branch("attention", i).core for i in range(4)} == {"self_attn"}
 
 

@@ -211,10 +211,10 @@ def engine(directory: Path, settings: EngineSettings, one_process: bool = False)
             start_new_session=True,
         )
         try:
-            engine = Engine(directory, settings, process, log)
-            yield engine
+            started = Engine(directory, settings, process, log)
+            yield started
             # An engine that ends by itself gives its shared memory back.
-            engine.end()
+            started.end()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
         finally:
