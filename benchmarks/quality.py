@@ -9,7 +9,7 @@ several --jobs at once.
 
 --data is a folder of other people's items and texts, none of which may be calibrated on: `NAME.jsonl` with `question`
 and `choices` and `gold`, or `query`, or `contexts` and `continuation`, or `passage`, `question` and `label`; or with
-`page`, a text. Without it, the held-out tokens and the smoke tasks have to do.
+`page`, a text. Without items, the smoke tasks have to do; without texts, the held-out tokens.
 
 Prints a table, draws DIR/quality.png; the last line is one JSON document.
 """
@@ -355,10 +355,11 @@ def _readable(page: str) -> str:
 
 
 def _tasks(arguments: argparse.Namespace) -> list[LoadedTask]:
-    if arguments.data is None:
+    files = sorted(arguments.data.glob("*.jsonl")) if arguments.data else []
+    configs = [config for file in files if (config := _task_config(file))]
+    if not configs:
         own = yaml_files.read(arguments.params)["evaluate"]["tasks"]
         return load_tasks([Task.model_validate(task | {"limit": arguments.limit}) for task in own])
-    configs = [config for file in sorted(arguments.data.glob("*.jsonl")) if (config := _task_config(file))]
     manager = TaskManager(include_defaults=False)
     return [
         LoadedTask(
