@@ -36,6 +36,18 @@ STAGES = {
     Reads     artifacts/model (its tokenizer), the texts that calibrate names
     Writes    artifacts/calibration, reports/calibrate.json
     """,
+    "prove_whole": """Check that vLLM computes with the whole model what transformers does, before the search.
+
+    \b
+    Reads     artifacts/model, artifacts/calibration
+    Writes    reports/prove_whole.json
+    """,
+    "evaluate_whole": """Measure the whole model: tasks, held-out perplexity, redundancy. Once for all budgets.
+
+    \b
+    Reads     artifacts/model, artifacts/calibration
+    Writes    reports/evaluate_whole.json
+    """,
     "costs": """Find what sublayers cost, for a prune.budget in memory_gib, speed_up or tpot_ms.
 
     For the last two, times the whole model and a few pruned ones in vLLM under the load of throughput, and fits what
@@ -78,14 +90,9 @@ STAGES = {
     "prove": """Check the claim of every step, and that vLLM computes what transformers does.
 
     \b
-    Reads     artifacts/model, artifacts/pruned, artifacts/healed, artifacts/quantised, artifacts/calibration
+    Reads     artifacts/model, artifacts/pruned, artifacts/healed, artifacts/quantised, artifacts/calibration,
+              reports/prove_whole.json
     Writes    reports/prove.json
-    """,
-    "evaluate_whole": """Measure the whole model: tasks, held-out perplexity, redundancy. Once for all budgets.
-
-    \b
-    Reads     artifacts/model, artifacts/calibration
-    Writes    reports/evaluate_whole.json
     """,
     "evaluate": """Measure the final checkpoint, and compare it with the whole model.
 

@@ -15,13 +15,14 @@ from . import paths
 KINDS: dict[str, type[Record]] = {
     "fetch": FetchReport,
     "calibrate": CalibrateReport,
+    "prove_whole": ProveReport,
+    "evaluate_whole": Measured,
     "costs": CostsReport,
     "search": SearchReport,
     "prune": PruneReport,
     "heal": HealReport,
     "quantise": QuantiseReport,
     "prove": ProveReport,
-    "evaluate_whole": Measured,
     "evaluate": EvaluateReport,
     "throughput": ThroughputReport,
 }

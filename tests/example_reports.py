@@ -114,6 +114,10 @@ def prove(**changes) -> ProveReport:
     return ProveReport(**settings | changes)
 
 
+def prove_whole() -> ProveReport:
+    return prove(claims=[claim(name="serve_whole")], sha256="1" * 64)
+
+
 def evaluate_whole() -> Measured:
     return Measured(
         sha256="1" * 64,

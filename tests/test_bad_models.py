@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import example_reports
 import pytest
 import torch
 from bad_input import complaint, mutated, names, refused
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_sources import write_gguf
 
+from finercut.model.directory import ModelDirectory
 from finercut.model.tensors import safetensors_shapes
 from finercut.sources import gguf
 from pipelines import paths
@@ -238,6 +240,8 @@ PRUNED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(("damage", "message"), PRUNED.values(), ids=PRUNED)
 def test_a_checkpoint_that_is_not_proved(workspace, damage, message):
+    whole = ModelDirectory(paths.MODEL).weights_sha256
+    example_reports.prove_whole().model_copy(update={"sha256": whole}).write(paths.report("prove_whole"))
     damage(paths.PRUNED)
     assert message in refused("prove")
     assert not paths.report("prove").exists()

@@ -33,6 +33,7 @@ BY_NAME = {
     ],
     "prune": ["finercut/checkpoint/prune.py"],
     "quantise": ["finercut/checkpoint/quantise.py", "finercut/checkpoint/quantise_process.py"],
+    "prove_whole": ["finercut/serving/vllm_models.py"],
     "prove": [
         "finercut/checkpoint/prune.py",
         "finercut/checkpoint/heal.py",
@@ -53,18 +54,19 @@ BY_NAME = {
 ORDER = [
     "fetch",
     "calibrate",
+    "prove_whole",
+    "evaluate_whole",
     "costs",
     "search",
     "prune",
     "heal",
     "quantise",
     "prove",
-    "evaluate_whole",
     "evaluate",
     "throughput",
 ]
 # Their sections of params.yaml bear other names.
-SECTIONS = {"evaluate_whole": "evaluate", "costs": "throughput"}
+SECTIONS = {"evaluate_whole": "evaluate", "prove_whole": "prove", "costs": "throughput"}
 MODULES = {"heal": "steps", "quantise": "steps"}
 
 each_stage = pytest.mark.parametrize("stage", ORDER)
@@ -188,8 +190,9 @@ def test_nothing_is_timed_before_the_claims_are_known_to_hold():
     assert "reports/prove.json" in DECLARED["prove"]["metrics"]
 
 
-def test_a_second_budget_does_not_evaluate_the_whole_model_again():
-    deps = DECLARED["evaluate_whole"]["deps"]
+@pytest.mark.parametrize("stage", ["prove_whole", "evaluate_whole"])
+def test_a_second_budget_does_not_look_at_the_whole_model_again(stage):
+    deps = DECLARED[stage]["deps"]
     assert not any(
         dep.startswith(("artifacts/pruned", "artifacts/healed", "artifacts/quant", "artifacts/sel")) for dep in deps
     )
@@ -262,16 +265,40 @@ def change_environment(**changes):
 @pytest.mark.parametrize(
     ("key", "stale"),
     [
-        ("vllm", ["costs", "prove", "throughput"]),
+        ("vllm", ["costs", "prove", "prove_whole", "throughput"]),
         ("llmcompressor", ["quantise"]),
         ("lm_eval", ["evaluate", "evaluate_whole"]),
         ("tokenizers", ["calibrate"]),
-        ("hardware", ["costs", "prove", "throughput"]),
+        ("hardware", ["costs", "prove", "prove_whole", "throughput"]),
         (
             "torch",
-            ["calibrate", "costs", "evaluate", "evaluate_whole", "heal", "prove", "quantise", "search", "throughput"],
+            [
+                "calibrate",
+                "costs",
+                "evaluate",
+                "evaluate_whole",
+                "heal",
+                "prove",
+                "prove_whole",
+                "quantise",
+                "search",
+                "throughput",
+            ],
         ),
-        ("transformers", ["calibrate", "evaluate", "evaluate_whole", "heal", "prove", "prune", "quantise", "search"]),
+        (
+            "transformers",
+            [
+                "calibrate",
+                "evaluate",
+                "evaluate_whole",
+                "heal",
+                "prove",
+                "prove_whole",
+                "prune",
+                "quantise",
+                "search",
+            ],
+        ),
     ],
 )
 def test_another_version_makes_those_stages_stale_that_it_decides(reproduced, key, stale):
@@ -288,7 +315,7 @@ def test_a_comment_in_every_module_does_not_make_fetch_stale(reproduced):
 @pytest.mark.parametrize(
     ("room", "stale"),
     [
-        ("finercut/serving/vllm_engine.py", ["costs", "prove", "throughput"]),
+        ("finercut/serving/vllm_engine.py", ["costs", "prove", "prove_whole", "throughput"]),
         ("finercut/evaluation/harness.py", ["evaluate", "evaluate_whole"]),
         ("finercut/sources/texts.py", ["calibrate"]),
         ("finercut/registry/gate.py", []),

@@ -24,7 +24,7 @@ from finercut.model.remote_code import TRUSTED_KEY, code_sha256, note_trusted
 from finercut.sources.settings import HubModel
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
-from pipelines import evaluate, evaluate_whole, fetch, params, paths, prove, prune, search, steps
+from pipelines import evaluate, evaluate_whole, fetch, params, paths, prove_whole, prune, search, steps
 
 CODE = Path(__file__).parent / "own_code"
 AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
@@ -187,7 +187,7 @@ def test_it_goes_through_the_stages_to_a_checkpoint_that_carries_its_code(own, c
         AutoModelForCausalLM.from_pretrained(paths.PRUNED, trust_remote_code=False)
 
     with pytest.raises(ValueError, match="vLLM has no model of it: it cannot be served"):
-        prove.run(chosen)
+        prove_whole.run(chosen)
 
     with (paths.PRUNED / "modeling_finercut.py").open("a") as file:
         file.write("# changed\n")

@@ -22,12 +22,13 @@ ROOT = Path(__file__).parents[1]
 STAGES = (
     "fetch",
     "calibrate",
+    "prove_whole",
+    "evaluate_whole",
     "search",
     "prune",
     "heal",
     "quantise",
     "prove",
-    "evaluate_whole",
     "evaluate",
     "throughput",
 )

@@ -29,7 +29,7 @@ from finercut.serving.settings import Throughput
 from finercut.serving.vllm_engine import Continuation, largest_difference
 from finercut.sublayers import Sublayer
 from finercut.tokens import Tokens, write_tokens
-from pipelines import costs, paths, prove, throughput
+from pipelines import costs, paths, prove, prove_whole, throughput
 from pipelines.params import load
 
 ROOT = Path(__file__).parents[1]
@@ -233,7 +233,7 @@ def stages(pruned, tiny_model, tokens, tmp_path, monkeypatch):
     whole = load(ROOT / "params.yaml").model_copy(update={"throughput": SETTINGS})
 
     def run(module, **changes):
-        section = module.__name__.rpartition(".")[2]
+        section = module.__name__.rpartition(".")[2].removesuffix("_whole")
         changed = getattr(whole, section).model_copy(update=changes)
         return module.run(whole.model_copy(update={section: changed}))
 
@@ -263,18 +263,34 @@ def test_a_missing_model_names_the_stage_that_makes_it(stages):
 
 
 def test_vllm_that_computes_otherwise_fails_the_proof_and_the_report_says_so(stages):
-    said = r"not proved: serve_whole \(vLLM's log-probabilities.*serve \(.*take another version of it"
+    with pytest.raises(FileNotFoundError, match="run `finercut prove_whole` first"):
+        stages(prove)
+    said = r"not proved: serve_whole \(vLLM's log-probabilities.*take another version of it"
     with pytest.raises(RuntimeError, match=said):
+        stages(prove_whole, log_probability_tolerance=1e-12)
+    control = ProveReport.read(paths.report("prove_whole"))
+    with pytest.raises(RuntimeError, match=r"reports/prove_whole\.json has a claim that does not hold"):
+        stages(prove)
+    held = [claim.model_copy(update={"holds": True}) for claim in control.claims]
+    control.model_copy(update={"claims": held, "sha256": "0" * 64}).write(paths.report("prove_whole"))
+    with pytest.raises(ValueError, match="is of another model than artifacts/model: run `finercut prove_whole` again"):
+        stages(prove)
+    control.model_copy(update={"claims": held}).write(paths.report("prove_whole"))
+    with pytest.raises(RuntimeError, match=r"not proved: serve \(.*but not this checkpoint"):
         stages(prove, log_probability_tolerance=1e-12)
     report = ProveReport.read(paths.report("prove"))
     assert {claim.name: claim.holds for claim in report.claims} == {
         "prune": True,
         "heal": True,
         "quantise": True,
-        "serve_whole": False,
+        "serve_whole": True,
         "serve": False,
     }
-    assert all(c.figures["max_logprob_difference"] < 0.001 for c in report.claims if c.name.startswith("serve"))
+    assert all(
+        c.figures["max_logprob_difference"] < 0.001
+        for c in (*control.claims, *report.claims)
+        if c.name.startswith("serve")
+    )
 
 
 def test_the_costs_of_sublayers_are_fitted_to_pruned_models_in_vllm(tokenizer, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ BOUNDED = ("workspace", "checkpoints", "worker")
 # What each setting of the plan makes run again, by hand from dvc.yaml.
 OF_THE_BUDGET = ("search", "prune", "heal", "quantise", "prove", "evaluate", "throughput")
 OF_THE_MODEL = ("fetch", "costs")
-OF_THE_TEXT = ("calibrate", "search", "prune", "heal", "quantise", "prove", "evaluate_whole", "evaluate", "throughput")
+OF_THE_TEXT = ("calibrate", "prove_whole", "evaluate_whole", *OF_THE_BUDGET)
 STAGES = (*OF_THE_MODEL, *OF_THE_TEXT)
 CONCERNED = {"calibrate.shuffle_seed": OF_THE_TEXT, "prune.budget.amount": OF_THE_BUDGET}
 
