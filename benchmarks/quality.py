@@ -464,6 +464,7 @@ def _draw(summaries: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(len(healings), len(costs), figsize=(12, 4 * len(healings)), squeeze=False)
     for line, healing in zip(axes, healings, strict=True):
         for axis, cost in zip(line, costs, strict=True):
+            axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
             for method in dict.fromkeys(row["method"] for row in summaries):
                 points = [row for row in summaries if row["method"] == method and row["heal"] == healing]
                 points.sort(key=lambda row: row["shares"][cost])
@@ -471,7 +472,7 @@ def _draw(summaries: Sequence[Mapping[str, Any]], file: Path) -> None:
                 axis.plot([p["shares"][cost] for p in points], [p["retention"] for p in points], style, label=method)
             axis.set(xlabel=f"saved of {cost}", ylabel="mean retention of the tasks", title=f"healing: {healing}")
             axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
