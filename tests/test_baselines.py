@@ -32,7 +32,9 @@ def bench(model, tokens):
 
 
 def goal(model, unit="parameters", amount=0.3, **changes):
-    asked = Search.model_validate(load().search.model_dump() | {"mode": "exact", "per": None, "fill": False} | changes)
+    asked = Search.model_validate(
+        load().search.model_dump() | {"mode": "exact", "candidates": "both", "per": None, "fill": False} | changes
+    )
     return Goal(asked, Budget(unit=unit, amount=amount), costs_of_config(model.config), 4)
 
 

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 def settings(**changes) -> params.Params:
     """The project's params with dotted changes, for the tiny model."""
     values = copy.deepcopy(VALID)
-    values["search"] |= {"mode": "exact", "per": None, "fill": False, "continuation_tokens": 4}
+    values["search"] |= {"mode": "exact", "candidates": "both", "per": None, "fill": False, "continuation_tokens": 4}
     for name, value in ({"search.dtype": "float32", "search.device": "cpu", "search.removals": 5} | changes).items():
         section, key = name.split(".")
         values[section][key] = value

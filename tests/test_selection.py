@@ -99,7 +99,7 @@ def test_a_list_of_names_is_a_selection():
 
 def goal(unit, amount, removals="auto", **changes):
     search = Search.model_validate(
-        load().search.model_dump() | {"per": None, "fill": False, "removals": removals} | changes
+        load().search.model_dump() | {"candidates": "both", "per": None, "fill": False, "removals": removals} | changes
     )
     return Goal(search, Budget(unit=unit, amount=amount), COSTS, 4)
 
