@@ -74,7 +74,7 @@ lock: setup ## Resolve the requirements anew, for CPU and CUDA
 ui: setup ## Browse the recorded runs at http://127.0.0.1:5000
 	mlflow ui
 
-families: setup ## Try every model type of the installed transformers and write docs/families-table.md (half an hour)
+families: setup ## Try every model type of the installed transformers and write docs/families-table.md (minutes)
 	rm -f docs/families-table.md
 	python benchmarks/families.py docs/families-table.md
 

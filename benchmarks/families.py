@@ -1,6 +1,4 @@
-"""Which model types of the installed transformers can be pruned.
-
-    python benchmarks/families.py docs/families-table.md [PATTERN ...]
+"""Which model types of the installed transformers can be pruned: `make families`.
 
 Every causal and every image-text-to-text type gets a tiny random model: its default config with the sizes in `SMALL`.
 Every third sublayer that may go is removed. The checkpoint's logits are compared with those of the whole model with the
@@ -11,6 +9,7 @@ Each type runs in a process of its own, forked from this one. Types with a row i
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import multiprocessing
@@ -329,15 +328,19 @@ def table(found: dict[str, Outcome]) -> str:
 
 
 def main() -> None:
-    file, *patterns = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the table, in Markdown; made, or continued")
+    parser.add_argument("patterns", nargs="*", help="types to try again, gemma* for instance")
+    arguments = parser.parse_args()
+    file, patterns = arguments.file, arguments.patterns
     known = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     names = sorted(name for name in known if not name.startswith("finercut_") and name in CONFIG_MAPPING)
-    found = {name: outcome for name, outcome in read_rows(Path(file)).items() if name in names}
+    found = {name: outcome for name, outcome in read_rows(file).items() if name in names}
     for name in names:
         if any(fnmatch(name, pattern) for pattern in patterns) or not (patterns or name in found):
             found[name] = in_its_own_process(name)
             print(f"{name:32} {found[name].result:10} {found[name].why} {found[name].difference}", flush=True)
-            Path(file).write_text(table(found), encoding="utf-8")
+            file.write_text(table(found), encoding="utf-8")
     print(json.dumps(Counter(outcome.result for outcome in found.values())))
 
 

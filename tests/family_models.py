@@ -128,6 +128,8 @@ UNDECLARED: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    # With local attention transformers' own whole model writes otherwise with a static cache.
+    "gpt_neo": ("gpt_neo", {"num_layers": N_BLOCKS, "attention_types": [[["global"], N_BLOCKS]]}),
     "gpt_oss": ("gpt_oss", {**_LAYER_TYPES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
 }
 
@@ -358,7 +360,7 @@ _COMMON: dict[str, Any] = {
 # Families that call the width of their MLP something else, or have as many key and value heads as query heads.
 _OTHERS = {
     "intermediate_size": ("bloom", "falcon", "gpt2", "mamba", "opt"),
-    "num_key_value_heads": ("bloom", "falcon", "gpt2", "gpt_neox", "opt"),
+    "num_key_value_heads": ("bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "opt"),
 }
 
 

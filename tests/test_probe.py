@@ -47,7 +47,7 @@ def test_the_model_is_as_it_was(tokens):
     ("model_type", "changes", "message"),
     [
         ("bert", {}, "runs for the attention and for the MLP"),
-        ("gpt_neo", {"num_layers": 4, "attention_types": [[["global"], 4]]}, "attn has no layer_idx"),
+        ("xlstm", {"hidden_size": 64, "num_heads": 4, "num_blocks": 4}, "mlstm_layer has no layer_idx"),
         ("openai-gpt", {}, "0 of a block's modules let tokens see each other"),
         (
             "dbrx",

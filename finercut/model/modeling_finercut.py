@@ -149,9 +149,11 @@ def counting(config: transformers.PreTrainedConfig, blocks: list[int]) -> list[i
     return [i for i in blocks if i not in without and (types is None or types[i] not in WITHOUT_LENGTH)]
 
 
-def cached_by(attention: nn.Module) -> list[nn.Module]:
-    """The modules of an attention that know its layer of the KV cache: mostly itself, sometimes one inside."""
-    return [module for module in attention.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+def cached_by(attention: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules of an attention that know its layer of the KV cache, mostly itself, sometimes one inside, and the
+    attribute of each that says it."""
+    names = ("layer_idx", "layer_id")
+    return [(m, name) for m in attention.modules() for name in names if isinstance(getattr(m, name, None), int)]
 
 
 def remove_sublayers(model: nn.Module) -> None:
@@ -194,8 +196,8 @@ def renumber(blocks: Sequence[nn.Module], config: Any, layout: dict[str, Any], p
     for index, block in enumerate(blocks):
         attention = branch_of(layout, "attention", index)
         for path in (attention, *attention.get("beside", ())) if attention else ():
-            for module in cached_by(getattr(block, path["core"])):
-                module.layer_idx = positions.get(index, module.layer_idx)
+            for module, name in cached_by(getattr(block, path["core"])):
+                setattr(module, name, positions.get(index, getattr(module, name)))
                 # Gemma 3n keeps keys and values that others read by the number of the attention.
                 if index in read and hasattr(module, "kv_shared_layer_index"):
                     module.kv_shared_layer_index = positions[read[index]]
