@@ -257,7 +257,7 @@ def test_another_clone_restores_everything_from_the_remote(project, tmp_path, mo
 def test_from_scratch_everything_up_to_the_checkpoint_is_the_same_bytes(project, tmp_path, monkeypatch, without_vllm):
     clone = project.clone(tmp_path / "clone")
     monkeypatch.chdir(clone.root)
-    for stage in STAGES[: STAGES.index("prune") + 1]:
+    for stage in ("fetch", "calibrate", "costs", "search", "prune"):
         cli_stages.runner(stage)(params.load())
     for artifact in ("calibration", "trajectory.jsonl", "pruned"):
         assert (
