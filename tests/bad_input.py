@@ -29,7 +29,7 @@ def compress(root: Path, model: Path) -> None:
     changed["fetch"]["source"] = {"kind": "local", "path": "mine"}
     changed["calibrate"] |= {"source": {"kind": "files", "paths": ["text.txt"]}, "n_samples": 2, "n_tokens": 16}
     changed["calibrate"] |= {"n_held_out_samples": 2, "n_healing_samples": 0, "sources": None, "unseen": None}
-    changed["search"] |= {"mode": "exact", "per": None, "fill": False, "removals": 4}
+    changed["search"] |= {"mode": "exact", "candidates": "both", "per": None, "fill": False, "removals": 4}
     changed["search"] |= {"dtype": "float32", "device": "cpu", "continuation_tokens": 4}
     changed["prune"]["budget"] = {"unit": "sublayers", "amount": 2}
     changed["heal"] = {"method": "none"}
