@@ -248,9 +248,26 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Sublayers that add to the stream by themselves; multi-head latent attention with dense and sparse MLPs; blocks with
-# and without experts and positions in turn.
+# and without experts and positions in turn; attentions that look at the tokens another one chose; several streams, and
+# experts chosen by the ids of the tokens.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {}),
+    "deepseek_v4": (
+        "deepseek_v4",
+        {
+            "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"] * 2,
+            "mlp_layer_types": ["hash_moe", "moe"] * 2,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 16,
+            "sliding_window": 16,
+            "index_n_heads": 2,
+            "index_head_dim": 32,
+            "index_topk": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "deepseek_v3": (
         "deepseek_v3",
         {
@@ -267,6 +284,25 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 32,
             "n_group": 2,
             "topk_group": 1,
+        },
+    ),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        {
+            "indexer_types": ["full", "full", "shared", "full"],
+            "index_topk": 4,
+            "index_n_heads": 2,
+            "index_head_dim": 32,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "mlp_layer_types": ["dense", "sparse"] * 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
         },
     ),
     "llama4": (
@@ -359,8 +395,8 @@ _COMMON: dict[str, Any] = {
 
 # Families that call the width of their MLP something else, or have as many key and value heads as query heads.
 _OTHERS = {
-    "intermediate_size": ("bloom", "falcon", "gpt2", "mamba", "opt"),
-    "num_key_value_heads": ("bloom", "falcon", "gpt2", "gpt_neo", "gpt_neox", "opt"),
+    "intermediate_size": ("bloom", "deepseek_v4", "falcon", "gpt2", "mamba", "opt"),
+    "num_key_value_heads": ("bloom", "deepseek_v4", "falcon", "gpt2", "gpt_neo", "gpt_neox", "opt"),
 }
 
 

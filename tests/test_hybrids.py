@@ -180,6 +180,18 @@ def test_attentions_whose_keys_others_read_stay(tmp_path):
         write_pruned(tmp_path / "whole", [Sublayer(2, "attention")], tmp_path / "pruned", {}, "")
 
 
+def test_attentions_that_choose_tokens_for_others_stay(tmp_path):
+    model_type, changes = OTHERS["glm_moe_dsa"]
+    model = random_model(model_type, **changes)
+    setattr(model.config, LAYOUT_KEY, find_layout(model).to_dict())
+    assert fixed_sublayers(model.config) == {
+        Sublayer(1, "attention"): "its choice of tokens is read by the attention of 2"
+    }
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="the attention of block 1 is removed, whose choice of tokens that of 2 reads"):
+        write_pruned(tmp_path / "whole", [Sublayer(1, "attention")], tmp_path / "pruned", {}, "")
+
+
 def test_a_pruned_config_has_what_blocks_differ_in_beside_what_they_skip(tmp_path):
     model_type, changes = SHARED["gemma4"]
     random_model(model_type, **changes).save_pretrained(tmp_path / "whole")

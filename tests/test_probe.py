@@ -6,6 +6,7 @@ import pytest
 import torch
 from family_models import CASES, random_model
 from own_code import OwnAttention, random_own
+from torch import nn
 
 from finercut.model.families import LAYOUT_KEY, Branch, Layout, Variant, base_architecture, layout_of
 from finercut.model.masking import masked
@@ -112,6 +113,31 @@ def test_an_attention_that_does_more_with_its_number_than_caching_is_refused(own
         block.look.forward = forward.__get__(block.look)
     with pytest.raises(ValueError, match="without the attention of block 0 and with a KV cache it computes something"):
         find_layout(own)
+
+
+class Scored(nn.Module):
+    """Returns scores beside what it adds, as mixtures of experts do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x), x.sum(-1)
+
+
+def test_a_block_may_ask_for_several_outputs_of_the_class_of_its_experts_alone(own):
+    def forward(self, x, cache=None):
+        x = x + self.look(x=self.pre(x), cache=cache)[:, -x.shape[1] :]
+        added = self.narrow(self.widen(x))
+        if isinstance(self.narrow, Scored):
+            added, _ = added
+        return x + self.calm(added), None
+
+    for block in own.tower:
+        block.narrow = Scored(block.narrow)
+        block.forward = forward.__get__(block)
+    assert find_layout(own).mlp == Branch("narrow", before=("widen",), after=("calm",), n_outputs=1)
 
 
 def test_a_block_without_sublayers_has_none(own):

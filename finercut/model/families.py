@@ -27,6 +27,9 @@ class Branch:
     """Values that the core returns; the first is added to the stream. None: 2 for an attention, 1 for an MLP."""
     stream: int | str | None = None
     """Argument of the core, by position or name, that is the stream: such a core adds to it by itself."""
+    hands_on: tuple[int, str] | None = None
+    """Which output of the core the next block is given, by its position, and the argument in which it is: a core that
+    is gone hands on what it was given."""
     beside: tuple[Branch, ...] = ()
     """Cores of the same sublayer that run in parallel to this one: a state space model beside an attention, a shared
     expert beside the routed ones."""
@@ -41,7 +44,9 @@ class Branch:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Branch:
-        tuples = {name: tuple(values.get(name, ())) for name in ("before", "after")}
+        tuples: dict[str, Any] = {name: tuple(values.get(name, ())) for name in ("before", "after")}
+        if handed := values.get("hands_on"):
+            tuples["hands_on"] = tuple(handed)
         return cls(**values | tuples | {"beside": tuple(map(cls.from_dict, values.get("beside", ())))})
 
 
@@ -217,7 +222,7 @@ def fixed_sublayers(config: Any) -> dict[Sublayer, str]:
     Raises:
         ValueError: as `layout_of`.
     """
-    from finercut.model.modeling_finercut import counting, readers
+    from finercut.model.modeling_finercut import counting, followers, readers
 
     layout, language = layout_of(config), config.get_text_config()
     n_blocks = language.num_hidden_layers
@@ -225,9 +230,10 @@ def fixed_sublayers(config: Any) -> dict[Sublayer, str]:
     fixed = {Sublayer(i, kind): "the block has none" for i in range(n_blocks) for kind in KINDS}
     fixed = {sublayer: why for sublayer, why in fixed.items() if sublayer not in here}
     reading = readers(language)
-    for read in sorted(set(reading.values())):
-        blocks = ", ".join(str(reader) for reader, of in reading.items() if of == read)
-        fixed[Sublayer(read, "attention")] = f"its keys and values are read by the attention of {blocks}"
+    for what, needed in (("keys and values are", reading), ("choice of tokens is", followers(language))):
+        for read in sorted(set(needed.values())):
+            blocks = ", ".join(str(reader) for reader, of in needed.items() if of == read)
+            fixed[Sublayer(read, "attention")] = f"its {what} read by the attention of {blocks}"
     attentions = [s.block for s in here if s.kind == "attention" and s.block not in reading]
     lasting = counting(language, attentions)
     if lasting and len(lasting) < len(attentions):

@@ -36,13 +36,21 @@ class Removed(nn.Module):
     Args:
         n_outputs: of the core; the first is what it adds.
         stream: the core's argument that is the stream, where the core adds to it by itself.
+        hands_on: which output is for the next block, and the argument that the block before gave as such.
     """
 
-    def __init__(self, kind: str, n_outputs: int, stream: int | str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        n_outputs: int,
+        stream: int | str | None = None,
+        hands_on: tuple[int, str] | None = None,
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.n_outputs = n_outputs
         self.stream = stream
+        self.hands_on = hands_on
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.stream is not None:
@@ -52,7 +60,13 @@ class Removed(nn.Module):
             states = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.is_floating_point())
             # Of full shape: some families add to it in place, or reshape it.
             left = torch.zeros_like(states)
-        return left if self.n_outputs == 1 else (left, *[None] * (self.n_outputs - 1))
+        if self.n_outputs == 1:
+            return left
+        outputs = [left, *[None] * (self.n_outputs - 1)]
+        if self.hands_on is not None:
+            position, name = self.hands_on
+            outputs[position] = kwargs[name]
+        return tuple(outputs)
 
     def extra_repr(self) -> str:
         return self.kind
@@ -87,7 +101,7 @@ def bypass(block: nn.Module, kind: str, branch: dict[str, Any] | None) -> dict[s
         # Attentions of transformers return their weights too. Checkpoints of 0.1.0 do not say so.
         n_outputs = path.get("n_outputs") or (2 if kind == "attention" else 1)
         members = {name: nn.Identity() for name in (*path["before"], *path["after"])}
-        core = Removed(kind, n_outputs, path.get("stream"))
+        core = Removed(kind, n_outputs, path.get("stream"), path.get("hands_on"))
         # Models set what is not stored when they are loaded, in every block.
         whole = getattr(block, path["core"])
         for name in whole._non_persistent_buffers_set:
@@ -123,6 +137,14 @@ def readers(config: transformers.PreTrainedConfig) -> dict[int, int]:
         return {}
     types = config.layer_types
     return {i: max(j for j in range(first) if types[j] == types[i]) for i in range(first, n_blocks)}
+
+
+def followers(config: transformers.PreTrainedConfig) -> dict[int, int]:
+    """Blocks whose attention looks at the tokens that the attention of another block chose, each with that block, as
+    transformers defines `indexer_types`."""
+    types = getattr(config, "indexer_types", None) or []
+    choosing = [i for i, of in enumerate(types) if of != "shared"]
+    return {i: max(j for j in choosing if j < i) for i, of in enumerate(types) if of == "shared"}
 
 
 def kept_attentions(config: transformers.PreTrainedConfig) -> list[int]:
@@ -176,9 +198,10 @@ def remove_sublayers(model: nn.Module) -> None:
         raise ValueError("every attention is removed; a model without one cannot tell positions apart")
     if counting(config, list(range(config.num_hidden_layers))) and not counting(config, kept):
         raise ValueError("every attention with keys and values is removed; the cache cannot count tokens without one")
-    for reader, read in readers(config).items():
-        if (read, "attention") in removed and (reader, "attention") not in removed:
-            raise ValueError(f"the attention of block {read} is removed, whose keys and values that of {reader} reads")
+    for what, needed in (("keys and values", readers(config)), ("choice of tokens", followers(config))):
+        for reader, read in needed.items():
+            if (read, "attention") in removed and (reader, "attention") not in removed:
+                raise ValueError(f"the attention of block {read} is removed, whose {what} that of {reader} reads")
     # The same blocks for a model with and without its head.
     blocks = model.base_model.get_submodule(layout["blocks"].removeprefix(f"{model.base_model_prefix}."))
     for index, kind in removed:

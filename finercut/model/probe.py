@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from finercut.model.modeling_finercut import (
     cache_config,
     cached_by,
     counting,
+    followers,
     numbered,
     readers,
     renumber,
@@ -134,13 +136,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
         layout = _layout(name, calls)
         _check_members(blocks, layout)
         runs = [call for _, call in _watch(model, dict(enumerate(blocks)), tokens)]
-        try:
-            sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
-        except (AttributeError, ValueError):
-            # Norms that lie on the stream stay, and those that blocks ask for more than an output.
-            layout = _cores_alone(layout)
-            sequential = [_check_block(model, number, run, layout) for number, run in enumerate(runs)]
-        layout = replace(layout, sequential=all(sequential))
+        layout = _checked(model, runs, layout)
         _check_cache(model, blocks, layout, tokens)
     except _FAILURES as error:
         # What stands in a core's place looks for states among its arguments.
@@ -216,10 +212,11 @@ def _layout(name: str, calls: Sequence[Sequence[_Call]]) -> Layout:
     """Of the calls of every block."""
     sorts: dict[tuple, tuple[Branch | None, Branch | None]] = {}
     found: dict[tuple[Branch | None, Branch | None], list[int]] = {}
+    handed = _handed_on(calls)
     for block, own in enumerate(calls):
         sort = tuple((call.name, type(call.module), type(call.output)) for call in own)
         if sort not in sorts:
-            sorts[sort] = _branches(own)
+            sorts[sort] = _branches(own, handed)
         found.setdefault(sorts[sort], []).append(block)
     if not any(attention for attention, _ in found):
         raise ValueError("0 of a block's modules let tokens see each other, not one attention")
@@ -228,19 +225,34 @@ def _layout(name: str, calls: Sequence[Sequence[_Call]]) -> Layout:
     return Layout(name, *usual, variants=variants)
 
 
-def _branches(calls: Sequence[_Call]) -> tuple[Branch | None, Branch | None]:
+def _handed_on(calls: Sequence[Sequence[_Call]]) -> dict[str, tuple[int, str]]:
+    """The modules that are given, by name, an output of the same module of the block before: which output, and how the
+    argument is called."""
+    return {
+        later.name: (position, name)
+        for one, two in pairwise(calls)
+        for earlier in one
+        for later in two
+        if earlier.name == later.name and isinstance(earlier.output, tuple)
+        for position, output in enumerate(earlier.output)
+        for name, value in later.kwargs.items()
+        if value is output and torch.is_tensor(value)
+    }
+
+
+def _branches(calls: Sequence[_Call], handed: Mapping[str, tuple[int, str]]) -> tuple[Branch | None, Branch | None]:
     """A block's attention and its MLP."""
     mixing = [i for i, call in enumerate(calls) if call.mixes_tokens()]
     # Norms have no matrices; what a family does after its last one is not part of a sublayer.
     plain = [i for i, call in enumerate(calls) if call.has_matrices and i not in mixing]
     last = [i for i in plain if i == plain[-1] or calls[i].reads_what(calls[plain[-1]])]
-    attention, mlp = (_branch(calls, cores) if cores else None for cores in (mixing, last))
+    attention, mlp = (_branch(calls, cores, handed) if cores else None for cores in (mixing, last))
     if attention and mlp and (both := set(attention.members).intersection(mlp.members)):
         raise ValueError(f"{', '.join(sorted(both))} runs for the attention and for the MLP")
     return attention, mlp
 
 
-def _branch(calls: Sequence[_Call], cores: Sequence[int]) -> Branch:
+def _branch(calls: Sequence[_Call], cores: Sequence[int], handed: Mapping[str, tuple[int, str]]) -> Branch:
     """The cores, and the chains of modules that run for them alone."""
     paths = []
     members = set(cores)
@@ -257,18 +269,39 @@ def _branch(calls: Sequence[_Call], cores: Sequence[int]) -> Branch:
         output = calls[core].output
         n_outputs = len(output) if isinstance(output, tuple) else 1
         before, after = tuple(names[first:core]), tuple(names[core + 1 : last + 1])
-        paths.append(Branch(names[core], before, after, n_outputs, calls[core].stream))
+        hands_on = handed.get(names[core])
+        paths.append(Branch(names[core], before, after, n_outputs, calls[core].stream, hands_on))
     return replace(paths[0], beside=tuple(paths[1:]))
 
 
-def _cores_alone(layout: Layout) -> Layout:
-    """Without what runs before the cores."""
+def _checked(model: PreTrainedModel, runs: Sequence[_Call], layout: Layout) -> Layout:
+    """The layout with `sequential` as it is, or the nearest one whose blocks do without their sublayers."""
+    # Norms that lie on the stream stay, and those that blocks ask for more than an output. Some blocks expect several
+    # outputs of a class of their experts, and one of anything else.
+    nearest = [layout, _changed(layout, KINDS, before=()), _changed(layout, ("mlp",), n_outputs=1)]
+    if nearest[2] == layout:
+        nearest.pop()
+    for attempt in nearest:
+        try:
+            sequential = [_check_block(model, number, run, attempt) for number, run in enumerate(runs)]
+        except (AttributeError, TypeError, ValueError):
+            if attempt is nearest[-1]:
+                raise
+        else:
+            return replace(attempt, sequential=all(sequential))
+    raise AssertionError("the last attempt returns or raises")
 
-    def alone(branch: Branch | None) -> Branch | None:
-        return branch and replace(branch, before=(), beside=tuple(map(alone, branch.beside)))
 
-    variants = tuple(replace(v, attention=alone(v.attention), mlp=alone(v.mlp)) for v in layout.variants)
-    return replace(layout, attention=alone(layout.attention), mlp=alone(layout.mlp), variants=variants)
+def _changed(layout: Layout, kinds: Iterable[str], **changes: Any) -> Layout:
+    """The layout with these changes in its branches of some kinds."""
+
+    def of(branch: Branch | None) -> Branch | None:
+        return branch and replace(branch, **changes, beside=tuple(map(of, branch.beside)))
+
+    def changed(where: Any) -> Any:
+        return replace(where, **{kind: of(getattr(where, kind)) for kind in kinds})
+
+    return replace(changed(layout), variants=tuple(map(changed, layout.variants)))
 
 
 def _feeds_only(calls: Sequence[_Call], one: int, members: set[int]) -> bool:
@@ -324,9 +357,10 @@ def _check_cache(model: PreTrainedModel, blocks: Sequence[nn.Module], layout: La
     """That the attentions can be numbered anew once the first is gone, as pruned models do."""
     config = model.config.get_text_config()
     reading = readers(config)
+    needed = {*reading.values(), *followers(config).values()}
     caching = [i for i in range(len(blocks)) if layout.branch("attention", i) and i not in reading]
     lasting = counting(config, caching)
-    gone = next((i for i in caching if lasting != [i] and caching != [i] and i not in reading.values()), None)
+    gone = next((i for i in caching if lasting != [i] and caching != [i] and i not in needed), None)
     if gone is None:
         return
     kept = numbered(config, [i for i in caching if i != gone])

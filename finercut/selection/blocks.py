@@ -4,8 +4,8 @@ A block whose MLP is bypassed is its attention, and the other way round. What su
 norm, head) is the model with stand-ins for its blocks.
 
 Most models give a block nothing else that depends on the tokens. Where one does, a state carries it at the end of each
-token's stream: inputs that a model makes of the tokens for every block (Gemma 3n, Gemma 4), and keys and values that
-later blocks read.
+token's stream: inputs that a model makes of the tokens for every block (Gemma 3n, Gemma 4), the ids themselves
+(DeepSeek-V4), keys and values that later blocks read, and the tokens that an attention chose for later ones (GLM-5).
 """
 
 from __future__ import annotations
@@ -52,17 +52,31 @@ class _Place:
     """Of a token's part: the tensor's dimensions that are neither samples nor tokens."""
     at: tuple[int, int] = (-3, -2)
     """Which of the tensor's dimensions are the samples and the tokens."""
+    integers: torch.dtype | None = None
+    """Of a tensor of integers: its dtype. A state has the bits of each."""
+    numbers_each: int = 1
+    """Numbers of a state that one of the tensor's takes."""
 
     @property
     def stop(self) -> int:
-        return self.start + math.prod(self.shape)
+        return self.start + math.prod(self.shape) * self.numbers_each
 
     def of(self, states: Tensor) -> Tensor:
         """The tensor."""
-        return states[..., self.start : self.stop].unflatten(-1, self.shape).movedim((0, 1), self.at)
+        part = states[..., self.start : self.stop]
+        if self.integers is not None:
+            part = part.contiguous().view(_BITS[self.numbers_each * states.element_size()]).to(self.integers)
+        return part.reshape(*part.shape[:2], *self.shape).movedim((0, 1), self.at)
 
     def put(self, states: Tensor, tensor: Tensor) -> None:
-        states[..., self.start : self.stop] = tensor.movedim(self.at, (0, 1)).flatten(2)
+        part = tensor.movedim(self.at, (0, 1)).reshape(*states.shape[:2], -1)
+        if self.integers is not None:
+            part = part.to(_BITS[self.numbers_each * states.element_size()]).view(states.dtype)
+        states[..., self.start : self.stop] = part
+
+
+_BITS = {4: torch.int32, 8: torch.int64}
+"""Integers by their bytes."""
 
 
 class Blocks:
@@ -84,10 +98,13 @@ class Blocks:
         self._given: list[Given] = []
         self._shared: int | str | None = None
         """Which of a block's arguments later blocks find keys and values in."""
+        self._handed: dict[str, int] = {}
+        """Arguments in which a block is given an output of the one before, and which output."""
         self.width = 0
         """Numbers that a state has of each token."""
         self._stream = self._capture(tokens)
         self._shared_at = self._find_shared()
+        self._handed_at = self._find_handed(tokens)
         self._inputs = self._find_inputs(tokens)
         self._rows = self._find_rows(tokens)
         here = layout.sublayers(len(self.blocks))
@@ -134,16 +151,20 @@ class Blocks:
             return states
         given = self._given[unit.block]
         if len(states) > 1:
-            rows = {key: given[key] for key in self._rows[unit.block]}
-            given = given | {key: value.repeat(len(states), *[1] * (value.dim() - 1)) for key, value in rows.items()}
+            given = given | {key: _for_samples(given[key], len(states)) for key in self._rows[unit.block]}
         if not self.carries:
-            return _call(view, states, given)
+            return _states(_call(view, states, given))
         given = given | {key: place.of(states) for key, place in self._inputs.get(unit.block, {}).items()}
+        given |= {key: place.of(states) for key, place in self._handed_at.items() if given[key] is not None}
         before = {key: tuple(place.of(states) for place in places) for key, places in self._shared_at.items()}
         if before:
             given[self._shared] = dict(before)
         after = states.clone()
-        self._stream.put(after, _call(view, self._stream.of(states), given))
+        output = _call(view, self._stream.of(states), given)
+        self._stream.put(after, _states(output))
+        for key, place in self._handed_at.items():
+            if output[self._handed[key]] is not None:
+                place.put(after, output[self._handed[key]])
         for key, places in self._shared_at.items():
             if (now := given[self._shared][key]) is not before[key]:
                 for place, tensor in zip(places, now, strict=True):
@@ -153,7 +174,7 @@ class Blocks:
     @property
     def carries(self) -> bool:
         """Whether states have more than the residual stream: what blocks are given or share beside it."""
-        return bool(self._shared_at or self._inputs or len(self._stream.shape) > 1)
+        return bool(self._shared_at or self._handed_at or self._inputs or len(self._stream.shape) > 1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) ids -> (batch, tokens, hidden): the first block's input."""
@@ -208,12 +229,17 @@ class Blocks:
         Raises:
             ValueError: the stream is not (..., samples, tokens, hidden).
         """
-        shapes: list[tuple[int, ...]] = []
+        streams: list[Tensor] = []
+        last: tuple[Any, ...] = ()
 
         def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            shapes.append((args[0] if args else kwargs["hidden_states"]).shape)
+            nonlocal last
+            streams.append(args[0] if args else kwargs["hidden_states"])
             self._given.append(_given(args[1:], kwargs))
-            self._n_outputs = len(output) if isinstance(output, tuple) else None
+            beside = [(at, value) for at, value in enumerate(last) if at and torch.is_tensor(value)]
+            self._handed |= {name: at for name, given in kwargs.items() for at, value in beside if given is value}
+            last = output if isinstance(output, tuple) else ()
+            self._n_outputs = len(last) or None
 
         hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.blocks]
         try:
@@ -222,19 +248,27 @@ class Blocks:
             for hook in hooks:
                 hook.remove()
         # Several streams lie before the samples (Gemma 3n), or within each token (DeepSeek-V4).
-        if shapes[0][:2] == tokens.shape:
-            return self._placed(shapes[0][2:], (0, 1))
-        *before, n_samples, n_tokens, hidden = shapes[0]
-        if (n_samples, n_tokens) != tokens.shape:
+        self._dtype, shape = streams[0].dtype, streams[0].shape
+        if shape[:2] == tokens.shape:
+            return self._placed(streams[0], (0, 1))
+        if shape[-3:-1] != tokens.shape:
             raise ValueError(
                 f"cannot search a {self.model.config.model_type} model: for tokens of shape {tuple(tokens.shape)} its "
-                f"stream has the shape {tuple(shapes[0])}"
+                f"stream has the shape {tuple(shape)}"
             )
-        return self._placed((*before, hidden))
+        return self._placed(streams[0])
 
-    def _placed(self, shape: tuple[int, ...], at: tuple[int, int] = (-3, -2)) -> _Place:
-        """A place for what comes next in a state."""
-        place = _Place(self.width, shape, at)
+    def _placed(self, tensor: Tensor, at: tuple[int, int] = (-3, -2)) -> _Place:
+        """A place for what comes next in a state.
+
+        Args:
+            at: which of the tensor's dimensions are the samples and the tokens.
+        """
+        shape = tuple(tensor.movedim(at, (0, 1)).shape[2:])
+        if tensor.is_floating_point():
+            place = _Place(self.width, shape, at)
+        else:
+            place = _Place(self.width, shape, at, tensor.dtype, max(1, 4 // self._dtype.itemsize))
         self.width = place.stop
         return place
 
@@ -245,34 +279,54 @@ class Blocks:
             if _has_keys_and_values(value):
                 self._shared = key
                 return {
-                    name: tuple(self._placed((tensor.shape[1], tensor.shape[3]), (0, 2)) for tensor in tensors)
-                    for name, tensors in value.items()
+                    name: tuple(self._placed(tensor, (0, 2)) for tensor in tensors) for name, tensors in value.items()
                 }
         return {}
+
+    def _find_handed(self, tokens: Tensor) -> dict[str, _Place]:
+        """Where a state has what a block hands on to the next beside the stream, by its argument.
+
+        Raises:
+            ValueError: that does not lie token by token.
+        """
+        found = {}
+        for key in self._handed:
+            value = next(value for given in self._given if (value := given[key]) is not None)
+            if value.shape[:2] != tokens.shape:
+                raise ValueError(self._not_by_token(key))
+            found[key] = self._placed(value, (0, 1))
+        return found
 
     def _find_inputs(self, tokens: Tensor) -> dict[int, dict[int | str, _Place]]:
         """Where a state has what else depends on the tokens that a block is given, by the block and its argument.
 
         Raises:
-            ValueError: that is not a vector for each token.
+            ValueError: that is not a number or a vector for each token.
         """
         found: dict[int, dict[int | str, _Place]] = {}
+        placed: dict[int, _Place] = {}
         others = self._stand_ins((tokens + 1) % self.vocabulary)
         for block, (given, other) in enumerate(zip(self._given, others, strict=True)):
             for key, value in given.items():
-                if key == self._shared or _same(value, other.given.get(key)):
+                if key == self._shared or key in self._handed or _same(value, other.given.get(key)):
                     continue
-                if not (torch.is_tensor(value) and value.is_floating_point() and value.shape[:-1] == tokens.shape):
-                    raise ValueError(
-                        f"cannot search a {self.model.config.model_type} model: its blocks are given something that "
-                        f"depends on the tokens beside the stream, and is not a vector for each ({key})"
-                    )
-                found.setdefault(block, {})[key] = self._placed(value.shape[-1:])
+                if not (torch.is_tensor(value) and value.dim() <= 3 and value.shape[:2] == tokens.shape):
+                    raise ValueError(self._not_by_token(key))
+                # One tensor may be given to all.
+                if id(value) not in placed:
+                    placed[id(value)] = self._placed(value, (0, 1))
+                found.setdefault(block, {})[key] = placed[id(value)]
         return found
 
+    def _not_by_token(self, key: int | str) -> str:
+        return (
+            f"cannot search a {self.model.config.model_type} model: its blocks are given something that depends on the "
+            f"tokens beside the stream, and is not a number or a vector for each ({key})"
+        )
+
     def _find_rows(self, tokens: Tensor) -> list[list[int | str]]:
-        """By the block its arguments that have several rows a sample, as ALiBi has one for each head: no other batch
-        can be given those of one sample."""
+        """By the block its arguments that have rows of each sample, as a mask has one and ALiBi one for each head: a
+        batch has to be given as many."""
         of_two = self._stand_ins(tokens.repeat(2, 1))
         return [
             [key for key, value in given.items() if _has_rows(value, two.given.get(key))]
@@ -281,8 +335,13 @@ class Blocks:
 
 
 def _has_rows(one: Any, two: Any) -> bool:
-    """Whether a tensor that blocks are given for one sample has several rows, and that for two samples twice those."""
-    return torch.is_tensor(one) and one.dim() > 0 and len(one) > 1 and two is not None and len(two) == 2 * len(one)
+    """Whether a tensor that blocks are given for two samples has twice the rows of that for one."""
+    return torch.is_tensor(one) and one.dim() > 0 and two is not None and len(two) == 2 * len(one)
+
+
+def _for_samples(rows: Tensor, n_samples: int) -> Tensor:
+    """Those of one sample for each of some."""
+    return rows[None].expand(n_samples, *rows.shape).flatten(0, 1)
 
 
 def _has_keys_and_values(value: Any) -> bool:
@@ -298,9 +357,9 @@ def _given(args: tuple, kwargs: dict[str, Any]) -> Given:
     return {**dict(enumerate(args)), **{name: value for name, value in kwargs.items() if name != "hidden_states"}}
 
 
-def _call(block: nn.Module, states: Tensor, given: Given) -> Tensor:
+def _call(block: nn.Module, states: Tensor, given: Given) -> Any:
     args = [value for key, value in given.items() if isinstance(key, int)]
-    return _states(block(states, *args, **{key: value for key, value in given.items() if isinstance(key, str)}))
+    return block(states, *args, **{key: value for key, value in given.items() if isinstance(key, str)})
 
 
 def _same(one: Any, other: Any) -> bool:
