@@ -122,7 +122,7 @@ def collect(name: str | None, dry_run: bool) -> None:
     from . import collect, params
 
     settings = params.load(paths.PARAMS)
-    collected = collect.run(settings, name or settings.register_.name, dry_run)
+    collected = collect.run(settings, name, dry_run)
     click.echo(collect.text(collected, dry_run))
     if collected.problems:
         sys.exit(1)

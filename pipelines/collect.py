@@ -85,28 +85,47 @@ class Collected:
         return sum(one.n_bytes for one in self.freed)
 
 
-def run(params: Params, name: str, dry_run: bool = False) -> Collected:
+def run(params: Params, name: str | None = None, dry_run: bool = False) -> Collected:
     """Delete what `params.collect` does not keep.
+
+    Args:
+        name: of a registered model; None is that of `params`, which nothing may have been registered as yet, and whose
+            registry may not answer: this machine is freed all the same.
 
     Raises:
         RuntimeError: no such registered model, or as `free` does.
     """
-    return free(params, name, versions.connect(name), dry_run)
+    if name is not None:
+        return free(params, name, versions.connect(name), dry_run)
+    name = params.register_.name
+    try:
+        client, problem = versions.connect(name, must_exist=False), None
+    except RuntimeError as error:
+        client, problem = None, str(error)
+    collected = free(params, name, client, dry_run)
+    if problem is not None:
+        collected.problems.append(problem)
+    return collected
 
 
-def free(params: Params, name: str, client: MlflowClient, dry_run: bool = False) -> Collected:
+def free(params: Params, name: str, client: MlflowClient | None, dry_run: bool = False) -> Collected:
     """As `run`, also where no version of `name` has been registered yet.
+
+    Args:
+        client: None frees this machine alone.
 
     Raises:
         RuntimeError: a stage at work in this workspace: then nothing is deleted.
     """
     keep = params.collect
     before = datetime.now(UTC) - timedelta(days=keep.unfinished_days)
-    ledger, collected = Ledger(client, name), Collected()
+    collected = Collected()
     with nullcontext() if dry_run else exclusive(paths.WORK):
-        for version in _unkept(client, name, keep.versions, collected):
-            collected.take(_checkpoint(ledger, version, dry_run), dry_run)
-        collected.take(_uploads(client, params.flow.experiment, name, before), dry_run)
+        if client is not None:
+            ledger = Ledger(client, name)
+            for version in _unkept(client, name, keep.versions, collected):
+                collected.take(_checkpoint(ledger, version, dry_run), dry_run)
+            collected.take(_uploads(client, params.flow.experiment, name, before), dry_run)
         collected.take(_cache(keep.commits), dry_run)
         collected.take(_work(keep.versions, before.timestamp()), dry_run)
     return collected

@@ -9,6 +9,7 @@ from finercut.evaluation.harness import LoadedTask, compare, load_tasks
 from finercut.evaluation.measure import measure
 from finercut.evaluation.records import EvaluateReport, Measured
 from finercut.evaluation.settings import Evaluate
+from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.tokens import load_tokens
 
@@ -38,7 +39,7 @@ def run(params: Params) -> EvaluateReport:
     tokens = load_tokens(paths.CALIBRATION)
     tasks = load_tasks(params.evaluate.tasks)
     whole = Measured.read(paths.report("evaluate_whole"))
-    _check_same(whole, tokens.held_out_sha256, tasks)
+    _check_same(whole, model, tokens.held_out_sha256, params.evaluate)
     paths.report("evaluate").unlink(missing_ok=True)
     before = _unhealed(model, params.evaluate)
     unhealed = before and measure("pruned", before, tokens, params.evaluate)
@@ -76,11 +77,22 @@ def _unhealed(final: ModelDirectory, settings: Evaluate) -> ModelDirectory | Non
     return pruned if pruned.weights_sha256 != final.weights_sha256 else None
 
 
-def _check_same(whole: Measured, held_out_sha256: str, tasks: Sequence[LoadedTask]) -> None:
-    if whole.tasks.keys() != {task.name for task in tasks} or whole.held_out_sha256 != held_out_sha256:
-        raise ValueError(
-            f"{paths.report('evaluate_whole')} was measured on other tasks or tokens: run `finercut evaluate_whole`"
-        )
+def _check_same(whole: Measured, final: ModelDirectory, held_out_sha256: str, settings: Evaluate) -> None:
+    """The whole model's figures are of the model that the checkpoint was made from, and of what is asked now.
+
+    Reports and checkpoints of earlier versions do not say all of it.
+    """
+    made_from = final.settings["finercut"].get("whole_sha256")
+    dtype = str(dtype_of(settings.dtype, device_of(settings.device))).removeprefix("torch.")
+    same = {
+        "on another model": made_from in (None, whole.sha256),
+        "on other tasks or tokens": whole.held_out_sha256 == held_out_sha256
+        and whole.tasks.keys() == {task.name for task in settings.tasks}
+        and whole.tasks_sha256 in (None, settings.tasks_sha256),
+        f"in {whole.dtype}": whole.dtype == dtype,
+    }
+    if differing := [what for what, holds in same.items() if not holds]:
+        raise ValueError(f"{paths.report('evaluate_whole')} was measured {differing[0]}: run `finercut evaluate_whole`")
 
 
 def _note(tasks: Sequence[LoadedTask]) -> str:

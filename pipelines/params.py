@@ -91,6 +91,19 @@ class Params(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _healing_holds_windows(self) -> Params:
+        heal, calibrate = self.heal, self.calibrate
+        if heal.method in ("reconstruct", "distill"):
+            heal.check(calibrate.n_tokens)
+        n_windows = calibrate.n_healing_samples or calibrate.n_samples
+        if heal.method in ("refit", "reconstruct") and n_windows < 2:
+            raise ValueError(
+                f"heal.method {heal.method} fits to some windows and judges by others: set calibrate.n_healing_samples "
+                f"to 2 at least, not {calibrate.n_healing_samples}"
+            )
+        return self
+
 
 def shown(budget: Budget) -> str:
     """`less 20 % of parameters`, `at 1.3 times the speed`."""

@@ -25,7 +25,7 @@ from finercut.model.fitted_costs import costs_with
 from finercut.model.loading import load_on
 from finercut.selection import distributed
 from finercut.selection.bench import Bench, source_weights
-from finercut.selection.controls import Continuations, end_tokens
+from finercut.selection.controls import Continuations, end_tokens, prefix_tokens
 from finercut.selection.examples import Examples, read_examples
 from finercut.selection.goal import Goal
 from finercut.selection.repair import Repair
@@ -184,6 +184,7 @@ def inputs(settings: Search, budget: Budget) -> tuple[Search, FetchReport, Token
     settings = settings.model_copy(update={"protect": sorted({*settings.protect, *map(str, fixed)})})
     goal = Goal(settings, budget, costs_with(whole, paths.report("costs")), fetched.n_blocks)
     goal.check()
+    _check_windows(settings, tokens, fetched.max_position_embeddings)
     if settings.refit is not None and (tokens.healing is None or distributed.started()):
         raise ValueError(
             "search.refit fits to healing windows, and there are none: set calibrate.n_healing_samples"
@@ -194,6 +195,21 @@ def inputs(settings: Search, budget: Budget) -> tuple[Search, FetchReport, Token
     if settings.task is not None:
         examples = read_examples(Path(settings.task), whole.tokenizer, fetched.max_position_embeddings)
     return settings, fetched, tokens, goal, examples
+
+
+def _check_windows(settings: Search, tokens: Tokens, context: int) -> None:
+    n_windows, n_tokens = tokens.calibration.shape
+    if settings.task is None and n_windows < settings.n_processes:
+        raise ValueError(
+            f"search.n_processes = {settings.n_processes} cannot share {n_windows} calibration windows: lower it, or "
+            "raise calibrate.n_samples"
+        )
+    most = context - prefix_tokens(n_tokens)
+    if settings.continuations and settings.continuation_tokens > most:
+        raise ValueError(
+            f"search.continuation_tokens = {settings.continuation_tokens}: after {prefix_tokens(n_tokens)} held-out "
+            f"tokens the model's context of {context} has room for {most}"
+        )
 
 
 def _continuations(settings: Search) -> str | None:

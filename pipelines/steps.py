@@ -46,8 +46,6 @@ def read_selection() -> Selection:
     Raises:
         FileNotFoundError: the search has not run.
     """
-    if not paths.SELECTION.is_file():
-        raise FileNotFoundError(f"no {paths.SELECTION}: run `finercut search` first")
     return Selection.read(paths.SELECTION)
 
 
@@ -70,6 +68,9 @@ def run(name: str, params: Params, **more: Any) -> Record:
         **more,
     )
     parent, settings = parent_of(name), getattr(params, name)
+    _ = parent.tensors  # a file that was cut short is not handed on
+    if not parent.has_tokenizer:
+        raise FileNotFoundError(f"{parent} has no tokenizer: make it again, `finercut fetch` and what follows")
     with staged(paths.CHAIN[name]) as directory:
         if getattr(settings, "method", None) == "none":
             record = keep(parent, directory)

@@ -139,6 +139,9 @@ PARAMS = [
     ("flow.timeout_s", 3600),
     ("flow.timeouts", {"search": 1}),
     ("registry", {}),
+    ("register.name", "a" * 201),
+    ("collect.unfinished_days", 1e6),
+    ("heal.seed", 2**32),
 ]
 
 
@@ -156,6 +159,29 @@ def test_a_field_that_cannot_be(field, value):
     assert said.startswith(f"params.yaml: {field}: ") or f" {field}." in said
     assert names(Path("params.yaml"), said)
     assert "pydantic" not in said
+
+
+REFIT = {"method": "refit", "ridges": [0.1], "fractions": [1.0], "batch_tokens": 64, "dtype": "auto", "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"calibrate.n_tokens": 1024}, "heal.batch_tokens = 512 is less than a window of 1024 tokens"),
+        ({"heal.tokens": 511}, "heal.tokens = 511 is less than one step of 512"),
+        (
+            {"heal": REFIT, "calibrate.n_healing_samples": 1, "calibrate.sources": [{"kind": "files", "paths": ["a"]}]},
+            "heal.method refit fits to some windows and judges by others: set calibrate.n_healing_samples to 2",
+        ),
+    ],
+)
+def test_healing_that_its_windows_do_not_allow_is_refused_at_the_start(changes, said):
+    values = copy.deepcopy(VALID)
+    for field, value in changes.items():
+        section, _, last = field.rpartition(".")
+        (values[section] if section else values)[last] = value
+    with pytest.raises(ValueError, match=said):
+        params.parse(yaml_files.dump(values), "params.yaml")
 
 
 def _leaves(values: object, path: tuple = ()) -> list[tuple]:

@@ -91,6 +91,28 @@ def test_a_document_that_is_repeated_is_not_held_out(tokenizer):
     assert not letters_of(found.calibration, tokenizer) & letters_of(found.held_out, tokenizer)
 
 
+def test_blanks_around_a_document_do_not_make_it_another(tokenizer):
+    padded = [f" {document}\n" for document in LETTERS[:6]]
+    documents = texts([*LETTERS[:6], *padded, *LETTERS[6:20]])
+    found = windows(documents, tokenizer, n_tokens=40, n_samples=1, n_held_out_samples=6)
+    assert not letters_of(found.calibration, tokenizer) & letters_of(found.held_out, tokenizer)
+
+
+def test_windows_of_documents_that_begin_alike_are_for_one_use_only(tokenizer):
+    alike = [f"{LETTERS[0]} {letter}" for letter in LETTERS[1:13]]
+    cut = Cut(texts(alike), 1, 2, 2)
+    found = cut_windows([cut], tokenizer, n_tokens=8, shuffle_seed=None)
+    uses = [{tuple(row) for row in part.tolist()} for part in (found.calibration, found.held_out, found.healing)]
+    assert uses[0] == {tuple(tokenizer(LETTERS[0]).input_ids[:8])}
+    assert not uses[0] & uses[1]
+    assert not (uses[0] | uses[1]) & uses[2]
+
+
+def test_texts_that_are_all_alike_are_said_to_be(tokenizer):
+    with pytest.raises(ValueError, match=r"held-out windows need \d+, \d+ of them alike to others: give more text"):
+        windows(texts([" ".join(["A"] * 12 * n) for n in range(1, 9)]), tokenizer, n_tokens=24, n_samples=1)
+
+
 def test_a_seed_shuffles_documents_and_always_the_same_way(tokenizer):
     first, again = (windows(texts(LETTERS), tokenizer, shuffle_seed=3) for _ in range(2))
     assert torch.equal(first.calibration, again.calibration)
@@ -253,7 +275,7 @@ class Counting:
 
 
 def test_of_a_long_document_no_more_is_tokenised_than_is_needed(tokenizer):
-    long = " ".join(TEXT * 2000)
+    long = " ".join(TEXT[1:] * 2000)
     counting = Counting(tokenizer)
     found = windows(texts([long, *TEXT]), counting, n_tokens=20, n_samples=5)
     assert counting.longest < len(long) / 100

@@ -243,6 +243,24 @@ def test_before_the_first_version_the_workspace_is_freed_but_a_name_that_somebod
     assert [f.what for f in collect.free(here.params, here.name, here.client).freed] == ["1 files of DVC's cache"]
 
 
+def test_where_no_registry_answers_this_machine_is_freed_all_the_same(here, monkeypatch):
+    add("first")
+    add("second")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    said = CliRunner().invoke(main, ["collect"])
+    assert said.exit_code == 1
+    assert "1 files of DVC's cache" in said.stdout
+    assert f"not deleted: cannot find {here.name} in MLflow at http://127.0.0.1:9" in said.stdout
+
+
+def test_before_the_first_version_the_command_frees_the_workspace(here):
+    add("first")
+    add("second")
+    said = CliRunner().invoke(main, ["collect"])
+    assert said.exit_code == 0, said.stdout
+    assert "1 files of DVC's cache" in said.stdout
+
+
 def test_what_cannot_be_deleted_keeps_nothing_else_and_is_told_at_the_end(here):
     for _ in range(3):
         here.register()

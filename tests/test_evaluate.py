@@ -1,6 +1,7 @@
 """The stages `evaluate_whole` and `evaluate`, run in a project directory on the tiny model."""
 
 import contextlib
+import json
 import logging
 import shutil
 import sys
@@ -144,6 +145,35 @@ def test_figures_of_other_tasks_are_not_compared(project):
     evaluate_whole.run(settings(tasks=[]))
     with pytest.raises(ValueError, match="measured on other tasks or tokens: run `finercut evaluate_whole`"):
         evaluate.run(settings(tasks=[{"name": "finercut_agreement", "metric": "acc", "limit": 4}]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tasks": [{"name": "finercut_agreement", "metric": "acc", "limit": 5}]}, "on other tasks or tokens"),
+        ({"seed": 7}, "on other tasks or tokens"),
+        ({"dtype": "bfloat16"}, "in float32"),
+    ],
+)
+def test_figures_that_were_asked_for_otherwise_are_not_compared(project, changes, said):
+    one = {"tasks": [{"name": "finercut_agreement", "metric": "acc", "limit": 4}]}
+    evaluate_whole.run(settings(**one))
+    with pytest.raises(ValueError, match=f"was measured {said}: run `finercut evaluate_whole`"):
+        evaluate.run(settings(**one | changes))
+
+
+def test_figures_of_another_model_are_not_compared(project):
+    quick = settings(tasks=[])
+    whole = evaluate_whole.run(quick)
+    file = paths.FINAL / "config.json"
+    content = json.loads(file.read_text())
+    content["finercut"]["whole_sha256"] = whole.sha256
+    file.write_text(json.dumps(content))
+    evaluate.run(quick)
+    content["finercut"]["whole_sha256"] = "0" * 64
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="was measured on another model: run `finercut evaluate_whole`"):
+        evaluate.run(quick)
 
 
 def test_a_wrong_task_is_refused_before_a_model_is_read(project):

@@ -18,8 +18,10 @@ from vllm_cases import NO_WINDOWS, model_for_vllm
 
 from finercut.checkpoint.writing import write_all_but_weights
 from finercut.evaluation.settings import Samples, Task
+from finercut.healing.settings import Refit
 from finercut.model.directory import ModelDirectory
 from finercut.model.layouts import note_layout
+from finercut.selection.settings import Refitting
 from finercut.serving import foresight as vllm_foresight
 from finercut.serving.foresight import Answer
 from finercut.serving.settings import EngineSettings
@@ -241,6 +243,16 @@ def test_a_prompt_that_leaves_no_context_to_write_in_is_refused(chosen, monkeypa
     samples = Samples(prompts=["a b"], n_tokens=model.language.max_position_embeddings)
     with pytest.raises(ValueError, match="evaluate.samples: a prompt and n_tokens are"):
         foresight.check(evaluating(chosen, samples=samples), model)
+
+
+@pytest.mark.parametrize("where", ["heal", "search"])
+def test_a_refit_of_parallel_blocks_is_refused(chosen, tmp_path, where):
+    random_model("gpt_neox", use_parallel_residual=True).save_pretrained(tmp_path / "parallel")
+    heal = Refit(method="refit", ridges=[0.1], fractions=[1.0], batch_tokens=64, dtype="auto", device="cpu")
+    search = chosen.search.model_copy(update={"refit": Refitting()})
+    changes = {"heal": heal} if where == "heal" else {"search": search}
+    with pytest.raises(ValueError, match="refit cannot fit a gpt_neox model"):
+        foresight.check(chosen.model_copy(update=changes), ModelDirectory(tmp_path / "parallel"))
 
 
 def test_a_device_that_is_not_here_is_in_the_way(chosen, monkeypatch):

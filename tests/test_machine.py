@@ -227,6 +227,18 @@ def test_what_is_no_number_of_threads_is_passed_over(given, expected):
     assert os.environ.get("OMP_NUM_THREADS") == expected
 
 
+def test_pictures_are_drawn_whatever_a_notebook_sets():
+    environment, _ = prepared_environment(MPLBACKEND="module://matplotlib_inline.backend_inline")
+    subprocess.run([sys.executable, "-c", "import finercut.report.pictures"], env=environment, check=True)
+
+
+def test_python_without_docstrings_is_one_line():
+    code = "import finercut.system.machine as m; m.prepare()"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "RuntimeError: PYTHONOPTIMIZE is 2, or python was started with -OO" in done.stderr
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
 @pytest.mark.parametrize("home", ["/nonexistent", "/", None, "", "within a folder of another user"])
 def test_a_user_without_a_name_and_a_home_gets_both(home, tmp_path):

@@ -158,6 +158,7 @@ def test_the_loss_of_the_answers_decides(model, examples, tokens):
         ([{"prompt": "a", "choices": ["b"], "answer": 1}], "answer 1 is not the index of one of its choices"),
         ([{"prompt": "a", "choices": ["b"], "answer": True}], "answer True is not the index"),
         ([{"prompt": " ", "answer": "b"}], "prompt and answer are texts, and not empty"),
+        ([{"prompt": "a", "choices": "bc", "answer": 1}], "its choices are not a list"),
         ([[1, 2]], "task.jsonl:1 is not an example"),
         ([{"prompt": "a " * 90, "answer": "b"}], "tokens, more than the model takes, 64: shorten it"),
     ],
@@ -166,6 +167,14 @@ def test_a_bad_file_is_one_line(tmp_path, tokenizer, lines, message):
     with pytest.raises(ValueError, match=message) as refused:
         read_examples(written(tmp_path / "task.jsonl", lines), tokenizer, 64)
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_may_begin_with_a_mark_and_its_texts_may_hold_separators_of_lines(tmp_path, tokenizer, examples):
+    parted = [example | {"prompt": f"{example['prompt'].rstrip()}\u2028"} for example in EXAMPLES]
+    file = tmp_path / "marked.jsonl"
+    file.write_text("".join(json.dumps(one, ensure_ascii=False) + "\r\n" for one in parted), encoding="utf-8-sig")
+    found = read_examples(file, tokenizer, 64)
+    assert [len(part) for part in found.windows] == [len(part) for part in examples.windows]
 
 
 def test_a_missing_file_is_named(tmp_path, tokenizer):

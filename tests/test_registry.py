@@ -157,6 +157,24 @@ def test_the_numbers_of_a_report_are_its_finite_leaves(tmp_path):
     assert runs.numbers(report) == {"evaluate/passed": 1.0, "evaluate/tasks/a_b/acc": 0.5}
 
 
+def test_keys_that_are_paths_or_long_become_names_that_mlflow_takes(run, tmp_path):
+    keys = ["/data/a.txt", "../data/b.txt", "./data/a.txt", "a//b", "x" * 300, "x" * 299 + "y"]
+    report = tmp_path / "evaluate.json"
+    report.write_text(json.dumps({"by_source": {key: n + 0.5 for n, key in enumerate(keys)}}))
+    found = runs.numbers(report)
+    assert sorted(found.values()) == [n + 0.5 for n in range(6)]
+    assert found["evaluate/by_source/data/a.txt"] == 0.5
+    run.log_reports([report])
+    assert run.client.get_run(run.run_id).data.metrics == found
+
+
+@pytest.mark.parametrize("given", ["sqlite://", "sqlite:///:memory:", "sqlite:///"])
+def test_a_database_that_ends_with_the_process_is_refused(monkeypatch, given):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    with pytest.raises(RuntimeError, match="a database that ends with the process: name a file"):
+        server.tracking_uri()
+
+
 def test_reports_become_metrics_series_and_artifacts(run, tmp_path):
     report, curve, picture = tmp_path / "search.json", tmp_path / "curve.csv", tmp_path / "search.png"
     report.write_text('{"final_divergence": 0.25}')

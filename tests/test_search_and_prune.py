@@ -243,6 +243,8 @@ def test_every_source_counts_alike_and_the_worst_one_is_what_parts(project, toke
         ({"search__removals": 0.1}, "cannot remove 0 of 8 candidates"),
         ({"search__protect": ["7.mlp"]}, "blocks 0 to 3"),
         ({"search__device": "abacus"}, "no device 'abacus'"),
+        ({"search__continuation_tokens": 400}, "search.continuation_tokens = 400: after .* has room for"),
+        ({"search__n_processes": 5}, "search.n_processes = 5 cannot share 4 calibration windows: lower it"),
     ],
 )
 def test_bad_settings_are_one_error_and_nothing_is_written(project, changes, message):

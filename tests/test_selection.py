@@ -147,6 +147,12 @@ def test_the_number_of_removals_is_estimated_from_what_they_cost():
         ("kv_cache", 0.5, {"candidates": "mlp"}, "is less than any single candidate"),
         ("sublayers", 8, {}, "cannot remove 8 of 8 sublayers"),
         ("sublayers", 2, {"removals": 9}, "cannot remove 9 of 8 candidates"),
+        ("sublayers", 2, {"removals": 8}, "cannot remove 8 of 8 candidates; beside search.protect .* 7 can go"),
+        ("sublayers", 2, {"removals": 8, "candidates": "any"}, "cannot remove 8 of 12 candidates; .* 7 can go"),
+        ("sublayers", 2, {"removals": 7, "protect": ["0.block"]}, "cannot remove 7 of 8 candidates; .* 6 can go"),
+        # Blocks 0 to 3 are out of reach until 7 removals, and there are no others.
+        ("sublayers", 2, {"removals": 2, "exclude": 0.8}, "beside search.protect and search.exclude .*, 0 can go"),
+        ("sublayers", 2, {"exclude": 0.8}, "that search.protect and search.exclude leaves: raise the budget"),
     ],
 )
 def test_a_budget_that_cannot_be_reached_is_refused_before_the_search(unit, amount, changes, message):

@@ -152,7 +152,7 @@ def bos_of_its_own(directory: Path) -> None:
     """A BOS that was added to the tokenizer, and to no embeddings."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.add_special_tokens({"bos_token": "<new>"})
-    gguf._put_first_and_last(tokenizer, True, False)
+    gguf.put_first_and_last(tokenizer, True, False)
     tokenizer.save_pretrained(directory)
 
 
@@ -420,7 +420,7 @@ def test_a_gguf_that_says_nothing_of_bos_has_it_where_the_model_predicts_better(
             return SimpleNamespace(logits=logits if (tokens[0, 0] == 0) == needs_bos else -logits)
 
     taken = copy.deepcopy(tokenizer)
-    gguf._put_first_and_last(taken, not needs_bos, False)
+    gguf.put_first_and_last(taken, not needs_bos, False)
     gguf._try_bos(Foresees(), taken, "tiny.gguf")
     assert (taken("sea").input_ids[0] == 0) == needs_bos
     assert "tiny.gguf: BOS is" in caplog.text

@@ -64,7 +64,10 @@ def write_pruned(
     else:
         # Its files have other names for the weights than transformers gives them.
         whole = load_whole(source, getattr(torch, source.dtype, "auto"))
-        save_torch_state_dict(as_stored(pruned, whole.state_dict()), directory, max_shard_size=_SHARD)
+        _keep_stored_dtypes(whole, source)
+        # Experts that files hold together are views of one tensor, which are not saved.
+        tensors = {name: _alone(tensor) for name, tensor in as_stored(pruned, whole.state_dict()).items()}
+        save_torch_state_dict(tensors, directory, max_shard_size=_SHARD)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -117,7 +120,7 @@ def write_all_but_weights(
             shutil.copyfile(file, directory / file.name)
     if source.trusted:
         note_trusted(directory, code_sha256(directory))
-    if tokenizer_files.present(source.path):
+    if source.has_tokenizer:
         tokenizer_files.write(source.tokenizer, directory)
     return pruned
 
@@ -128,6 +131,25 @@ def as_stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once.keys()
     names = model.state_dict().keys() - tied - set(model._keys_to_ignore_on_save or ())
     return revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name in names})
+
+
+def _keep_stored_dtypes(model: PreTrainedModel, source: ModelDirectory) -> None:
+    """Give the weights of `model` the dtypes that they have in the files of `source`.
+
+    All are loaded in one; files may have several, such as norms in float32 among bfloat16, and leave out the prefix
+    that the class with a head has.
+    """
+    loaded = dict(model.named_parameters()) | dict(model.named_buffers())
+    for stored_name, stored in source.tensors.items():
+        name = stored_name if stored_name in loaded else f"{model.base_model_prefix}.{stored_name}"
+        dtype = getattr(torch, DTYPES.get(stored.dtype, ""), None)
+        if name in loaded and dtype not in (None, loaded[name].dtype):
+            loaded[name].data = source.tensor(stored_name)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _save(model: PreTrainedModel, directory: Path) -> None:
@@ -148,12 +170,7 @@ def write_tuned(parent: ModelDirectory, parameters: Mapping[str, Tensor], direct
         directory: empty.
     """
     model = load_pruned(parent)
-    loaded = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name in loaded.keys() & parent.tensors.keys():
-        # All are loaded in one dtype; files may have several, such as norms in float32 among bfloat16.
-        stored = getattr(torch, DTYPES.get(parent.tensors[name].dtype, ""), None)
-        if stored not in (None, loaded[name].dtype):
-            loaded[name].data = parent.tensor(name)
+    _keep_stored_dtypes(model, parent)
     for name, value in parameters.items():
         parameter = model.get_parameter(name)
         parameter.data = value.to(parameter.dtype)

@@ -67,6 +67,7 @@ def measure(
         perplexity_by_source=found.perplexity_by_source,
         held_out_sha256=tokens.held_out_sha256,
         tasks=scores,
+        tasks_sha256=settings.tasks_sha256,
         doubts=tuple(found_wrong),
         samples=tuple(written),
         sublayers=tuple(looked_at),

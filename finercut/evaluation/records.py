@@ -64,6 +64,8 @@ class Measured(Record):
     """On the held-out tokens of each source; empty where there is one."""
     held_out_sha256: str
     tasks: dict[str, Score]
+    tasks_sha256: str | None = None
+    """`Evaluate.tasks_sha256` of the settings. No reports of 0.1 have it."""
     doubts: tuple[str, ...] = ()
     """What speaks against a whole model, a sentence each. No reports of 0.1 have it."""
     samples: tuple[Sample, ...] = ()

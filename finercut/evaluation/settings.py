@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -49,3 +50,8 @@ class Evaluate(Section):
     alone_tokens: Annotated[int, Field(ge=0)] = 0
     """Of a calibration window, at most: on these each sublayer of the whole model is removed alone, a pass a sublayer,
     to see how redundant it is; beside that it is seen what it and its heads add to the stream. 0: nothing of that."""
+
+    @property
+    def tasks_sha256(self) -> str:
+        """Hash of what scores depend on beside the model."""
+        return hashlib.sha256(self.model_dump_json(include={"tasks", "seed"}).encode()).hexdigest()

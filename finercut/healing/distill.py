@@ -41,6 +41,9 @@ LOGITS_AT_ONCE = 1 << 26
 # What lora's update is multiplied by.
 LORA_SCALE = 2
 STATE = "trainer_state.json"
+# Matrices whose weights kernels of state space models take without calling the module: peft adapts none of them.
+_BY_KERNELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_NOT_CALLED = {"conv1d", "out_proj"}
 
 
 def heal(task: Task, settings: Distill) -> Healed:
@@ -50,14 +53,7 @@ def heal(task: Task, settings: Distill) -> Healed:
         ValueError: a batch smaller than a window, fewer tokens than a batch, or a device that is not here.
         RuntimeError: loss or logits that are not finite.
     """
-    n_tokens = task.windows.shape[1]
-    if settings.batch_tokens < n_tokens:
-        raise ValueError(f"heal.batch_tokens = {settings.batch_tokens} is less than a window of {n_tokens} tokens")
-    step = settings.batch_tokens // n_tokens * n_tokens
-    if settings.tokens < step:
-        raise ValueError(
-            f"heal.tokens = {settings.tokens} is less than one step of {step}: raise it, or lower heal.batch_tokens"
-        )
+    settings.check(task.windows.shape[1])
     device = one_device(settings.device)
     dtype = dtype_of(settings.dtype, device)
     with quiet():
@@ -108,6 +104,7 @@ def _lora(task: Task, settings: Distill, device: torch.device, dtype: torch.dtyp
         if isinstance(module, (nn.Linear, Conv1D))
         and name.startswith(f"{layout.blocks}.")
         and not any(name == one or name.startswith(f"{one}.") for one in gone)
+        and not (whole.config.model_type in _BY_KERNELS and name.rpartition(".")[2] in _NOT_CALLED)
     ]
     torch.manual_seed(settings.seed)
     config = LoraConfig(

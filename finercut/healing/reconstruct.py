@@ -27,8 +27,7 @@ def heal(task: Task, settings: Reconstruct) -> Healed:
         RuntimeError: values that are not finite.
     """
     n_tokens = task.windows.shape[1]
-    if settings.batch_tokens < n_tokens:
-        raise ValueError(f"heal.batch_tokens = {settings.batch_tokens} is less than a window of {n_tokens} tokens")
+    settings.check(n_tokens)
     found = along_depth.heal(task, settings, lambda depth: Reconstruction(depth, settings))
     n_batch = settings.batch_tokens // n_tokens
     return Healed(found, settings.steps * n_batch * n_tokens if found else 0)

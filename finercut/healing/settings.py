@@ -35,7 +35,27 @@ class Refit(Section):
     """auto, cpu, cuda."""
 
 
-class Reconstruct(Section):
+class _InSteps(Section):
+    """A method that trains on some windows at a time."""
+
+    batch_tokens: PositiveInt
+
+    def check(self, n_tokens: int) -> None:
+        """
+        Args:
+            n_tokens: of a window.
+
+        Raises:
+            ValueError: a step holds no window.
+        """
+        if self.batch_tokens < n_tokens:
+            raise ValueError(
+                f"heal.batch_tokens = {self.batch_tokens} is less than a window of {n_tokens} tokens, which is "
+                "calibrate.n_tokens: raise it, or lower that"
+            )
+
+
+class Reconstruct(_InSteps):
     """Train kept sublayers one by one, in order of depth, so that the residual stream behind each is the whole model's
     again: the refit first, then all weights of the sublayer by gradient."""
 
@@ -58,7 +78,7 @@ class Reconstruct(Section):
     better than the refit."""
     fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)
     """Candidates for how much of the whole change is applied; chosen on held-out tokens."""
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Of the order of the windows."""
     dtype: TrainingDtype
     """Of the matrix products; trained weights are float32. auto: bfloat16 where the device multiplies in it, else
@@ -67,7 +87,7 @@ class Reconstruct(Section):
     """auto, cpu, cuda: one device."""
 
 
-class Distill(Section):
+class Distill(_InSteps):
     """Train the pruned model to predict what the whole model predicts."""
 
     method: Literal["distill"]
@@ -95,10 +115,19 @@ class Distill(Section):
     patience: PositiveInt | None
     """Evaluations in a row that bring the held-out divergence below neither the pruned model's nor an earlier one,
     after which training ends; null: never."""
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Of the order of the windows and of lora's first weights."""
     dtype: TrainingDtype
     """Of the matrix products; trained weights are float32. auto: bfloat16 where the device multiplies in it, else
     float32."""
     device: str
     """auto, cpu, cuda: one device."""
+
+    def check(self, n_tokens: int) -> None:
+        """As of `_InSteps`, or the tokens are fewer than a step."""
+        super().check(n_tokens)
+        step = self.batch_tokens // n_tokens * n_tokens
+        if self.tokens < step:
+            raise ValueError(
+                f"heal.tokens = {self.tokens} is less than one step of {step}: raise it, or lower heal.batch_tokens"
+            )

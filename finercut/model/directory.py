@@ -5,6 +5,7 @@ transformers' Auto classes take seconds to import, so each waits until a part is
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from finercut.model import remote_code, tensors
-from finercut.model.configs import context_of, read_object
-from finercut.model.families import Layout, layout_of
+from finercut.model.configs import VOCABULARY_FILES, context_of, read_object
+from finercut.model.families import Layout, auto_class, layout_of
 from finercut.model.tensors import StoredTensor
 from finercut.sublayers import Sublayer
 
@@ -38,6 +39,9 @@ _UNEXPECTED = (
     OSError,
     StrictDataclassError,
 )
+
+# Names of buffers that models of any type have stored once.
+_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 """torch's names of dtypes by those in safetensors files."""
@@ -150,6 +154,11 @@ class ModelDirectory:
         """Tokens that the model reads at most; `configs.NO_LIMIT` if it has no limit."""
         return context_of(self.language)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there are files of one."""
+        return any((self.path / name).is_file() for name in VOCABULARY_FILES)
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """
@@ -174,16 +183,42 @@ class ModelDirectory:
         return tensors.safetensors_shapes(self.path)
 
     @cached_property
-    def dtype(self) -> str:
-        """What most bytes of the weights are stored as: bfloat16, float16, float32; else as safetensors spells it.
+    def weights(self) -> dict[str, StoredTensor]:
+        """Those of `tensors` that are the model's: not the masks and frequencies that older files have beside them.
+        transformers passes these over.
 
         Raises:
             ValueError: nothing is stored.
         """
         if not self.tensors:
             raise ValueError(f"the weights in {self.path} do not fit the config: its files have no tensors")
+        of = auto_class(self.config)._model_mapping.get(type(self.config), None)
+        passed_over = re.compile(
+            "|".join([*_BUFFERS, *(getattr(of, "_keys_to_ignore_on_load_unexpected", None) or ())])
+        )
+        if not any(map(passed_over.search, self.tensors)):
+            return self.tensors
+        # The patterns are for what a model has no place for: they fit some names that it has one for.
+        import torch
+
+        with torch.device("meta"):
+            empty = auto_class(self.config).from_config(self.config, trust_remote_code=self.trusted)
+        places, prefix = empty.state_dict().keys(), f"{empty.base_model_prefix}."
+        return {
+            name: stored
+            for name, stored in self.tensors.items()
+            if not passed_over.search(name) or name in places or prefix + name in places
+        }
+
+    @cached_property
+    def dtype(self) -> str:
+        """What most bytes of the weights are stored as: bfloat16, float16, float32; else as safetensors spells it.
+
+        Raises:
+            ValueError: nothing is stored.
+        """
         n_bytes = Counter[str]()
-        for stored in self.tensors.values():
+        for stored in self.weights.values():
             n_bytes[stored.dtype] += stored.nbytes
         found = n_bytes.most_common(1)[0][0]
         return DTYPES.get(found, found)
@@ -210,8 +245,8 @@ class ModelDirectory:
 
     @property
     def n_elements(self) -> int:
-        """Numbers stored; a tied weight counts once, and an integer that packs eight of 4 bits as eight."""
-        return sum(t.n_elements * (8 if name.endswith("_packed") else 1) for name, t in self.tensors.items())
+        """Numbers of the weights; a tied one counts once, and an integer that packs eight of 4 bits as eight."""
+        return sum(t.n_elements * (8 if name.endswith("_packed") else 1) for name, t in self.weights.items())
 
     @property
     def layout(self) -> Layout:

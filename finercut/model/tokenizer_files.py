@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TokenizersBackend
 
-from finercut.model.configs import TEMPLATES, VOCABULARY_FILES, read_object
+from finercut.model.configs import TEMPLATES, read_object
 from finercut.model.directory import ModelDirectory, one_line_errors
+
+logger = logging.getLogger("finercut")
 
 CLASS = "TokenizersBackend"
 
@@ -26,6 +29,8 @@ _CONFIG = "tokenizer_config.json"
 _REPLACED = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 # Applied already, or of the loading that made the tokenizer.
 _APPLIED = ("auto_map", "fix_mistral_regex", "add_bos_token", "add_eos_token", "is_local", "local_files_only")
+# What transformers chooses a tokenizer by in config.json.
+_OF_TOKENIZERS = ("model_type", "tokenizer_class", "auto_map", "architectures", "transformers_version")
 # Defaults that a class has and its files do not.
 _OF_CLASS = ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
 
@@ -72,11 +77,6 @@ def effective(model: ModelDirectory, name: str) -> PreTrainedTokenizerBase:
         )
 
 
-def present(directory: Path) -> bool:
-    """Whether a model directory has a tokenizer at all."""
-    return any((directory / name).is_file() for name in VOCABULARY_FILES)
-
-
 def write(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write `tokenizer` into the model's `directory` in place of the tokenizer there, and check what was written.
 
@@ -87,6 +87,10 @@ def write(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         ValueError: the files make other tokens than `tokenizer` does.
     """
     if isinstance(tokenizer, TokenizersBackend) and type(tokenizer).__module__.startswith("transformers."):
+        vocabulary = tokenizer.backend_tokenizer.model
+        if getattr(vocabulary, "dropout", None):
+            logger.warning("the tokenizer drops merges at random, as in its training: that is left out")
+            vocabulary.dropout = None
         for name in _REPLACED:
             (directory / name).unlink(missing_ok=True)
         shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
@@ -108,13 +112,15 @@ def check(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """
     model, expected = ModelDirectory(directory), sample(tokenizer)
     check_sample(expected, model.tokenizer, f"transformers loads the tokenizer in {directory}")
-    # Without finercut transformers does not know a pruned model's type, and takes what a config is in general.
+    # Without finercut transformers does not know a pruned model's type, and takes what a config is in general. That
+    # cannot read everything in a whole model's, whose type it knows.
     with one_line_errors(f"the tokenizer in {directory} cannot be read without finercut"):
+        if model.is_pruned:
+            config = PreTrainedConfig.from_pretrained(directory, local_files_only=True)
+        else:
+            config = PreTrainedConfig(**{key: model.settings[key] for key in _OF_TOKENIZERS if key in model.settings})
         plain = AutoTokenizer.from_pretrained(
-            directory,
-            config=PreTrainedConfig.from_pretrained(directory, local_files_only=True),
-            local_files_only=True,
-            trust_remote_code=model.trusted,
+            directory, config=config, local_files_only=True, trust_remote_code=model.trusted
         )
     check_sample(expected, plain, f"transformers without finercut loads the tokenizer in {directory}")
 
@@ -156,8 +162,10 @@ def sample(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], name: str | None) -> Any:
+    options = {"add_generation_prompt": True, "tokenize": False}
     try:
-        return tokenizer.apply_chat_template(chat, chat_template=name, add_generation_prompt=True, tokenize=False)
+        # Of templates that write the time, how they ask for it.
+        return tokenizer.apply_chat_template(chat, chat_template=name, strftime_now=lambda form: form, **options)
     except Exception as error:
         # A template may refuse a chat, with an error of any class: then both must.
         return type(error).__name__

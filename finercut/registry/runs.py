@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import getpass
+import hashlib
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from mlflow import MlflowClient, artifacts, set_tracking_uri
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_USER
-from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_TAG_VAL_LENGTH
 
 from finercut.registry.server import (
     check_registry,
@@ -102,12 +103,19 @@ class Run:
 
 
 def numbers(path: Path) -> dict[str, float]:
-    """The finite numbers of a JSON report, named `<stem>/<key>/<key>`; booleans count as 0 and 1."""
-    return {
-        re.sub(r"[^\w\-. /]", "_", f"{path.stem}/{name}"): float(value)
-        for name, value in flatten(json.loads(path.read_text(encoding="utf-8")), "/").items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    """The finite numbers of a JSON report, named `<stem>/<key>/<key>`; booleans count as 0 and 1.
+
+    Keys may be paths of texts, and of any length: MLflow takes names that are paths as they stand, within a length.
+    """
+    found: dict[str, float] = {}
+    for key, value in flatten(json.loads(path.read_text(encoding="utf-8")), "/").items():
+        if isinstance(value, int | float) and math.isfinite(value):
+            plain = re.sub(r"[^\w\-. /]", "_", f"{path.stem}/{key}")
+            name = "/".join(part for part in plain.split("/") if part not in ("", ".", ".."))
+            if name in found or len(name) > MAX_ENTITY_KEY_LENGTH:
+                name = f"{name[: MAX_ENTITY_KEY_LENGTH - 9]}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+            found[name] = float(value)
+    return found
 
 
 def _is_number(text: str) -> bool:

@@ -32,6 +32,8 @@ def tracking_uri() -> str:
             raise RuntimeError(f"MLFLOW_TRACKING_URI is {given}: put http:// or https:// before it")
         if not given.startswith("sqlite:"):
             return given
+        if not given.partition("?")[0].removeprefix("sqlite:").strip("/") or ":memory:" in given:
+            raise RuntimeError(f"MLFLOW_TRACKING_URI is {given}, a database that ends with the process: name a file")
     # MLflow writes the path of artifacts, here/mlruns, into its SQL as it is.
     if bad := [c for c in ("'" if given else "'?") if c in str(here)]:
         raise RuntimeError(

@@ -10,8 +10,8 @@ from finercut.system.settings import Section
 
 
 class Register(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    """Of the registered model in MLflow: letters, digits, - and _."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=200)]
+    """Of the registered model in MLflow: at most 200 letters, digits, - and _."""
     min_retention: PositiveFloat
     """Mean over tasks of pruned over whole accuracy."""
     min_speed_up: PositiveFloat
@@ -47,5 +47,5 @@ class Collect(Section):
     """Newest registered versions whose checkpoints are kept; as many interrupted searches are kept."""
     commits: PositiveInt
     """Git commits, from HEAD back, whose results are kept in DVC's cache; those of the workspace always are."""
-    unfinished_days: PositiveFloat
+    unfinished_days: Annotated[float, Field(gt=0, le=36500)]
     """Uploads and downloads that did not end are kept this long, as they may be in progress."""

@@ -59,17 +59,20 @@ class VersionReference:
         return cls(match[1], match[2] or match[3])
 
 
-def connect(name: str) -> MlflowClient:
+def connect(name: str, *, must_exist: bool = True) -> MlflowClient:
     """A client of the registry that MLFLOW_TRACKING_URI names.
 
     Raises:
-        RuntimeError: it has no model `name`, or does not answer within seconds.
+        RuntimeError: it has no model `name`, which `must_exist`; or does not answer within seconds.
     """
     set_tracking_uri(tracking_uri())
     with mlflow_errors(f"find {name}"), impatient():
         reach_database()
         client = MlflowClient()
-        client.get_registered_model(name)
+        if must_exist:
+            client.get_registered_model(name)
+        else:
+            client.search_registered_models(max_results=1)
     return client
 
 

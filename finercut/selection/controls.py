@@ -28,7 +28,7 @@ class Continuations:
             held_out: token ids, (windows, tokens). The first `n_texts` windows are continued, or all.
             n_tokens: written for each, at most.
         """
-        self.prefixes = held_out[:n_texts, : max(1, min(PREFIX_TOKENS, held_out.shape[1] // 2))]
+        self.prefixes = held_out[:n_texts, : prefix_tokens(held_out.shape[1])]
         self.n_tokens = n_tokens
         self._whole: tuple[float, float | None] | None = None
 
@@ -58,6 +58,11 @@ class Continuations:
         texts = [text for share in ranks.gather([text for piece in written for text in piece]) for text in share]
         missing = sum(ends.isdisjoint(text) for text in texts) / len(texts) if ends else None
         return sum(sorted(map(repeated, texts))) / len(texts), missing
+
+
+def prefix_tokens(n_tokens: int) -> int:
+    """Of a held-out window of `n_tokens`, those that are continued."""
+    return max(1, min(PREFIX_TOKENS, n_tokens // 2))
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:

@@ -50,7 +50,8 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, most_tokens: i
     if not path.is_file():
         raise FileNotFoundError(f"search.task: no file {path}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text may have other separators of lines in it.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"search.task: {path} is not UTF-8 text: {error}") from error
     found = [
@@ -75,6 +76,8 @@ def _example(line: str, where: str) -> tuple[str, str]:
         read: Any = json.loads(line)
         prompt, answer = read["prompt"], read["answer"]
         if "choices" in read:
+            if not isinstance(read["choices"], list):
+                raise ValueError("its choices are not a list")
             if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(read["choices"]):
                 raise ValueError(f"answer {answer!r} is not the index of one of its choices")
             answer = read["choices"][answer]

@@ -11,7 +11,15 @@ from finercut.model.costs import Cost, Costs
 from finercut.selection.records import Controls
 from finercut.selection.selection import allowance, comes_to, fits, left_over, whole_number
 from finercut.selection.settings import TARGETS, Budget, Search
-from finercut.sublayers import Candidate, candidates, most_removals, open_candidates, parse, protected
+from finercut.sublayers import (
+    Candidate,
+    FrontExclusion,
+    candidates,
+    most_removals,
+    open_candidates,
+    parse,
+    protected,
+)
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,24 @@ class Goal:
         """
         self._check_per()
         n, settings, budget = self.n_removals, self.settings, self.budget
+        pool = self._reached(self._left([]))
+        left_by = "search.protect" if settings.exclude is None else "search.protect and search.exclude"
+        which = f"of search.candidates = {settings.candidates} that {left_by} leaves"
+        # One attention stays, whatever the goal.
+        attending = [c for c in pool if any(s.kind == "attention" for s in c.sublayers)]
+        one_stays = most_removals(attending) == self.n_blocks
         if n is not None:
-            if not 0 < n <= self.n_candidates:
+            possible = most_removals(pool) - one_stays
+            if not 0 < n <= possible:
                 raise ValueError(
-                    f"search.removals = {settings.removals}: cannot remove {n} of {self.n_candidates} candidates"
+                    f"search.removals = {settings.removals}: cannot remove {n} of {self.n_candidates} candidates; "
+                    f"beside {left_by} and the one attention that stays, {possible} can go"
                 )
             return
         allowed = allowance(budget, self.costs)
-        cost, pool = allowed.cost, self._left([])
+        cost = allowed.cost
         asked = f"prune.budget = {budget.amount} {budget.unit}"
-        which = f"of search.candidates = {settings.candidates} that search.protect leaves"
-        # One attention stays, whatever the budget.
-        attending = [c for c in pool if any(s.kind == "attention" for s in c.sublayers)]
-        stays = min(cost.of(c.sublayers) for c in attending) if most_removals(attending) == self.n_blocks else 0
+        stays = min(cost.of(c.sublayers) for c in attending) if one_stays else 0
         most = cost.of({s for c in pool for s in c.sublayers}) - stays
         if budget.is_target:
             if not allowed.reached(most):
@@ -174,6 +187,14 @@ class Goal:
 
     def _left(self, removals: Iterable[str]) -> list[Candidate]:
         return left_over(self.n_blocks, self.settings.candidates, self.settings.protect, removals)
+
+    def _reached(self, pool: Sequence[Candidate]) -> list[Candidate]:
+        """Those of the candidates that come into reach: front blocks do after enough removals of others."""
+        if self.settings.exclude is None:
+            return list(pool)
+        front = FrontExclusion(self.n_candidates, self.settings.exclude)
+        behind = [c for c in pool if not front.covers(c, 0)]
+        return list(pool) if most_removals(behind) >= front.until_removals else behind
 
     def _check_per(self) -> None:
         if self.settings.per is None:

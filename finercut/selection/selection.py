@@ -45,6 +45,8 @@ class Chosen(Record):
 class Selection(Record):
     """The sublayers to remove, by whichever method."""
 
+    made_by = "search"
+
     method: str
     """search.method, with what else decides (greedy_per_parameters_swaps); `given` for a list that a user wrote."""
     nested: bool

@@ -88,7 +88,7 @@ def claim(name: str, model: ModelDirectory, held_out: Tensor, settings: Prove) -
     alone = compared.tensor_parallel_size * compared.pipeline_parallel_size == 1
     with vllm_engine.engine(model.path, compared, one_process=alone) as engine:
         served = engine.continuations(windows)
-        if tokenizer_files.present(model.path):
+        if model.has_tokenizer:
             expected, where = tokenizer_files.sample(model.tokenizer), f"vLLM loads the tokenizer in {model}"
             tokenizer_files.check_sample(expected, engine.tokenizer_sample(), where)
     loaded = load(model, torch.float32, device_of(settings.device), weights_gib=settings.weights_gib)

@@ -11,7 +11,6 @@ import tempfile
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from finercut.serving.vllm_process import arguments, load_class, tokenizer_sampl
 def _main() -> None:
     # Garbage may stay for the seconds that this process lives: collections would look through all that vLLM imports.
     gc.disable()
-    from finercut.model.tokenizer_files import present
+    from finercut.model.directory import ModelDirectory
 
     # Libraries print to the standard output: keep it to the answers.
     answers = os.fdopen(os.dup(1), "w")
@@ -42,9 +41,10 @@ def _main() -> None:
         found = [
             {
                 "refusals": _refusals(model, engines),
-                "tokenizer": tokenizer_sample(model["directory"]) if present(Path(model["directory"])) else None,
+                "tokenizer": tokenizer_sample(str(directory)) if directory.has_tokenizer else None,
             }
             for model in asked["models"]
+            for directory in [ModelDirectory(model["directory"])]
         ]
     print(json.dumps(found), file=answers, flush=True)
 

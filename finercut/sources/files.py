@@ -131,7 +131,8 @@ def choose(names: Collection[str], where: str, trusted: bool, index: Path) -> li
     elif needs_index(names):
         weights = [INDEX, *shards(index)]
         if strangers := sorted(n for n in weights[1:] if n not in names or not n.endswith(".safetensors")):
-            raise ValueError(f"{where}: {INDEX} names {strangers[0]!r}, which is not a shard of the model")
+            absent = "" if strangers[0] in names else ": the file is not there, get all of the model"
+            raise ValueError(f"{where}: {INDEX} names {strangers[0]!r}, which is not a shard of the model{absent}")
     else:
         pickled = [n for n in names if any(fnmatch(n, pattern) for pattern in PICKLED)]
         why = f"only pickled weights ({pickled[0]}), which can run code when loaded" if pickled else "no weights"

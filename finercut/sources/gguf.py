@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finercut.sources.gguf_tokenizer import INSTEAD, as_the_file_says, is_of_tokenizer, put_first_and_last
 from finercut.system.settings import Dtype
 
 if TYPE_CHECKING:
@@ -17,17 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("finercut")
-
-# By the pre-tokenizers' names in GGUF files, as llama.cpp treats them. Each list has what transformers leaves out.
-# They split off every digit before the GPT-2 rule: without that, "\n\n1" and spaces before digits are other tokens.
-_SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-# A piece that is a token stays whole, whatever the merges say; and BOS comes first unless the file says otherwise.
-_WHOLE_PIECES = {
-    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
-    "tekken",
-}
-# They have the GPT-2 rule and nothing else; so has a file that names none.
-_GPT2 = {"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "modern-bert", "mellum"}
 
 # Plain text on which a model predicts better with BOS first, or without: whichever it was trained on.
 _TRIAL = (
@@ -51,7 +40,7 @@ def dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
 
     with one_line_errors(f"{gguf.name} is not a GGUF file of a model, or is damaged"):
         reader = GGUFReader(gguf)
-        metadata = {name: field.contents() for name, field in reader.fields.items() if _of_tokenizer(name)}
+        metadata = {name: field.contents() for name, field in reader.fields.items() if is_of_tokenizer(name)}
         model, info = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -62,10 +51,13 @@ def dequantise(gguf: Path, dtype: Dtype, directory: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     _check_complete(model, info["missing_keys"], reader, gguf.name)
+    _check_range(model, dtype, gguf.name)
     _scale_rotation(model, reader, gguf.name)
-    _as_the_file_says(tokenizer, metadata, gguf.name)
+    _settle_sizes(model, reader, gguf.name)
+    as_the_file_says(tokenizer, metadata, model.config.model_type, gguf.name)
     if metadata.get("tokenizer.ggml.add_bos_token") is None:
-        _try_bos(model, tokenizer, gguf.name)
+        with one_line_errors(f"{gguf.name} does not run as transformers' {model.config.model_type} model"):
+            _try_bos(model, tokenizer, gguf.name)
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     if len(ends := list(dict.fromkeys(end for end in ends if end is not None))) > 1:
         model.generation_config.eos_token_id = ends
@@ -80,7 +72,7 @@ def _check_complete(model: PreTrainedModel, missing: Sequence[str], reader: GGUF
         ValueError: it did one of them.
     """
     if missing:
-        raise ValueError(f"{where} lacks {min(missing)} ({len(missing)} tensors so): {_INSTEAD}")
+        raise ValueError(f"{where} lacks {min(missing)} ({len(missing)} tensors so): {INSTEAD}")
     n_blocks, tied = model.config.num_hidden_layers, model.config.tie_word_embeddings
     found = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if not tensor.name.startswith("rope_")}
     for name in list(found):
@@ -91,8 +83,44 @@ def _check_complete(model: PreTrainedModel, missing: Sequence[str], reader: GGUF
     if n_more > 0:
         raise ValueError(
             f"{where} has {n_more} numbers in its tensors that transformers' {model.config.model_type} model has no "
-            f"place for: {_INSTEAD}"
+            f"place for: {INSTEAD}"
         )
+
+
+def _said(reader: GGUFReader) -> dict[str, Any]:
+    """What the file says of the model of its architecture."""
+    prefix = f"{reader.fields['general.architecture'].contents()}."
+    return {name.removeprefix(prefix): f.contents() for name, f in reader.fields.items() if name.startswith(prefix)}
+
+
+def _check_range(model: PreTrainedModel, dtype: Dtype, where: str) -> None:
+    """
+    Raises:
+        ValueError: the dtype cannot hold the file's numbers.
+    """
+    if beyond := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        hint = "set fetch.source.dtype to bfloat16" if dtype == "float16" else "the file is damaged"
+        raise ValueError(f"{where} has numbers in {beyond[0]} that are not finite in {dtype}: {hint}")
+
+
+def _settle_sizes(model: PreTrainedModel, reader: GGUFReader, where: str) -> None:
+    """Write into the config what of the forward the file says and transformers takes from its own defaults.
+
+    Raises:
+        ValueError: the config has no place for it.
+    """
+    said, config = _said(reader), model.config
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if said.get(name) is not None and hasattr(config, name):
+            setattr(config, name, said[name])
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    rotated, expected = said.get("rope.dimension_count"), head * rope.get("partial_rotary_factor", 1.0)
+    if rotated in (None, expected, getattr(config, "qk_rope_head_dim", None)):
+        return
+    if "partial_rotary_factor" not in rope:
+        raise ValueError(f"{where} rotates {rotated} of {head} numbers of a head, {config.model_type} all: {INSTEAD}")
+    config.rope_parameters = rope | {"partial_rotary_factor": rotated / head}
 
 
 def _scale_rotation(model: PreTrainedModel, reader: GGUFReader, where: str) -> None:
@@ -101,8 +129,10 @@ def _scale_rotation(model: PreTrainedModel, reader: GGUFReader, where: str) -> N
     Raises:
         ValueError: it does in a way that is not known.
     """
-    prefix = f"{reader.fields['general.architecture'].contents()}.rope.scaling."
-    said = {name.removeprefix(prefix): f.contents() for name, f in reader.fields.items() if name.startswith(prefix)}
+    of_all, prefix = _said(reader), "rope.scaling."
+    said = {name.removeprefix(prefix): value for name, value in of_all.items() if name.startswith(prefix)}
+    if not said and "rope.scale_linear" in of_all:  # as files had it before they named the type
+        said = {"type": "linear", "factor": of_all["rope.scale_linear"]}
     tensors = {tensor.name: tensor.data for tensor in reader.tensors if tensor.name.startswith("rope_")}
     config = model.config
     scaled = getattr(config, "rope_parameters", None) or {}
@@ -125,7 +155,7 @@ def _scale_rotation(model: PreTrainedModel, reader: GGUFReader, where: str) -> N
         original = said["original_context_length"]
         found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     if found is None:
-        raise ValueError(f"{where} scales rotary embeddings in a way ({kind}) that is not known: {_INSTEAD}")
+        raise ValueError(f"{where} scales rotary embeddings in a way ({kind}) that is not known: {INSTEAD}")
     settings = rope | found
     config.rope_parameters = settings if rope is scaled else scaled | {"full_attention": settings}
 
@@ -151,116 +181,6 @@ def _llama3(config: PreTrainedConfig, divisors: Any) -> dict[str, Any] | None:
     return found if np.allclose(frequencies / scaled, divisors, rtol=1e-3) else None
 
 
-_LONG = ("merges", "scores", "token_type", "precompiled_charsmap")
-"""Arrays that transformers reads, and nothing here."""
-
-
-def _of_tokenizer(name: str) -> bool:
-    return name.startswith("tokenizer.") and not name.endswith(_LONG)
-
-
-def _as_the_file_says(tokenizer: PreTrainedTokenizerBase, metadata: Mapping[str, Any], where: str) -> None:
-    """Change `tokenizer` to what the file's metadata says and transformers did not take from there.
-
-    Raises:
-        ValueError: it cannot be made so.
-    """
-    from tokenizers.pre_tokenizers import Digits, Sequence
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    said = {name.removeprefix("tokenizer.ggml."): value for name, value in metadata.items()}
-    kind, split, backend = said.get("model"), said.get("pre") or "default", tokenizer.backend_tokenizer
-    if kind == "gpt2":
-        if split in _SINGLE_DIGITS:
-            backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
-        elif split not in _GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
-            raise ValueError(
-                f"{where} splits text by the rule {split!r}, which transformers does not know, and would come out as "
-                "other tokens: take the model in Hugging Face layout"
-            )
-        if split in _WHOLE_PIECES:
-            backend.model.ignore_merges = True
-    if kind == "llama" and said.get("add_space_prefix") is False:
-        _without_space_prefix(backend)
-    tokens = said.get("tokens", ())
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        number = said.get(f"{key}_token_id", {"bos": 1, "eos": 2, "unk": 0}.get(name) if kind == "llama" else None)
-        if number is not None and number < len(tokens) and getattr(tokenizer, f"{name}_token") is None:
-            setattr(tokenizer, f"{name}_token", backend.id_to_token(number))
-    bos_first = kind == "llama" or (kind == "gpt2" and split in _WHOLE_PIECES)  # where the file does not say
-    _put_first_and_last(tokenizer, said.get("add_bos_token", bos_first), said.get("add_eos_token", kind == "t5"))
-    if named := metadata.get("tokenizer.chat_templates"):
-        templates = {name: metadata[f"tokenizer.chat_template.{name}"] for name in named}
-        default = metadata.get("tokenizer.chat_template")
-        tokenizer.chat_template = templates | ({"default": default} if default else {})
-    _drop_strangers(tokenizer, len(tokens))
-    _check_tokens(tokenizer, said, where)
-
-
-def _drop_strangers(tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> None:
-    """Take out the tokens that transformers' classes add to the file's: their numbers are outside the embeddings."""
-    from tokenizers import Tokenizer
-
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = [token for token in state["added_tokens"] if token["id"] < n_tokens]
-    if len(kept) < len(state["added_tokens"]):
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state | {"added_tokens": kept}))
-
-
-def _without_space_prefix(backend: Any) -> None:
-    from tokenizers import decoders, normalizers, pre_tokenizers
-
-    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
-        backend.pre_tokenizer.prepend_scheme = "never"
-    if isinstance(backend.normalizer, normalizers.Sequence):
-        kept = [part for part in backend.normalizer if not isinstance(part, normalizers.Prepend)]
-        backend.normalizer = normalizers.Sequence(kept)
-    elif isinstance(backend.normalizer, normalizers.Prepend):
-        backend.normalizer = None
-    # Nor is a space taken off the front of what is decoded.
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-
-
-def _put_first_and_last(tokenizer: PreTrainedTokenizerBase, bos: bool, eos: bool) -> None:
-    """Let the tokenizer put its BOS before a text, or not, and its EOS after it."""
-    from tokenizers.processors import TemplateProcessing
-
-    first = [(tokenizer.bos_token, tokenizer.bos_token_id)] if bos and tokenizer.bos_token is not None else []
-    last = [(tokenizer.eos_token, tokenizer.eos_token_id)] if eos and tokenizer.eos_token is not None else []
-    around = [[token for token, _ in first], [token for token, _ in last]]
-    one, other = ([f"{piece}:{n}" for piece in (*around[0], text, *around[1])] for n, text in enumerate(("$A", "$B")))
-    template = TemplateProcessing(single=one, pair=[*one, *other], special_tokens=[*first, *last])
-    tokenizer.backend_tokenizer.post_processor = template
-
-
-def _check_tokens(tokenizer: PreTrainedTokenizerBase, said: Mapping[str, Any], where: str) -> None:
-    """Every token has the number that it has in the file, and so have the special ones.
-
-    Raises:
-        ValueError: one has not.
-    """
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    bytewise = bytes_to_unicode()
-    for number, token in enumerate(said.get("tokens", ())):
-        # Gemma's runs of spaces, and special tokens in a byte-level vocabulary, are spelt otherwise.
-        spelt = {token, token.replace(" ", "\u2581"), "".join(bytewise[byte] for byte in token.encode())}
-        if (found := tokenizer.backend_tokenizer.id_to_token(number)) not in spelt and said.get("model") != "t5":
-            raise ValueError(f"token {number} of {where} is {token!r}, and came out as {found!r}: {_INSTEAD}")
-    if len(tokenizer) > len(said.get("tokens", ())):
-        extra = tokenizer.backend_tokenizer.id_to_token(len(said["tokens"]))
-        raise ValueError(f"{where} has no token {extra!r} as it came out: {_INSTEAD}")
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        number, found = said.get(f"{key}_token_id"), getattr(tokenizer, f"{name}_token_id")
-        if number is not None and number != found:
-            raise ValueError(
-                f"{where} says that token {number} is its {name.upper()}, it came out as {found}: {_INSTEAD}"
-            )
-
-
-_INSTEAD = "take the model in Hugging Face layout"
-
-
 def _try_bos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Where the file does not say whether BOS comes first, put it there if the model predicts much better so."""
     if tokenizer.bos_token_id is None or tokenizer.bos_token_id >= model.config.get_text_config().vocab_size:
@@ -274,7 +194,7 @@ def _try_bos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: 
         logger.warning(
             "%s: BOS %s, since the model predicts better so", where, "is put first" if better else "is left out"
         )
-        _put_first_and_last(tokenizer, better, tokenizer("x").input_ids[-1:] == [tokenizer.eos_token_id])
+        put_first_and_last(tokenizer, better, tokenizer("x").input_ids[-1:] == [tokenizer.eos_token_id])
 
 
 _MARGIN = 0.2

@@ -63,10 +63,16 @@ def cut_windows(
     length = n_tokens - len(window_start(tokenizer))
     pools = [_Pool(cut, length, tokenizer, shuffle_seed) for cut in cuts]
     start = window_start(tokenizer)
-    calibration, calibration_sources = _in_turn(_take(pools, [cut.n_samples for cut in cuts], "calibration"), start)
-    held_out, held_out_sources = _in_turn(_take(pools, [cut.n_held_out_samples for cut in cuts], "held-out"), start)
+    # Documents that differ may begin alike.
+    seen: set[tuple[int, ...]] = set()
+    calibration, calibration_sources = _in_turn(
+        _take(pools, [cut.n_samples for cut in cuts], "calibration", seen), start
+    )
+    held_out, held_out_sources = _in_turn(
+        _take(pools, [cut.n_held_out_samples for cut in cuts], "held-out", seen), start
+    )
     # Last, so that the others do not depend on how much healing asks for.
-    healing, healing_sources = _in_turn(_take(pools, [cut.n_healing_samples for cut in cuts], "healing"), start)
+    healing, healing_sources = _in_turn(_take(pools, [cut.n_healing_samples for cut in cuts], "healing", seen), start)
     sources = distinct([cut.texts.source + (", repeated" if cut.repeated else "") for cut in cuts])
     return Tokens(
         calibration,
@@ -86,12 +92,18 @@ def distinct(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name} ({n})" if n > 1 else name for name, n in zip(names, counts, strict=True))
 
 
-def _take(pools: Sequence[_Pool], counts: Sequence[int], use: str) -> list[list[list[int]]]:
-    """Windows of each pool, from documents that nothing was cut from, also where it was in another pool."""
-    seen = set[str]().union(*(pool.used for pool in pools))
+def _take(pools: Sequence[_Pool], counts: Sequence[int], use: str, seen: set[tuple[int, ...]]) -> list[list[list[int]]]:
+    """Windows of each pool, from documents that nothing was cut from, also where it was in another pool.
+
+    Args:
+        seen: windows of other uses, which are passed over; these are added.
+    """
+    used = set[str]().union(*(pool.used for pool in pools))
     for pool in pools:
-        pool.leave_out(seen)
-    return [pool.take(n, use) for pool, n in zip(pools, counts, strict=True)]
+        pool.leave_out(used)
+    taken = [pool.take(n, use, seen) for pool, n in zip(pools, counts, strict=True)]
+    seen.update(tuple(row) for rows in taken for row in rows)
+    return taken
 
 
 def _in_turn(windows: Sequence[Sequence[list[int]]], start: list[int]) -> tuple[Tensor | None, Tensor | None]:
@@ -118,32 +130,46 @@ class _Pool:
         if shuffle_seed is not None:
             random.Random(shuffle_seed).shuffle(self.documents)
 
-    def leave_out(self, seen: Collection[str]) -> None:
-        self.documents = [document for document in self.documents if document not in seen]
+    def leave_out(self, used: Collection[str]) -> None:
+        self.documents = [document for document in self.documents if document.strip() not in used]
 
-    def take(self, n: int, name: str) -> list[list[int]]:
+    def take(self, n: int, name: str, seen: Collection[tuple[int, ...]]) -> list[list[int]]:
         """`n` windows of the fewest first documents, which are used up.
+
+        Args:
+            seen: windows that are passed over.
 
         Raises:
             ValueError: there is too little text.
         """
-        if not n:
-            return []
+        n_cut, fresh = n, list[list[int]]()
+        while len(fresh) < n:
+            rows, n_documents = self._rows(n_cut, n, name)
+            fresh = [row for row in rows if tuple(row) not in seen]
+            n_cut += n - len(fresh)
+        if n:
+            self.used.update(document.strip() for document in self.documents[:n_documents])
+            self.documents = self.documents[n_documents:]
+        return fresh
+
+    def _rows(self, n_cut: int, n: int, name: str) -> tuple[list[list[int]], int]:
+        """The first `n_cut` windows, for `n` that are asked for, and from how many documents they are."""
         of_text = sum(self.passages) or self.length
-        needed = n * of_text
+        needed = n_cut * of_text
         n_documents = _fewest(len(self.documents), lambda k: len(self._encode(k, needed)) >= needed)
         ids = self._encode(n_documents, needed)
         if len(ids) < needed:
             rest = {"held-out": " that calibration does not use", "healing": " that nothing else uses"}.get(name, "")
+            alike = f", {n_cut - n} of them alike to others" if n_cut > n else ""
             raise ValueError(
                 f"{self.texts.source} has {len(ids)} tokens in {len(self.documents)} documents{rest}, {n} {name} "
-                f"windows need {needed}: give more text (blank lines separate the documents of a .txt file), or lower "
-                "calibrate.n_samples, n_held_out_samples, n_healing_samples, n_tokens or its share"
+                f"windows need {needed}{alike}: give more text (blank lines separate the documents of a .txt file), or "
+                "lower calibrate.n_samples, n_held_out_samples, n_healing_samples, n_tokens or its share"
             )
-        self.used.update(self.documents[:n_documents])
-        self.documents = self.documents[n_documents:]
-        rows = [ids[i * of_text : (i + 1) * of_text] for i in range(n)]
-        return [repeat(row, self.passages)[: self.length] for row in rows] if self.passages else rows
+        rows = [ids[i * of_text : (i + 1) * of_text] for i in range(n_cut)]
+        if self.passages:
+            rows = [repeat(row, self.passages)[: self.length] for row in rows]
+        return rows, n_documents
 
     def _encode(self, n_documents: int, needed: int) -> list[int]:
         return _first_ids(self.texts.separator.join(self.documents[:n_documents]), needed, self.tokenizer)

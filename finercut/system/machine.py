@@ -44,6 +44,12 @@ def prepare() -> None:
         RuntimeError: what the user has to set or install; one line.
         FileNotFoundError: no temporary folder can be written to.
     """
+    if sys.flags.optimize > 1:
+        raise RuntimeError(
+            "PYTHONOPTIMIZE is 2, or python was started with -OO, which takes away the docstrings that transformers "
+            "reads: unset it, or set it to 1"
+        )
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's own is not known to the library here
     _keep_loopback_direct()
     _settle_temporary_folder()
     _settle_user()

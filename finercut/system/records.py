@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,6 +17,9 @@ class Record(BaseModel):
 
     # Fields that another version added are passed over.
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+    made_by: ClassVar[str | None] = None
+    """The stage that writes it, where its file is not called by that."""
 
     def write(self, path: Path) -> None:
         """Replace `path` atomically."""
@@ -30,8 +33,9 @@ class Record(BaseModel):
             FileNotFoundError: the stage that writes it has not run.
             ValueError: the file has another form, or a version wrote it that did not record what this one needs.
         """
+        stage = cls.made_by or path.stem
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}: run `finercut {path.stem}` first")
+            raise FileNotFoundError(f"no {path}: run `finercut {stage}` first")
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
@@ -39,7 +43,7 @@ class Record(BaseModel):
             where = ".".join(map(str, problem["loc"])) or "the file"
             raise ValueError(
                 f"{path} is not a {cls.__name__} of this version ({where}: {problem['msg']}): `finercut run` makes it "
-                f"again, or `dvc repro --force --single-item {path.stem}`"
+                f"again, or `dvc repro --force --single-item {stage}`"
             ) from error
 
 
