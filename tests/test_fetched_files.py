@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer, random_llama
+from family_models import CASES, random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,6 +43,11 @@ def fetched(path: Path, directory: Path) -> Path:
     origin = fetch_model(LocalModel(kind="local", path=path), directory, directory.parent / "work")
     fetch.settle(directory, origin.source)
     return directory
+
+
+def is_the_masked_whole(pruned: Path, model: Path) -> bool:
+    windows = torch.randint(3, 400, (2, 24), generator=torch.Generator().manual_seed(1))
+    return check_parity(ModelDirectory(model), ModelDirectory(pruned), windows, 1e-3, torch.device("cpu")).passed
 
 
 # Shards
@@ -85,7 +91,86 @@ def test_an_index_names_shards_only(tmp_path, named):
         fetched(whole, tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"type": "yarn", "factor": 4.0},
+        {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "factor": 4.0},
+    ],
+)
+def test_rotary_embeddings_scaled_as_published_configs_write_it(tmp_path, scaling):
+    whole = saved(tmp_path / "whole")
+    file = whole / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["rope_parameters"]
+    written = {"rope_theta": 500000.0, "rope_scaling": scaling | {"original_max_position_embeddings": 64}}
+    file.write_text(json.dumps(settings | written))
+    model = fetched(whole, tmp_path / "model")
+    prune(model, REMOVED, None, tmp_path / "pruned")
+    rope = load_pruned(tmp_path / "pruned").config.rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == (scaling.get("rope_type", scaling.get("type")), scaling["factor"])
+    assert is_the_masked_whole(tmp_path / "pruned", model)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [CASES["gpt_neox"], CASES["gpt2"]], ids=["gpt_neox", "gpt2"])
+def test_masks_that_older_files_have_beside_the_weights_do_not_count(tmp_path, model_type, changes):
+    made = random_model(model_type, **changes).to(torch.float16)
+    made.save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / "model.safetensors"
+    tensors = load_file(file)
+    prefix = "transformer.h.{}.attn" if model_type == "gpt2" else "gpt_neox.layers.{}.attention"
+    for i in range(4):
+        # As Pythia's in float16, where -1e9 is not finite; GPT-2's masks are floating-point numbers.
+        tensors[f"{prefix.format(i)}.masked_bias"] = torch.tensor(float("-inf"), dtype=torch.float16)
+        mask = torch.ones(1, 1, 512, 512, dtype=torch.float32 if model_type == "gpt2" else torch.bool)
+        tensors[f"{prefix.format(i)}.bias"] = mask
+    save_file(tensors, file, {"format": "pt"})
+    model = ModelDirectory(fetched(tmp_path / "whole", tmp_path / "model"))
+    assert model.n_elements == sum(p.numel() for p in made.parameters())
+    assert model.dtype == "float16"
+
+
+def test_numbers_that_are_not_finite_in_a_weight_are_damage(tmp_path):
+    whole = saved(tmp_path / "whole")
+    file = whole / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj.weight in .* not finite: the weights are damaged"):
+        fetched(whole, tmp_path / "model")
+
+
+def test_experts_that_files_hold_together_are_written(tmp_path):
+    model_type, changes = CASES["mixtral"]
+    random_model(model_type, **changes).save_pretrained(tmp_path / "whole", save_original_format=False)
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    model = fetched(tmp_path / "whole", tmp_path / "model")
+    assert any(name.endswith("experts.gate_up_proj") for name in ModelDirectory(model).tensors)
+    prune(model, REMOVED, None, tmp_path / "pruned")
+    assert is_the_masked_whole(tmp_path / "pruned", model)
+
+
 # Dtypes
+
+
+def test_dtypes_are_kept_where_files_leave_the_prefix_out(tmp_path):
+    whole = saved(tmp_path / "whole", torch.bfloat16)
+    file = whole / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    # The norms in float32, with numbers that bfloat16 has not.
+    bare = {
+        name.removeprefix("model."): 1 + torch.rand(value.shape, generator=generator) / 3 if "norm" in name else value
+        for name, value in load_file(file).items()
+    }
+    save_file(bare, file, {"format": "pt"})
+    model = fetched(whole, tmp_path / "model")
+    prune(model, REMOVED, None, tmp_path / "pruned")
+    stored = ModelDirectory(tmp_path / "pruned").tensors
+    assert {stored[name].dtype for name in stored if "norm" in name} == {"F32"}
+    assert {stored[name].dtype for name in stored if "norm" not in name} == {"BF16"}
+    assert is_the_masked_whole(tmp_path / "pruned", model)
 
 
 @pytest.mark.parametrize(("stored", "said"), [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32")])

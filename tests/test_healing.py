@@ -12,20 +12,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import few_tokens
-from family_models import CASES, random_model
+from family_models import CASES, HYBRIDS, random_model
 from safetensors.torch import load_file, save_file
 
 from finercut.checkpoint import heal, prune
 from finercut.checkpoint.lineage import lineage_of
 from finercut.checkpoint.settings import Heal
 from finercut.checkpoint.steps import Inputs, Proof
-from finercut.checkpoint.writing import differing_tensors
+from finercut.checkpoint.writing import differing_tensors, write_pruned
 from finercut.healing import distill, reconstruct, schedule
 from finercut.healing.fidelity import compare, fidelity, logits_of
 from finercut.healing.settings import Distill, Reconstruct, Refit
+from finercut.healing.task import Task
 from finercut.model.directory import ModelDirectory
+from finercut.model.families import LAYOUT_KEY
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
+from finercut.model.probe import find_layout
 from finercut.selection import depth, refit
 from finercut.selection.divergence import js
 from finercut.sublayers import Sublayer
@@ -388,6 +391,21 @@ def test_a_batch_smaller_than_a_window_is_refused(run, method):
 def test_fewer_tokens_than_one_step_are_refused(run):
     with pytest.raises(ValueError, match="heal.tokens = 95 is less than one step of 96: raise it, or"):
         run(distilling(tokens=95))
+
+
+def test_lora_trains_what_peft_can_of_a_state_space_model(tmp_path, tokens):
+    model_type, changes = HYBRIDS["mamba"]
+    made = random_model(model_type, **changes)
+    setattr(made.config, LAYOUT_KEY, find_layout(made).to_dict())
+    made.save_pretrained(tmp_path / "whole")
+    whole = ModelDirectory(tmp_path / "whole")
+    (tmp_path / "pruned").mkdir()
+    write_pruned(whole, [Sublayer(1, "attention")], tmp_path / "pruned", {}, "")
+    # Judged by what it trains on, which any training lowers.
+    task = Task(whole, ModelDirectory(tmp_path / "pruned"), tokens[:4], tokens[:4], tmp_path, lambda *_: None)
+    healed = distill.heal(task, distilling(trainable="lora", learning_rate=0.01))
+    assert healed.parameters
+    assert not any(name.endswith(("conv1d.weight", "out_proj.weight")) for name in healed.parameters)
 
 
 def test_windows_that_would_judge_themselves_are_refused_before_a_model_is_loaded(run, tokens_to_heal, monkeypatch):

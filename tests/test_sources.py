@@ -21,10 +21,10 @@ import pytest
 import torch
 from conftest import random_llama
 from hub_server import COMMIT, ROOT, Hub, Repository, answer_of, client_environment, serve
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Phi3Config, Qwen2Config
 
 from finercut.model.tensors import safetensors_shapes, weights_sha256
-from finercut.sources import gguf, revisions
+from finercut.sources import gguf, gguf_tokenizer, revisions
 from finercut.sources.gguf import dequantise
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import FilesText, HubModel, LocalModel, PackageModel
@@ -246,13 +246,25 @@ GGUF_NAMES = {
 
 
 def write_gguf(
-    file: Path, model, tokenizer, pre: str = "smollm", *, rope=None, more=None, less=(), **said: bool
+    file: Path,
+    model,
+    tokenizer,
+    pre: str | None = "smollm",
+    *,
+    rope=None,
+    more=None,
+    less=(),
+    user_defined=(),
+    metadata=None,
+    **said: bool,
 ) -> None:
     """`model` as llama.cpp's converter would write it, its first MLP's last matrix in Q4_1.
 
     Args:
         rope: metadata of the scaling of its rotary embeddings.
         more, less: tensors that the file has too, and names of those that it lacks.
+        user_defined: tokens of that type, after those of the tokenizer.
+        metadata: more of the model's, numbers.
         said: flags of the tokenizer's metadata.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, quants
@@ -269,7 +281,10 @@ def write_gguf(
     writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    for name, value in (metadata or {}).items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"llama.{name}", value)
     for name, value in said.items():
         writer.add_bool(f"tokenizer.ggml.{name}", value)
     for name, value in (rope or {}).items():
@@ -278,9 +293,10 @@ def write_gguf(
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+    tokens = [*sorted(vocabulary["vocab"], key=vocabulary["vocab"].get), *user_defined]
+    writer.add_token_list(tokens)
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
-    writer.add_token_types([3 if i < 3 else 1 for i in range(len(vocabulary["vocab"]))])
+    writer.add_token_types([3 if i < 3 else 4 if token in user_defined else 1 for i, token in enumerate(tokens)])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)
@@ -447,6 +463,7 @@ def divisors_of_llama_cpp(theta: float) -> np.ndarray:
         (10_000.0, {}, {"rope_type": "default"}),
         (10_000.0, {"rope": {"type": "none", "factor": 1.0}}, {"rope_type": "default"}),
         (10_000.0, {"rope": {"type": "linear", "factor": 4.0}}, {"rope_type": "linear", "factor": 4.0}),
+        (10_000.0, {"metadata": {"rope.scale_linear": 4.0}}, {"rope_type": "linear", "factor": 4.0}),
         (
             10_000.0,
             {"rope": {"type": "yarn", "factor": 4.0, "original_context_length": 64}},
@@ -483,6 +500,71 @@ def test_a_gguf_that_would_come_out_as_another_model_is_refused(tokenizer, tmp_p
     write_gguf(tmp_path / "tiny.gguf", random_llama(), tokenizer, **written)
     with pytest.raises(ValueError, match=message):
         dequantise(tmp_path / "tiny.gguf", "float32", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said", "expected"),
+    [
+        (Gemma2Config(), {"attn_logit_softcapping": 20.0}, {"attn_logit_softcapping": 20.0}),
+        (Gemma2Config(), {"final_logit_softcapping": 3.0}, {"final_logit_softcapping": 3.0}),
+        (Phi3Config(), {"rope.dimension_count": 72}, {"partial_rotary_factor": 0.75}),
+        (Phi3Config(), {"rope.dimension_count": 96}, {"partial_rotary_factor": 1.0}),
+    ],
+)
+def test_a_gguf_says_what_defaults_of_the_class_would_say_otherwise(config, said, expected):
+    # Heads of Phi-3 have 3072 / 32 = 96 numbers.
+    gguf._settle_sizes(SimpleNamespace(config=config), reader_of(said), "tiny.gguf")
+    found = vars(config) | (config.rope_parameters or {})
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_gguf_whose_heads_are_rotated_in_part_is_refused_where_the_model_rotates_all():
+    model = SimpleNamespace(config=Qwen2Config(hidden_size=128, num_attention_heads=4))
+    with pytest.raises(ValueError, match="tiny.gguf rotates 16 of 32 numbers of a head, qwen2 all: take the model in"):
+        gguf._settle_sizes(model, reader_of({"rope.dimension_count": 16}), "tiny.gguf")
+
+
+def reader_of(said: dict) -> SimpleNamespace:
+    metadata = {"general.architecture": "x"} | {f"x.{name}": value for name, value in said.items()}
+    return SimpleNamespace(
+        fields={name: SimpleNamespace(contents=lambda value=value: value) for name, value in metadata.items()}
+    )
+
+
+def test_tokens_that_the_gguf_calls_user_defined_stand_for_themselves(tokenizer, tmp_path):
+    model = random_llama(vocab_size=402)
+    write_gguf(tmp_path / "tiny.gguf", model, tokenizer, "gpt-2", user_defined=["   ", "river rises"])
+    (tmp_path / "model").mkdir()
+    dequantise(tmp_path / "tiny.gguf", "float32", tmp_path / "model")
+    taken = AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = taken("sea   river rises").input_ids
+    assert ids == [*tokenizer("sea").input_ids, 400, 401]
+    assert taken.decode(ids) == "sea   river rises"
+
+
+def test_a_gguf_that_names_no_rule_for_words_is_read_with_a_warning(tokenizer, tmp_path, caplog):
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), tokenizer, None)
+    (tmp_path / "model").mkdir()
+    dequantise(tmp_path / "tiny.gguf", "float32", tmp_path / "model")
+    assert "names no rule by which text is split into words: taken to be GPT-2's" in caplog.text
+
+
+def test_qwens_tokenizer_composes_characters_which_no_gguf_says(tokenizer):
+    vocabulary = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    said = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": vocabulary}
+    for model_type, same in (("qwen2", True), ("qwen3", True), ("llama", False)):
+        taken = copy.deepcopy(tokenizer)
+        gguf_tokenizer.as_the_file_says(taken, said, model_type, "tiny.gguf")
+        assert (taken("e\u0301").input_ids == taken("\u00e9").input_ids) == same
+
+
+def test_a_gguf_whose_numbers_the_dtype_cannot_hold_says_which_can(tokenizer, tmp_path):
+    model = random_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e5
+    write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
+    with pytest.raises(ValueError, match="not finite in float16: set fetch.source.dtype to bfloat16"):
+        dequantise(tmp_path / "tiny.gguf", "float16", tmp_path)
 
 
 def test_the_dequantised_weights_are_stored_as_asked(index, pip_uses, tmp_path):

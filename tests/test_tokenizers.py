@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -124,3 +125,22 @@ def test_files_that_make_other_tokens_are_refused_in_one_line(digits, tokenizer,
     with pytest.raises(ValueError, match=r"differs from the whole model's in .+: .+, and not .+") as refused:
         tokenizer_files.check(ModelDirectory(whole).tokenizer, other)
     assert "\n" not in str(refused.value)
+
+
+def test_a_template_that_writes_the_time_is_no_difference(tokenizer, tmp_path):
+    timed = copy.deepcopy(tokenizer)
+    timed.chat_template = "{{ strftime_now('%H:%M:%S.%f') }} {{ messages[0].content }}"
+    random_llama().save_pretrained(tmp_path)
+    tokenizer_files.write(timed, tmp_path)
+    rendered = tokenizer_files.sample(timed)["the chat template  with chat 0"]
+    assert rendered == "%H:%M:%S.%f How high is it?"
+
+
+def test_merges_are_not_dropped_at_random(tokenizer, tmp_path, caplog):
+    dropping = copy.deepcopy(tokenizer)
+    dropping.backend_tokenizer.model.dropout = 0.5
+    random_llama().save_pretrained(tmp_path)
+    tokenizer_files.write(dropping, tmp_path)
+    assert "drops merges at random" in caplog.text
+    text = "The river rises in the north. " * 20
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == tokenizer(text).input_ids

@@ -104,9 +104,13 @@ def _check_weights(model: ModelDirectory) -> None:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+        passed_over = stored.keys() - model.weights.keys()
     expected = empty.state_dict().keys()
     blocks = {match[1] for name in expected if (match := re.match(r"(.+?\.)\d+\.", name))}
-    unexpected = sorted(found["unexpected_keys"])
+    prefix = f"{empty.base_model_prefix}."
+    unexpected = sorted(
+        name for name in found["unexpected_keys"] if not passed_over & {name, name.removeprefix(prefix)}
+    )
     wrong = {
         "missing": sorted(found["missing_keys"]),
         "of another shape": sorted(str(name[0]) for name in found["mismatched_keys"]),
