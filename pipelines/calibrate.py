@@ -54,7 +54,6 @@ def run(params: Params) -> CalibrateReport:
             f"calibrate.n_tokens = {settings.n_tokens} is more than the model's context of {model.context} tokens"
         )
     tokenizer = model.tokenizer
-    _check_tokenizer(len(tokenizer), config.vocab_size)
     portions = settings.portions
     texts = _texts(portions, model, settings)
     tokens = _cut(zip(texts, portions, strict=True), model, settings)
@@ -140,12 +139,3 @@ def _text_tokens(portion: Portion, n_tokens: int) -> int:
 def _cut(parts: Iterable[tuple[Texts, Portion]], model: ModelDirectory, settings: Calibrate) -> Tokens:
     cuts = [Cut(t, p.n_samples, p.n_held_out_samples, p.n_healing_samples, p.source.repeated) for t, p in parts]
     return cut_windows(cuts, model.tokenizer, n_tokens=settings.n_tokens, shuffle_seed=settings.shuffle_seed)
-
-
-def _check_tokenizer(n_entries: int, vocab_size: int) -> None:
-    # Embeddings are padded by a few percent, never to twice the vocabulary.
-    if n_entries < vocab_size / 2:
-        raise ValueError(
-            f"the tokenizer in {paths.MODEL} has {n_entries} entries, the model {vocab_size}: it is not the model's, "
-            "fetch the model with its own"
-        )

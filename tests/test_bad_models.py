@@ -161,6 +161,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer of nothing": (content("tokenizer.json", "{}"), "tokenizer"),
     "tokenizer a list": (content("tokenizer.json", "[]"), "tokenizer"),
     "tokenizer unknown": (content("tokenizer.json", '{"model": {"type": "BPE2"}}'), "tokenizer"),
+    "tokenizer of another": (
+        lambda d: random_llama(vocab_size=2000).save_pretrained(d),
+        "has 400 entries, the model 2000 embeddings",
+    ),
     "tokenizer config not JSON": (content("tokenizer_config.json", "{"), "tokenizer"),
     "tokenizer config a list": (content("tokenizer_config.json", "[]"), "tokenizer"),
     "generation config not JSON": (content("generation_config.json", "{"), "generation_config.json"),

@@ -129,6 +129,12 @@ def _check_weights(model: ModelDirectory) -> None:
 def _check_vocabulary(model: ModelDirectory) -> None:
     """The tokens of ordinary text, BOS among them, have embeddings. Special tokens that no text has need none."""
     tokenizer, n_embeddings = model.tokenizer, model.language.vocab_size
+    # Embeddings are padded by a few percent, never to twice the vocabulary.
+    if len(tokenizer) < n_embeddings / 2:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries, the model {n_embeddings} embeddings: take the tokenizer that "
+            "is the model's"
+        )
     highest = max(tokenizer(TEXTS[0]).input_ids)
     if highest >= n_embeddings:
         raise ValueError(
