@@ -165,6 +165,12 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: random_llama(vocab_size=2000).save_pretrained(d),
         "has 400 entries, the model 2000 embeddings",
     ),
+    "tokenizer of its own code": (
+        content(
+            "tokenizer_config.json", '{"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", null]}}'
+        ),
+        "load it where you trust that code, and save it as tokenizer.json",
+    ),
     "tokenizer config not JSON": (content("tokenizer_config.json", "{"), "tokenizer"),
     "tokenizer config a list": (content("tokenizer_config.json", "[]"), "tokenizer"),
     "generation config not JSON": (content("generation_config.json", "{"), "generation_config.json"),

@@ -159,6 +159,26 @@ class ModelDirectory:
         """Whether there are files of one."""
         return any((self.path / name).is_file() for name in VOCABULARY_FILES)
 
+    @contextmanager
+    def one_line_of_its_tokenizer(self) -> Iterator[None]:
+        """Turns any error of reading the tokenizer into one line.
+
+        Raises:
+            ValueError
+        """
+        trusted = self.trusted
+        try:
+            with one_line_errors(f"the tokenizer in {self.path} cannot be read"):
+                yield
+        except ValueError as error:
+            file = self.path / "tokenizer_config.json"
+            if trusted or not (file.is_file() and (own := read_object(file).get("auto_map"))):
+                raise
+            raise ValueError(
+                f"the tokenizer is Python code of the model's own ({own}), which is not run for a type of model that "
+                "transformers knows: load it where you trust that code, and save it as tokenizer.json"
+            ) from error
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """
@@ -167,9 +187,8 @@ class ModelDirectory:
         """
         from transformers import AutoTokenizer
 
-        trusted = self.trusted
-        with one_line_errors(f"the tokenizer in {self.path} cannot be read"):
-            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=trusted)
+        with self.one_line_of_its_tokenizer():
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=self.trusted)
             n_tokens = len(tokenizer("finercut").input_ids)
         if not n_tokens:
             raise ValueError(

@@ -70,10 +70,9 @@ def effective(model: ModelDirectory, name: str) -> PreTrainedTokenizerBase:
     """
     config = copy.copy(model.config)
     config._name_or_path = name
-    trusted = model.trusted
-    with one_line_errors(f"the tokenizer in {model} cannot be read"):
+    with model.one_line_of_its_tokenizer():
         return AutoTokenizer.from_pretrained(
-            model.path, config=config, local_files_only=True, trust_remote_code=trusted
+            model.path, config=config, local_files_only=True, trust_remote_code=model.trusted
         )
 
 
