@@ -413,6 +413,7 @@ def random_model(model_type: str, **changes: Any) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[model_type](**settings(model_type, **changes))
+    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     # Soft caps and GPT-2's reordered attention exist in this implementation only.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

@@ -1,10 +1,15 @@
 """Models run sublayer by sublayer, also where accelerate has spread them over devices."""
 
+import pytest
 import torch
 from accelerate import dispatch_model
 from conftest import random_llama
+from family_models import OTHERS, random_model
 
+from finercut.model.families import LAYOUT_KEY, layout_of
 from finercut.model.loading import load_whole
+from finercut.model.probe import find_layout
+from finercut.selection.blocks import Blocks
 from finercut.selection.greedy import search
 
 
@@ -32,3 +37,20 @@ def test_a_mapping_of_position_embeddings_is_not_taken_for_keys_and_values(token
     for block in model.model.layers:
         block.register_forward_pre_hook(lambda _, args, named: (args, named | {"tables": tables}), with_kwargs=True)
     assert list(search(model, tokens[:2], tokens[5:], 2)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["deepseek_v4", "glm_moe_dsa"])
+def test_numbers_of_tokens_go_from_block_to_block_to_the_bit(name, dtype, tokens):
+    # Of a vocabulary beyond bfloat16's integers: another id chooses other experts.
+    model_type, changes = OTHERS[name]
+    model = random_model(model_type, **changes | {"vocab_size": 70_000}).to(dtype)
+    setattr(model.config, LAYOUT_KEY, find_layout(model).to_dict())
+    ids = tokens[:2] + 69_500
+    with torch.inference_mode():
+        blocks = Blocks(model, layout_of(model.config), ids[:1])
+        states = blocks.embed(ids)
+        for unit in blocks.units:
+            states = blocks.run(unit, states, ())
+        found, expected = blocks.logits(states).float(), model(ids, use_cache=False).logits.float()
+    assert (found - expected).norm() <= 1e-2 * expected.norm()

@@ -1,7 +1,7 @@
 """Finds the sublayers of an undeclared model by running it.
 
 The blocks are a list of `num_hidden_layers` modules. One forward records each block's own modules. The modules whose
-output at the last token depends on the token before are the attention; the last other module with matrices, and those
+output at the last token depends on the tokens before are the attention; the last other module with matrices, and those
 that are given the same, are the MLP; modules that feed only a core, or are fed only by it, belong to its sublayer. A
 core may add to the stream by itself: it is given the stream as another argument.
 Blocks that call the same modules are alike: one of each sort is looked at. The result is verified: a block without its
@@ -91,11 +91,12 @@ class _Call:
         return self.given.numel() == other.given.numel() and torch.equal(self.given.flatten(), other.given.flatten())
 
     def mixes_tokens(self) -> bool:
-        """Whether another token before the last changes the result at the last one."""
+        """Whether other tokens before the last change the result at the last one; a sparse attention may pass over any
+        single one."""
         if self.given.dim() != 3:
             return False
         other = self.given.clone()
-        other[:, -2] = other[:, -2].flip(-1) + 1
+        other[:, :-1] = other[:, :-1].flip(-1) + 1
         # More than the rounding that experts show when others of their tokens change.
         one, two = (self.repeat(states).reshape(states.shape[0], N_TOKENS, -1) for states in (self.given, other))
         return not _close(two[:, -1], one[:, -1], 1e-3)

@@ -229,12 +229,13 @@ class Blocks:
         Raises:
             ValueError: the stream is not (..., samples, tokens, hidden).
         """
-        streams: list[Tensor] = []
+        first: Tensor | None = None
         last: tuple[Any, ...] = ()
 
         def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            nonlocal last
-            streams.append(args[0] if args else kwargs["hidden_states"])
+            nonlocal first, last
+            if first is None:
+                first = args[0] if args else kwargs["hidden_states"]
             self._given.append(_given(args[1:], kwargs))
             beside = [(at, value) for at, value in enumerate(last) if at and torch.is_tensor(value)]
             self._handed |= {name: at for name, given in kwargs.items() for at, value in beside if given is value}
@@ -248,15 +249,15 @@ class Blocks:
             for hook in hooks:
                 hook.remove()
         # Several streams lie before the samples (Gemma 3n), or within each token (DeepSeek-V4).
-        self._dtype, shape = streams[0].dtype, streams[0].shape
+        self._dtype, shape = first.dtype, first.shape
         if shape[:2] == tokens.shape:
-            return self._placed(streams[0], (0, 1))
+            return self._placed(first, (0, 1))
         if shape[-3:-1] != tokens.shape:
             raise ValueError(
                 f"cannot search a {self.model.config.model_type} model: for tokens of shape {tuple(tokens.shape)} its "
                 f"stream has the shape {tuple(shape)}"
             )
-        return self._placed(streams[0])
+        return self._placed(first)
 
     def _placed(self, tensor: Tensor, at: tuple[int, int] = (-3, -2)) -> _Place:
         """A place for what comes next in a state.
