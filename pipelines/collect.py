@@ -29,9 +29,6 @@ from .params import Params
 
 logger = logging.getLogger("finercut")
 
-CHECKPOINT = "checkpoint"
-
-
 # What a store, a server, DVC or the disk raises; none of it may keep the rest from being deleted.
 _ERRORS = (RuntimeError, ValueError, OSError)
 
@@ -151,12 +148,12 @@ def _checkpoint(ledger: Ledger, version: ModelVersion, dry_run: bool) -> Iterato
     what = f"checkpoint of {ledger.model} version {version.version}"
     try:
         # Before the log says that it is given up: a version whose files cannot be found stays as it is.
-        n_bytes = stored.n_bytes(CHECKPOINT)
+        n_bytes = stored.n_bytes(versions.CHECKPOINT)
     except _ERRORS as error:
         yield f"{what}: {error}"
         return
     if _given_up(ledger, version, dry_run) and n_bytes:
-        yield Unneeded(what, n_bytes, lambda: stored.delete(CHECKPOINT))
+        yield Unneeded(what, n_bytes, lambda: stored.delete(versions.CHECKPOINT))
 
 
 def _given_up(ledger: Ledger, version: ModelVersion, dry_run: bool) -> bool:

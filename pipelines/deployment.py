@@ -156,7 +156,7 @@ def _check_schedule(schedule: Mapping[str, Any], where: str) -> None:
     if str(schedule[kind]).startswith("{"):  # a recurrence rule may be JSON with a time zone of its own
         return
     try:
-        form.model_validate({name: schedule[name] for name in (kind, "timezone") if name in schedule})
+        form.model_validate({name: schedule[name] for name in (kind, "timezone", *others) if name in schedule})
         TypeAdapter(bool).validate_python(schedule.get("active", True))
     except ValidationError as error:
         problem = error.errors()[0]

@@ -95,8 +95,9 @@ def run(
                 raise register.Refused(
                     f"no point of the frontier passes the gate: {'; '.join(_line(point, unit) for point in points)}"
                 )
-            take(chosen.amount)
-        tags |= {"frontier.amount": str(chosen.amount), "frontier.rule": rule}
+            (amount,) = settings.budget_amounts([chosen.amount], unit)
+            take(amount)
+        tags |= {"frontier.amount": str(amount), "frontier.rule": rule}
         registered, _, _ = execute(load(), tags, True)
         return registered
 

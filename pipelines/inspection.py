@@ -28,9 +28,15 @@ def _checkpoint(path: Path) -> str:
         raise FileNotFoundError(f"no checkpoint in {path}: it has no config.json")
     model = ModelDirectory(path)
     n_blocks, removed = model.language.num_hidden_layers, model.removed
-    if not removed:
+    if not removed and not model.is_pruned:
         return f"whole {model.config.model_type} model, {n_blocks} blocks, nothing removed"
-    origin = model.config.finercut
+    origin = model.settings.get("finercut") or {}
+    if sorted(map(str, removed)) != sorted(map(str, origin.get("removals", ()))):
+        raise ValueError(
+            f"{path}/config.json contradicts itself, and nothing loads it as it is: its blocks skip "
+            f"{', '.join(map(str, removed)) or 'nothing'}, its section finercut names "
+            f"{', '.join(map(str, origin.get('removals', ()))) or 'nothing'}"
+        )
     rows = {f"{kind} removed": [s.block for s in removed if s.kind == kind] for kind in KINDS}
     lines = [
         f"{model.config.architectures[0]}, {n_blocks} blocks, {len(removed)} of {2 * n_blocks} sublayers removed",

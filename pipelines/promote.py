@@ -189,8 +189,11 @@ def rollback(name: str, to: str | None = None, reason: str = "") -> Moved:
             return Moved(_nothing_to_undo(name, state, to))
         if target in state.collected:
             raise RuntimeError(f"the checkpoint of {name} version {target} was collected: it cannot serve")
-        run_id = versions.find(client, versions.VersionReference(name, target)).run_id
-        if ledger.append(state, "rolled back", target, run_id, reason=reason):
+        version = versions.find(client, versions.VersionReference(name, target))
+        files = versions.stored(client, version) if versions.is_finercuts(version) else None
+        if files is not None and not files.n_bytes(versions.CHECKPOINT):
+            raise RuntimeError(f"the checkpoint of {name} version {target} was deleted: it cannot serve")
+        if ledger.append(state, "rolled back", target, version.run_id, reason=reason):
             _sign(ledger.settle(), ledger)
             return Moved(f"{name} version {target} is champion again, after {_shown(alias)}")
         logger.info("rollback: someone else moved %s meanwhile; looking again", name)

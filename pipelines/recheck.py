@@ -45,7 +45,7 @@ def files(params: Params, version: ModelVersion, recorded: Evidence) -> list[Che
     """
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
-        checkpoint = versions.download(version, "checkpoint", Path(folder))
+        checkpoint = versions.download(version, versions.CHECKPOINT, Path(folder))
         checks = [
             _known_files(checkpoint),
             _same("weights_sha256", weights_sha256(checkpoint), recorded.sha256),

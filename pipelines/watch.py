@@ -140,7 +140,7 @@ def _download(version: ModelVersion, directory: Path) -> Held:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.is_dir():
                 with staged(target) as partial:
-                    downloaded = versions.download(version, "checkpoint", partial)
+                    downloaded = versions.download(version, versions.CHECKPOINT, partial)
                     for path in list(downloaded.iterdir()):
                         path.rename(partial / path.name)
                     downloaded.rmdir()

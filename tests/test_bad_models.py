@@ -263,6 +263,15 @@ def test_a_checkpoint_that_cannot_be_inspected(workspace, damage):
     assert "artifacts/pruned" in refused("inspect", str(paths.PRUNED))
 
 
+@pytest.mark.parametrize(
+    "changes", [{"finercut": ...}, {"per_layer_config": ...}, {"per_layer_config": {"0": {"skip": ["mlp"]}}}]
+)
+def test_a_checkpoint_whose_config_contradicts_itself_is_not_described(workspace, changes):
+    config(**changes)(paths.PRUNED)
+    said = refused("inspect", str(paths.PRUNED))
+    assert "config.json contradicts itself, and nothing loads it as it is: its blocks skip" in said
+
+
 GGUFS: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda whole: b"",
     "text": lambda whole: b"version https://git-lfs.github.com/spec/v1\n",

@@ -119,6 +119,16 @@ def test_each_budget_is_a_child_run_and_the_leanest_that_passes_is_registered(to
         assert "chosen, this page" in Path("page.html").read_text()
 
 
+def test_a_number_of_sublayers_that_was_chosen_is_a_number_in_params(toy, asked):
+    # As JSON and deployments give them.
+    report = compress(budgets=[1.0, 2.0], unit="sublayers", rule="best")
+    assert report.status == "registered"
+    chosen = FrontierReport.read(Path("reports/frontier.json")).chosen
+    budget = yaml.safe_load(Path("params.yaml").read_text())["prune"]["budget"]
+    assert budget == {"unit": "sublayers", "amount": chosen}
+    assert type(budget["amount"]) is int
+
+
 def test_where_no_point_passes_params_stay_as_they_were(toy):
     before = Path("params.yaml").read_text()
     with pytest.raises(

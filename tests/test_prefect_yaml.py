@@ -116,6 +116,14 @@ def test_everything_but_the_name_can_be_left_out_or_empty(here, prefect_server, 
             "prefect.yaml: deployment a: schedule: a schedule by cron has no time_zone",
         ),
         (
+            "deployments: [{name: a, schedules: [{interval: 3600, anchor_date: nonsense}]}]",
+            "prefect.yaml: deployment a: schedule: anchor_date: *",
+        ),
+        (
+            "deployments: [{name: a, schedules: [{cron: 0 2 * * *, day_or: x}]}]",
+            "prefect.yaml: deployment a: schedule: day_or: Input should be a valid boolean*",
+        ),
+        (
             "deployments: [{name: a, schedules: [{interval: 0}]}]",
             "prefect.yaml: deployment a: schedule: interval: Input should be greater than *",
         ),

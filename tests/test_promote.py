@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from example_versions import project, retained, task
 from safetensors.torch import load_file, save_file
 
+from finercut.registry import versions
 from finercut.registry.ledger import Ledger
 from pipelines import paths, promote, recheck, status
 from pipelines.cli import main
@@ -192,6 +193,15 @@ def three_champions(here):
     for _ in range(3):
         here.register()
         promoted(here)
+
+
+def test_a_version_whose_checkpoint_was_deleted_does_not_become_champion_again(here):
+    three_champions(here)
+    version = here.client.get_model_version(here.name, "2")
+    versions.stored(here.client, version).delete(versions.CHECKPOINT)
+    with pytest.raises(RuntimeError, match=f"the checkpoint of {here.name} version 2 was deleted: it cannot serve"):
+        promote.rollback(here.name)
+    assert here.aliases()["champion"] == "3"
 
 
 def test_a_rollback_undoes_the_last_promotion_once_and_goes_further_back_when_told(here):

@@ -83,6 +83,14 @@ def test_a_folder_that_mlflow_keeps_no_runs_in_is_refused(tmp_path, monkeypatch,
         server.tracking_uri()
 
 
+def test_what_mlflow_lists_under_a_heading_is_told(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    listed = mlflow.MlflowException("The following failures occurred:\n\n##### File a/b #####\n\n404 Client Error")
+    told = r"^cannot read it in MLflow at .*: The following failures occurred: File a/b$"
+    with pytest.raises(RuntimeError, match=told), server.mlflow_errors("read it"):
+        raise listed
+
+
 def test_an_unreachable_server_is_one_line_within_seconds_and_without_credentials(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     started = time.monotonic()
@@ -211,6 +219,8 @@ def test_a_version_carries_its_evidence_and_can_be_downloaded_loaded_and_asked(r
         ["The river rises", "Coffee"], params={"max_new_tokens": 4}
     )
     assert answers == [continuation(tiny_model, prompt) for prompt in ("The river rises", "Coffee")]
+    with pytest.raises(ValueError, match="the prompt '' has no tokens to continue: give some text"):
+        mlflow.pyfunc.load_model("models:/tiny@challenger").predict([""])
 
     assert versions.find_version(run, "tiny", "md5-1") == registered
     assert versions.find_version(run, "tiny", "md5-2") is None

@@ -49,6 +49,8 @@ class ServedModel(PythonModel):
 
     def _continue(self, prompt, max_new_tokens):
         inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(self.model.device)
+        if not inputs["input_ids"].shape[1]:
+            raise ValueError(f"the prompt {prompt!r} has no tokens to continue: give some text")
         output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

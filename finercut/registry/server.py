@@ -59,7 +59,11 @@ def mlflow_errors(doing: str) -> Iterator[None]:
     except (MlflowException, RequestException, SQLAlchemyError, ImportError, *_object_store_errors()) as error:
         uri = tracking_uri()
         shown = without_credentials(uri)
-        cause = redacted((str(error).splitlines() or ["no reason given"])[0].replace(uri, shown))
+        lines = [line.strip(" #") for line in str(error).splitlines()]
+        first, *others = list(filter(None, lines)) or ["no reason given"]
+        if first.endswith(":") and others:  # the reason is what follows
+            first = f"{first} {others[0]}"
+        cause = redacted(first.replace(uri, shown))
         raise RuntimeError(f"cannot {doing} in MLflow at {shown}: {cause}") from error
 
 

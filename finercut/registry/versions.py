@@ -25,6 +25,8 @@ from finercut.registry.runs import Run
 from finercut.registry.server import impatient, mlflow_errors, reach_database, tracking_uri
 
 CHALLENGER = "challenger"
+CHECKPOINT = "checkpoint"
+"""Folder of a version with the pruned model."""
 # A version has it from the moment it exists, and exists only once everything is uploaded.
 PRUNED_MD5 = "finercut.pruned_md5"
 # Of registered models that have none.
@@ -251,7 +253,7 @@ def _upload(
             for path in evidence:
                 shutil.copyfile(path, small / "evidence" / path.name)
             run.client.log_model_artifacts(model.model_id, str(small))
-        run.client.log_model_artifacts(model.model_id, str(checkpoint), "checkpoint")
+        run.client.log_model_artifacts(model.model_id, str(checkpoint), CHECKPOINT)
         status = "READY"
     finally:
         run.client.finalize_logged_model(model.model_id, status)
