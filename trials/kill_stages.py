@@ -186,7 +186,7 @@ OTHER = {
     "heal": ("heal", "method", "none"),  # there is no other
     "quantise": ("quantise", "method", "none"),
     "evaluate_whole": ("evaluate", "seed", 99),
-    "evaluate": ("evaluate", "seed", 99),
+    "evaluate": ("evaluate", "samples", {"prompts": ["The river rises in"], "n_tokens": 4}),
 }
 
 
