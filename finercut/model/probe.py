@@ -11,7 +11,7 @@ sublayers still hands on the stream, and removing any sublayer equals masking it
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -282,15 +282,15 @@ def _checked(model: PreTrainedModel, runs: Sequence[_Call], layout: Layout) -> L
     nearest = [layout, _changed(layout, KINDS, before=()), _changed(layout, ("mlp",), n_outputs=1)]
     if nearest[2] == layout:
         nearest.pop()
-    for attempt in nearest:
-        try:
-            sequential = [_check_block(model, number, run, attempt) for number, run in enumerate(runs)]
-        except (AttributeError, TypeError, ValueError):
-            if attempt is nearest[-1]:
-                raise
-        else:
-            return replace(attempt, sequential=all(sequential))
-    raise AssertionError("the last attempt returns or raises")
+
+    def checked(attempt: Layout) -> Layout:
+        sequential = [_check_block(model, number, run, attempt) for number, run in enumerate(runs)]
+        return replace(attempt, sequential=all(sequential))
+
+    for attempt in nearest[:-1]:
+        with suppress(AttributeError, TypeError, ValueError):
+            return checked(attempt)
+    return checked(nearest[-1])
 
 
 def _changed(layout: Layout, kinds: Iterable[str], **changes: Any) -> Layout:

@@ -58,7 +58,7 @@ def as_the_file_says(
         elif split not in _GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
             raise ValueError(
                 f"{where} splits text by the rule {split!r}, which transformers does not know, and would come out as "
-                "other tokens: take the model in Hugging Face layout"
+                f"other tokens: {INSTEAD}"
             )
         if split in _WHOLE_PIECES:
             backend.model.ignore_merges = True
@@ -67,7 +67,6 @@ def as_the_file_says(
         # No file names a normaliser. transformers gives Qwen's to Qwen2 whatever its files say.
         if str(TOKENIZER_MAPPING_NAMES.get(model_type)).startswith("Qwen"):
             backend.normalizer = NFC()
-        _keep_whole(tokenizer, said)
     if kind == "llama" and said.get("add_space_prefix") is False:
         _without_space_prefix(backend)
     tokens = said.get("tokens", ())
@@ -81,6 +80,9 @@ def as_the_file_says(
         templates = {name: metadata[f"tokenizer.chat_template.{name}"] for name in named}
         default = metadata.get("tokenizer.chat_template")
         tokenizer.chat_template = templates | ({"default": default} if default else {})
+    # Last, for these put another backend in place of the tokenizer's.
+    if kind == "gpt2":
+        _keep_whole(tokenizer, said)
     _drop_strangers(tokenizer, len(tokens))
     _check_tokens(tokenizer, said, where)
 
