@@ -110,6 +110,7 @@ MORE: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_vl": {"text_config": {"head_dim": 16}},
     "hy_v4": {"indexer_types": ["full", "shared", "full"] * (N_BLOCKS // 3)},
+    "longcat_flash": {"qk_rope_head_dim": 8, "head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (N_BLOCKS // 2)},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16},

@@ -104,7 +104,7 @@ def record(
         blocks = Blocks(model, layout, tokens[:1])
     sizes = micro_batch(blocks, *tokens.shape)
     sweep = Sweep(blocks, tokens, DIVERGENCES["js"], Workers(model.device), sizes)
-    pool = candidates(len(model.get_submodule(layout.blocks)))
+    pool = candidates(len(layout.holders(model)))
     for _ in range(n_removals):
         race = Race(pool, len(tokens), sweep.n_segments, "brute")
         for part in race.parts():

@@ -247,11 +247,20 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-# Sublayers that add to the stream by themselves; multi-head latent attention with dense and sparse MLPs; blocks with
-# and without experts and positions in turn; attentions that look at the tokens another one chose; several streams, and
-# experts chosen by the ids of the tokens.
+# Sublayers that add to the stream by themselves; an attention inside another module; multi-head latent attention with
+# dense and sparse MLPs; blocks with and without experts and positions in turn; attentions that look at the tokens
+# another one chose; several streams, and experts chosen by the ids of the tokens; two blocks in a module, and experts
+# that read the stream in the first and add to it behind the second.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {}),
+    "dbrx": (
+        "dbrx",
+        {
+            "d_model": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
     "deepseek_v4": (
         "deepseek_v4",
         {
@@ -303,6 +312,22 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,
+        },
+    ),
+    "longcat_flash": (
+        "longcat_flash",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 8,
+            "head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 32,
         },
     ),
     "llama4": (
@@ -395,8 +420,8 @@ _COMMON: dict[str, Any] = {
 
 # Families that call the width of their MLP something else, or have as many key and value heads as query heads.
 _OTHERS = {
-    "intermediate_size": ("bloom", "deepseek_v4", "falcon", "gpt2", "mamba", "opt"),
-    "num_key_value_heads": ("bloom", "deepseek_v4", "falcon", "gpt2", "gpt_neo", "gpt_neox", "opt"),
+    "intermediate_size": ("bloom", "dbrx", "deepseek_v4", "falcon", "gpt2", "mamba", "opt"),
+    "num_key_value_heads": ("bloom", "dbrx", "deepseek_v4", "falcon", "gpt2", "gpt_neo", "gpt_neox", "opt"),
 }
 
 

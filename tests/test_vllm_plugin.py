@@ -319,7 +319,7 @@ def test_a_removed_sublayer_adds_nothing_however_a_block_adds(block_class, first
     for kind in ("attention", "mlp"):
         whole, block = block_class(3.0), block_class(3.0)
         setattr(whole, layout[kind]["after"][0], Silent())
-        remove_sublayer(block, "layers.0", kind, layout, VllmConfig())
+        remove_sublayer(block, "layers.0", kind, layout[kind], VllmConfig())
         assert torch.allclose(sum(block(*state)), sum(whole(*state)))
 
 

@@ -215,7 +215,8 @@ def pruned_config(
     for sublayer in sorted(removed):
         blocks.setdefault(str(sublayer.block), {}).setdefault("skip", []).append(sublayer.kind)
     config_class = model_class.config_class
-    settings = config.to_dict()
+    # As it is saved: some parts of configs refuse what `to_dict` has beside that (DBRX).
+    settings = config.to_diff_dict()
     # Sampling settings among them, as older models have: transformers takes them when it loads a config, and refuses to
     # save one with them. They are in the generation config.
     misplaced = config._get_generation_parameters()

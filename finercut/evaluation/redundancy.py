@@ -32,7 +32,7 @@ def redundancy(model: PreTrainedModel, windows: Tensor, n_tokens: int) -> list[S
         n_tokens: the first of a window on which each sublayer is removed alone: a pass a sublayer
     """
     layout = layout_of(model.config)
-    blocks = model.get_submodule(layout.blocks)
+    blocks = layout.holders(model)
     sublayers = layout.sublayers(len(blocks))
     windows = windows.to(model.device)
     n_heads = getattr(model.config, "num_attention_heads", None)
@@ -101,16 +101,16 @@ class _Watch:
         def watch(hook: Any) -> None:
             stack.callback(hook.remove)
 
-        watch(getattr(block, branch.members[0]).register_forward_pre_hook(self._begin, with_kwargs=True))
+        watch(block.get_submodule(branch.members[0]).register_forward_pre_hook(self._begin, with_kwargs=True))
         for path in branch.paths:
-            last = getattr(block, path.after[-1] if path.after else path.core)
+            last = block.get_submodule(path.after[-1] if path.after else path.core)
             watch(last.register_forward_hook(partial(self._add, path.stream is not None)))
         for member in dict.fromkeys(branch.members):
-            for module in _matrices(getattr(block, member)):
+            for module in _matrices(block.get_submodule(member)):
                 self.peaks[module] = _Mean()
                 watch(module.register_forward_pre_hook(self._see))
         if n_heads:
-            for module in _matrices(getattr(block, branch.core)):
+            for module in _matrices(block.get_submodule(branch.core)):
                 watch(module.register_forward_hook(self._split))
         watch(block.register_forward_hook(self._end))
 

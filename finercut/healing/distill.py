@@ -96,14 +96,15 @@ def _lora(task: Task, settings: Distill, device: torch.device, dtype: torch.dtyp
 
     whole = load_whole(task.whole, dtype, device)
     layout, removed = layout_of(whole.config), task.pruned.removed
-    blocks = whole.get_submodule(layout.blocks)
-    gone = {f"{layout.blocks}.{s.block}.{member}" for s in removed for member in layout.branch(s.kind, s.block).members}
+    blocks = layout.holders(whole)
+    members = (blocks[s.block].get_submodule(name) for s in removed for name in layout.branch(s.kind, s.block).members)
+    gone = {module for member in members for module in member.modules()}
     targets = [
         name
         for name, module in whole.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
         and name.startswith(f"{layout.blocks}.")
-        and not any(name == one or name.startswith(f"{one}.") for one in gone)
+        and module not in gone
         and not (whole.config.model_type in _BY_KERNELS and name.rpartition(".")[2] in _NOT_CALLED)
     ]
     torch.manual_seed(settings.seed)
@@ -118,18 +119,18 @@ def _lora(task: Task, settings: Distill, device: torch.device, dtype: torch.dtyp
     for sublayer in removed:
         block, branch = blocks[sublayer.block], branch_of(layout.to_dict(), sublayer.kind, sublayer.block)
         for name, own in bypass(block, sublayer.kind, branch).items():
-            swaps.append((block, name, own, getattr(block, name)))
+            swaps.append((block, name, own, block.get_submodule(name)))
 
     @contextmanager
     def as_teacher() -> Iterator[None]:
         for block, name, own, _ in swaps:
-            setattr(block, name, own)
+            block.set_submodule(name, own)
         try:
             with student.disable_adapter():
                 yield
         finally:
             for block, name, _, stand_in in swaps:
-                setattr(block, name, stand_in)
+                block.set_submodule(name, stand_in)
 
     def teacher(tokens: Tensor) -> Tensor:
         with as_teacher():

@@ -64,16 +64,17 @@ def costs_of_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
     element_bytes = torch.empty(0, dtype=config.dtype or torch.float32).element_size()
     parameters: dict[Sublayer, float] = {}
     kv_bytes: dict[Sublayer, float] = {}
-    for index, block in enumerate(model.get_submodule(layout.blocks)):
+    holders = layout.holders(model)
+    for index, block in enumerate(holders):
         for kind in KINDS:
             sublayer, branch = Sublayer(index, kind), layout.branch(kind, index)
-            members = [getattr(block, name) for name in branch.members] if branch else []
+            members = [block.get_submodule(name) for name in branch.members] if branch else []
             parameters[sublayer] = sum(p.numel() for m in members for p in m.parameters())
             kv_bytes[sublayer] = 0
             if branch and kind == "attention" and counting(language, [index]):
-                paths = [getattr(block, path.core) for path in branch.paths]
+                paths = [block.get_submodule(path.core) for path in branch.paths]
                 kv_bytes[sublayer] = _cached_numbers(language.per_layer_config[index], paths) * element_bytes
-    there = layout.sublayers(len(model.get_submodule(layout.blocks)))
+    there = layout.sublayers(len(holders))
     n_parameters = sum(p.numel() for p in model.parameters())
     return Costs(
         sublayers=Cost("sublayers", {sublayer: int(sublayer in there) for sublayer in parameters}, len(there)),

@@ -2,7 +2,7 @@
 
 A sublayer consists of a core module, whose output is added to the residual stream, and the modules that run before and
 after it for that core alone (norms). Whatever mixes tokens is an attention: also a linear attention, a state space
-model, a short convolution. Members are named as attributes of the block.
+model, a short convolution. Members are named by their paths in the block.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finercut.model.configs import QUANTISATION
 from finercut.sublayers import KINDS, Sublayer
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,14 @@ class Layout:
     itself: such a block runs as one unit."""
     variants: tuple[Variant, ...] = ()
     """The blocks that `attention` and `mlp` do not hold for."""
+    blocks_each: int = 1
+    """Blocks, as the config counts them, that each module of the list holds; with more than one it is not sequential."""
+
+    def holders(self, model: nn.Module) -> list[nn.Module]:
+        """The module that holds each block, by the block's number."""
+        from finercut.model.modeling_finercut import holders
+
+        return holders(model.get_submodule(self.blocks), self.to_dict())
 
     def branch(self, kind: str, block: int) -> Branch | None:
         """A sublayer of a block; None where the block has none of that kind."""
@@ -171,8 +182,35 @@ def _gemma4(config: Any) -> Layout:
     return replace(_GEMMA_4, mlp=replace(dense, beside=(experts, Branch("router", n_outputs=3))))
 
 
+# A module holds two blocks. Experts read the stream where the first one's MLP does, and add to it after the second one.
+_LONGCAT = Layout(
+    blocks="model.layers",
+    attention=Branch("self_attn.0", before=("input_layernorm.0",)),
+    mlp=Branch("mlps.0", before=("post_attention_layernorm.0",), beside=(Branch("mlp"),)),
+    sequential=False,
+    blocks_each=2,
+)
+
+
+def _longcat(config: Any) -> Layout:
+    second = Variant(
+        tuple(range(1, config.num_hidden_layers, 2)),
+        attention=Branch("self_attn.1", before=("input_layernorm.1",)),
+        mlp=Branch("mlps.1", before=("post_attention_layernorm.1",)),
+    )
+    return replace(_LONGCAT, variants=(second,))
+
+
+_DBRX = Layout(
+    blocks="transformer.blocks",
+    attention=Branch("norm_attn_norm.attn", before=("norm_attn_norm.norm_1",)),
+    mlp=Branch("ffn", before=("norm_attn_norm.norm_2",)),
+)
+
+
 # By the `model_type` of a decoder: the layout, or what makes it from the config where that decides.
 FAMILIES: dict[str, Layout | Callable[[Any], Layout]] = {
+    "dbrx": _DBRX,
     "gemma2": SANDWICH_NORM,
     "gemma3_text": SANDWICH_NORM,
     "gemma3n_text": _GEMMA_3N,
@@ -182,6 +220,7 @@ FAMILIES: dict[str, Layout | Callable[[Any], Layout]] = {
     "gpt_neox": _gpt_neox,
     "granite": PRE_NORM,
     "llama": PRE_NORM,
+    "longcat_flash": _longcat,
     "mistral": PRE_NORM,
     "mixtral": PRE_NORM,
     "olmo2": POST_NORM,

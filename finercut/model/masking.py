@@ -28,11 +28,11 @@ def masked(
         layout: of the model's family by default.
     """
     layout = layout or layout_of(model.config)
-    blocks = model.get_submodule(layout.blocks)
+    blocks = layout.holders(model)
     hooks = []
     for sublayer in removed:
         for path in layout.branch(sublayer.kind, sublayer.block).paths:
-            last = getattr(blocks[sublayer.block], path.after[-1] if path.after else path.core)
+            last = blocks[sublayer.block].get_submodule(path.after[-1] if path.after else path.core)
             hooks.append(last.register_forward_hook(partial(_add_nothing, path.stream), with_kwargs=True))
     try:
         yield model

@@ -87,6 +87,16 @@ def branch_of(layout: dict[str, Any], kind: str, block: int) -> dict[str, Any] |
     return next((v for v in layout.get("variants", ()) if block in v["at"]), layout)[kind]
 
 
+def holders(modules: Sequence[nn.Module], layout: dict[str, Any]) -> list[nn.Module]:
+    """The module that holds each block, by the block's number: some hold several.
+
+    Args:
+        modules: those in the list of blocks.
+    """
+    n_each = layout.get("blocks_each", 1)
+    return [module for module in modules for _ in range(n_each)]
+
+
 def bypass(block: nn.Module, kind: str, branch: dict[str, Any] | None) -> dict[str, nn.Module]:
     """Take one sublayer out of the path through `block`.
 
@@ -103,12 +113,12 @@ def bypass(block: nn.Module, kind: str, branch: dict[str, Any] | None) -> dict[s
         members = {name: nn.Identity() for name in (*path["before"], *path["after"])}
         core = Removed(kind, n_outputs, path.get("stream"), path.get("hands_on"))
         # Models set what is not stored when they are loaded, in every block.
-        whole = getattr(block, path["core"])
+        whole = block.get_submodule(path["core"])
         for name in whole._non_persistent_buffers_set:
             core.register_buffer(name, whole.get_buffer(name), persistent=False)
         for name, instead in (members | {path["core"]: core}).items():
-            replaced[name] = getattr(block, name)
-            setattr(block, name, instead)
+            replaced[name] = block.get_submodule(name)
+            block.set_submodule(name, instead)
     return replaced
 
 
@@ -204,8 +214,9 @@ def remove_sublayers(model: nn.Module) -> None:
                 raise ValueError(f"the attention of block {read} is removed, whose {what} that of {reader} reads")
     # The same blocks for a model with and without its head.
     blocks = model.base_model.get_submodule(layout["blocks"].removeprefix(f"{model.base_model_prefix}."))
+    holding = holders(blocks, layout)
     for index, kind in removed:
-        bypass(blocks[index], kind, branch_of(layout, kind, index))
+        bypass(holding[index], kind, branch_of(layout, kind, index))
     renumber(blocks, config, layout, {index: position for position, index in enumerate(kept)})
 
 
@@ -216,10 +227,10 @@ def renumber(blocks: Sequence[nn.Module], config: Any, layout: dict[str, Any], p
         positions: the layer by the block.
     """
     read = readers(config)
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(holders(blocks, layout)):
         attention = branch_of(layout, "attention", index)
         for path in (attention, *attention.get("beside", ())) if attention else ():
-            for module, name in cached_by(getattr(block, path["core"])):
+            for module, name in cached_by(block.get_submodule(path["core"])):
                 setattr(module, name, positions.get(index, getattr(module, name)))
                 # Gemma 3n keeps keys and values that others read by the number of the attention.
                 if index in read and hasattr(module, "kv_shared_layer_index"):

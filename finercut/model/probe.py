@@ -314,7 +314,7 @@ def _check_members(blocks: Sequence[nn.Module], layout: Layout) -> None:
     for number, block in enumerate(blocks):
         attention = layout.branch("attention", number)
         for path in attention.paths if attention else ():
-            if not cached_by(getattr(block, path.core)):
+            if not cached_by(block.get_submodule(path.core)):
                 raise ValueError(f"{path.core} has no layer_idx to give it another layer of the KV cache")
 
 
@@ -327,7 +327,7 @@ def _without(block: nn.Module, number: int, kinds: Iterable[str], layout: Layout
         yield
     finally:
         for name, module in replaced.items():
-            setattr(block, name, module)
+            block.set_submodule(name, module)
 
 
 def _check_block(model: PreTrainedModel, number: int, call: _Call, layout: Layout) -> bool:

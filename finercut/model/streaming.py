@@ -54,9 +54,9 @@ def stream(
     kept = getattr(model.config, "finercut", None)  # of a pruned model
     layout = layout_of(model.config) if kept is None else Layout.from_dict(kept["layout"])
     cast = {model.dtype: dtype or model.dtype}
-    blocks = model.get_submodule(layout.blocks)
+    blocks = layout.holders(model)
     members = (
-        getattr(blocks[sublayer.block], name)
+        blocks[sublayer.block].get_submodule(name)
         for sublayer in layout.sublayers(len(blocks))
         for name in layout.branch(sublayer.kind, sublayer.block).members
     )

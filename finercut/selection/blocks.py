@@ -24,19 +24,16 @@ from transformers import PreTrainedModel
 
 from finercut.model.families import Layout
 from finercut.model.modeling_finercut import branch_of, bypass
-from finercut.sublayers import KINDS, Sublayer
+from finercut.sublayers import Sublayer
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What runs as one: a sublayer, or a whole block whose sublayers are not sequential."""
+    """What runs as one: a sublayer, or all of a module whose sublayers are not sequential."""
 
-    block: int
-    kinds: tuple[str, ...]
-
-    @property
-    def sublayers(self) -> tuple[Sublayer, ...]:
-        return tuple(Sublayer(self.block, kind) for kind in self.kinds)
+    module: int
+    """In the list of blocks."""
+    sublayers: tuple[Sublayer, ...]
 
 
 Given = dict[int | str, Any]
@@ -90,16 +87,21 @@ class Blocks:
         self.model = model
         self.layout = layout
         self._layout = layout.to_dict()
-        self.blocks = list(model.get_submodule(layout.blocks))
-        self._views: dict[tuple[int, frozenset[str]], nn.Module] = {}
+        self.modules = list(model.get_submodule(layout.blocks))
+        """In the list of blocks. Each is a block, but for families of which one holds several."""
+        self._sublayers = [
+            [s for s in layout.sublayers(len(layout.holders(model))) if s.block // layout.blocks_each == i]
+            for i in range(len(self.modules))
+        ]
+        self._views: dict[tuple[int, frozenset[Sublayer]], nn.Module] = {}
         self.vocabulary = 0
         """Logits a token, as the head gives them."""
         self._n_outputs: int | None = None
         self._given: list[Given] = []
         self._shared: int | str | None = None
-        """Which of a block's arguments later blocks find keys and values in."""
+        """Which of a module's arguments later ones find keys and values in."""
         self._handed: dict[str, int] = {}
-        """Arguments in which a block is given an output of the one before, and which output."""
+        """Arguments in which a module is given an output of the one before, and which output."""
         self.width = 0
         """Numbers that a state has of each token."""
         self._stream = self._capture(tokens)
@@ -107,27 +109,26 @@ class Blocks:
         self._handed_at = self._find_handed(tokens)
         self._inputs = self._find_inputs(tokens)
         self._rows = self._find_rows(tokens)
-        here = layout.sublayers(len(self.blocks))
         if layout.sequential:
-            self.units = [Unit(sublayer.block, (sublayer.kind,)) for sublayer in here]
+            self.units = [Unit(i, (s,)) for i, of in enumerate(self._sublayers) for s in of]
         else:
-            blocks = [[s.kind for s in here if s.block == i] for i in range(len(self.blocks))]
-            self.units = [Unit(i, tuple(kinds)) for i, kinds in enumerate(blocks)]
+            self.units = [Unit(i, tuple(of)) for i, of in enumerate(self._sublayers)]
 
     @property
     def widest(self) -> int:
         """The most numbers that a token has between two of the blocks' matrices. Configs have no name for it that all
         families share."""
-        matrices = (p for block in self.blocks for p in block.parameters() if p.dim() > 1)
+        matrices = (p for module in self.modules for p in module.parameters() if p.dim() > 1)
         return max((max(p.shape[-2:]) for p in matrices), default=self.width)
 
-    def view(self, block: int, without: frozenset[str]) -> nn.Module:
-        """The block with some kinds bypassed; shares its weights."""
-        key = (block, without)
+    def view(self, module: int, without: frozenset[Sublayer]) -> nn.Module:
+        """A module with some sublayers bypassed; shares its weights."""
+        key = (module, without)
         if key not in self._views:
-            view = _shallow(self.blocks[block])
-            for kind in sorted(without):
-                bypass(view, kind, branch_of(self._layout, kind, block))
+            branches = {s: self.layout.branch(s.kind, s.block) for s in sorted(without)}
+            view = _shallow(self.modules[module], *(name for branch in branches.values() for name in branch.members))
+            for s in branches:
+                bypass(view, s.kind, branch_of(self._layout, s.kind, s.block))
             self._views[key] = view
         return self._views[key]
 
@@ -136,25 +137,25 @@ class Blocks:
         return states[..., : self._stream.stop]
 
     def module(self, unit: Unit, removed: Iterable[Sublayer]) -> nn.Module | None:
-        """What runs for a unit: its block, reduced to the unit's kept sublayers. None where there is none that runs."""
-        gone = frozenset(s.kind for s in removed if s.block == unit.block)
+        """What runs for a unit: its module, reduced to the unit's kept sublayers. None where there is none that runs."""
+        gone = frozenset(removed).intersection(self._sublayers[unit.module])
         if self.layout.sequential:
-            if gone.issuperset(unit.kinds):
+            if gone.issuperset(unit.sublayers):
                 return None
-            gone = frozenset(KINDS) - set(unit.kinds)
-        return self.view(unit.block, gone)
+            gone = frozenset(self._sublayers[unit.module]).difference(unit.sublayers)
+        return self.view(unit.module, gone)
 
     def run(self, unit: Unit, states: Tensor, removed: Iterable[Sublayer]) -> Tensor:
         """One unit on (batch, tokens, hidden) states; `removed` may name sublayers of other units too."""
         view = self.module(unit, removed)
         if view is None:
             return states
-        given = self._given[unit.block]
+        given = self._given[unit.module]
         if len(states) > 1:
-            given = given | {key: _for_samples(given[key], len(states)) for key in self._rows[unit.block]}
+            given = given | {key: _for_samples(given[key], len(states)) for key in self._rows[unit.module]}
         if not self.carries:
             return _states(_call(view, states, given))
-        given = given | {key: place.of(states) for key, place in self._inputs.get(unit.block, {}).items()}
+        given = given | {key: place.of(states) for key, place in self._inputs.get(unit.module, {}).items()}
         given |= {key: place.of(states) for key, place in self._handed_at.items() if given[key] is not None}
         before = {key: tuple(place.of(states) for place in places) for key, places in self._shared_at.items()}
         if before:
@@ -179,16 +180,16 @@ class Blocks:
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) ids -> (batch, tokens, hidden): the first block's input."""
         if not self.carries:
-            catch = _StandIn(self.blocks[0], self._n_outputs)
+            catch = _StandIn(self.modules[0], self._n_outputs)
             self._run(self._around([catch]), tokens)
             return catch.states
         catches = self._stand_ins(tokens)
         first = catches[0].states
         states = first.new_zeros(*tokens.shape, self.width)
         self._stream.put(states, first)
-        for block, inputs in self._inputs.items():
+        for module, inputs in self._inputs.items():
             for key, place in inputs.items():
-                place.put(states, catches[block].given[key])
+                place.put(states, catches[module].given[key])
         return states
 
     def logits(self, states: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class Blocks:
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
         if self.carries:
             states = self._stream.of(states)
-        return self._run(self._around([_StandIn(self.blocks[0], self._n_outputs, states)]), ids).logits
+        return self._run(self._around([_StandIn(self.modules[0], self._n_outputs, states)]), ids).logits
 
     def _run(self, model: nn.Module, tokens: Tensor) -> Any:
         # Routers' logits are there for a loss only, and a model none of whose routers ran fails at it.
@@ -204,19 +205,14 @@ class Blocks:
         return model(tokens, use_cache=False, **routers)
 
     def _around(self, instead: list[nn.Module]) -> nn.Module:
-        """The model with these in place of its blocks; shares its weights."""
-        model = _shallow(self.model)
-        *parents, last = self.layout.blocks.split(".")
-        holder = model
-        for name in parents:
-            holder._modules[name] = _shallow(holder._modules[name])
-            holder = holder._modules[name]
-        holder._modules[last] = nn.ModuleList(instead)
+        """The model with these in place of its modules in the list of blocks; shares its weights."""
+        model = _shallow(self.model, self.layout.blocks)
+        model.set_submodule(self.layout.blocks, nn.ModuleList(instead))
         return model
 
     def _stand_ins(self, tokens: Tensor) -> list[_StandIn]:
-        """What the model gives every block, the same stream to each."""
-        catches = [_StandIn(block, self._n_outputs) for block in self.blocks]
+        """What the model gives every module, the same stream to each."""
+        catches = [_StandIn(module, self._n_outputs) for module in self.modules]
         self._run(self._around(catches), tokens)
         return catches
 
@@ -232,7 +228,7 @@ class Blocks:
         first: Tensor | None = None
         last: tuple[Any, ...] = ()
 
-        def keep(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             nonlocal first, last
             if first is None:
                 first = args[0] if args else kwargs["hidden_states"]
@@ -242,7 +238,7 @@ class Blocks:
             last = output if isinstance(output, tuple) else ()
             self._n_outputs = len(last) or None
 
-        hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.blocks]
+        hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in self.modules]
         try:
             self.vocabulary = self._run(self.model, tokens).logits.shape[-1]
         finally:
@@ -299,7 +295,7 @@ class Blocks:
         return found
 
     def _find_inputs(self, tokens: Tensor) -> dict[int, dict[int | str, _Place]]:
-        """Where a state has what else depends on the tokens that a block is given, by the block and its argument.
+        """Where a state has what else depends on the tokens that a module is given, by the module and its argument.
 
         Raises:
             ValueError: that is not a number or a vector for each token.
@@ -307,7 +303,7 @@ class Blocks:
         found: dict[int, dict[int | str, _Place]] = {}
         placed: dict[int, _Place] = {}
         others = self._stand_ins((tokens + 1) % self.vocabulary)
-        for block, (given, other) in enumerate(zip(self._given, others, strict=True)):
+        for module, (given, other) in enumerate(zip(self._given, others, strict=True)):
             for key, value in given.items():
                 if key == self._shared or key in self._handed or _same(value, other.given.get(key)):
                     continue
@@ -316,7 +312,7 @@ class Blocks:
                 # One tensor may be given to all.
                 if id(value) not in placed:
                     placed[id(value)] = self._placed(value, (0, 1))
-                found.setdefault(block, {})[key] = placed[id(value)]
+                found.setdefault(module, {})[key] = placed[id(value)]
         return found
 
     def _not_by_token(self, key: int | str) -> str:
@@ -326,7 +322,7 @@ class Blocks:
         )
 
     def _find_rows(self, tokens: Tensor) -> list[list[int | str]]:
-        """By the block its arguments that have rows of each sample, as a mask has one and ALiBi one for each head: a
+        """By the module its arguments that have rows of each sample, as a mask has one and ALiBi one for each head: a
         batch has to be given as many."""
         of_two = self._stand_ins(tokens.repeat(2, 1))
         return [
@@ -377,10 +373,18 @@ def _states(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _shallow(module: nn.Module) -> nn.Module:
-    """Another module with the same parameters and children, whose children can be replaced."""
+def _shallow(module: nn.Module, *paths: str) -> nn.Module:
+    """Another module with the same parameters and children, whose children can be replaced, and the modules at some
+    paths as well."""
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
+    inside = {}
+    for path in paths:
+        child, _, rest = path.partition(".")
+        if rest:
+            inside.setdefault(child, []).append(rest)
+    for child, rests in inside.items():
+        copied._modules[child] = _shallow(copied._modules[child], *rests)
     if hasattr(module, "_hf_hook"):
         # accelerate, which spreads a model over devices, puts a forward on the instance that is bound to it.
         copied._old_forward = MethodType(module._old_forward.__func__, copied)

@@ -50,7 +50,8 @@ class Place:
     @property
     def step(self) -> int:
         """Sublayers before the unit in the whole model, for an axis."""
-        return 2 * self.unit.block + (self.unit.kinds[0] == "mlp")
+        first = self.unit.sublayers[0]
+        return 2 * first.block + (first.kind == "mlp")
 
 
 @dataclass(frozen=True)

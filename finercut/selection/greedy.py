@@ -96,7 +96,7 @@ def search(
             different lengths, there is no such mode, there are more processes than calibration windows, or `per` does
             not go with the mode or with a candidate.
     """
-    n_blocks = len(model.get_submodule(layout_of(model.config).blocks))
+    n_blocks = len(layout_of(model.config).holders(model))
     pool = candidates(n_blocks, kinds)
     kept = protected(protect, n_blocks) | fixed_sublayers(model.config).keys()
     exclusion = None if exclude is None else FrontExclusion(len(pool), exclude)

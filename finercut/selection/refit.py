@@ -121,15 +121,15 @@ class ClosedForm:
     def _written(self, place: Place) -> _Written | None:
         """What the unit's output is linear in; None if there is nothing of that kind."""
         unit, states = place.unit, place.before[: self.depth.n_at_once]
-        if len(unit.kinds) > 1:
+        if len(unit.sublayers) > 1:
             return None
-        (kind,) = unit.kinds
-        branch = self.depth.layout.branch(kind, unit.block)
-        block = self.depth.blocks.blocks[unit.block]
+        (sublayer,) = unit.sublayers
+        branch = self.depth.layout.branch(sublayer.kind, sublayer.block)
+        block = self.depth.blocks.modules[unit.module]
         if branch.beside:
             return None
-        core = getattr(block, branch.core)
-        last = getattr(block, branch.after[-1]) if branch.after else None
+        core = block.get_submodule(branch.core)
+        last = block.get_submodule(branch.after[-1]) if branch.after else None
         calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:

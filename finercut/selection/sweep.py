@@ -70,7 +70,7 @@ def micro_batch(
         free_bytes, _ = torch.cuda.mem_get_info(device)
     element_bytes = blocks.model.dtype.itemsize
     # The trunk has a state for every sublayer and window, so have the branches.
-    states = 4 * len(blocks.blocks) * blocks.width * element_bytes
+    states = 4 * len(blocks.modules) * blocks.width * element_bytes
     left = max(0, free_bytes - n_windows * n_tokens * (states + 4 * vocabulary))
     return _within(left, vocabulary, (8 * blocks.width + 4 * blocks.widest) * element_bytes)
 

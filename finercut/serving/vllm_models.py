@@ -92,17 +92,16 @@ class WithBias(nn.Module):
         return self.removed(hidden_states), None
 
 
-def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, Any], vllm_config: VllmConfig) -> None:
+def remove_sublayer(block: nn.Module, prefix: str, kind: str, branch: dict[str, Any], vllm_config: VllmConfig) -> None:
     """Take one sublayer out of a block that vLLM has just built.
 
     Args:
         prefix: the block's name in the model.
-        layout: where the family keeps its sublayers, as in the checkpoint's config.
+        branch: where it is, as in the checkpoint's config.
 
     Raises:
         ValueError: vLLM's block has no such members.
     """
-    branch = branch_of(layout, kind, int(prefix.rpartition(".")[2]))
     beside = branch.get("beside", ())
     in_pair = kind in IN_PAIRS.get(type(block).__name__, ())
     replacements: dict[str, nn.Module] = {}
@@ -113,16 +112,16 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, layout: dict[str, 
         replacements |= {name: nn.Identity() for name in path["after"]}
     renamed = RENAMED.get(type(block).__name__, {})
     replacements = {renamed.get(name, name): replacement for name, replacement in replacements.items()}
-    missing = [name for name in replacements if not hasattr(block, name)]
+    there = dict(block.named_modules(remove_duplicate=False))
+    missing = [name for name in replacements if name not in there]
     if missing:
         raise ValueError(
             f"vLLM's {type(block).__name__} has no {', '.join(missing)}: cannot serve it without {prefix}.{kind}"
         )
     removed: set[nn.Module] = set()
     for name, replacement in replacements.items():
-        member = getattr(block, name)
-        removed.update(member.modules())
-        setattr(block, name, WithBias(replacement) if isinstance(member, LinearBase) else replacement)
+        removed.update(there[name].modules())
+        block.set_submodule(name, WithBias(replacement) if isinstance(there[name], LinearBase) else replacement)
     # vLLM looks here for what needs a KV cache, or an expert's kernels.
     compilation = vllm_config.compilation_config
     gone = {name for name, module in compilation.static_forward_context.items() if module in removed}
@@ -159,8 +158,8 @@ def removing(vllm_config: VllmConfig, model_class: type) -> Iterator[None]:
         def make_block(prefix: str) -> nn.Module:
             block = layer_fn(prefix=prefix)
             for index, kind in removed:
-                if prefix == f"{blocks}.{index}":
-                    remove_sublayer(block, prefix, kind, layout, vllm_config)
+                if prefix == f"{blocks}.{index // layout.get('blocks_each', 1)}":
+                    remove_sublayer(block, prefix, kind, branch_of(layout, kind, index), vllm_config)
             return block
 
         return original(num_hidden_layers, make_block, prefix)
