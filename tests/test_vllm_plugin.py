@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_llama
-from family_models import CASES, HYBRIDS, UNDECLARED, each, random_model
+from family_models import CASES, HYBRIDS, OTHERS, UNDECLARED, each, random_model
 from multimodal_models import save
 from quantised_checkpoints import settings
 from safetensors.torch import load_file
@@ -155,24 +155,35 @@ def test_the_model_is_vllms_own_with_all_it_can_do(built):
     assert utils.make_layers.__module__ == utils.__name__
 
 
-@pytest.mark.parametrize("case", ["falcon", "falcon_h1", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("case", "more", "removed"),
+    [
+        ("falcon", {}, ["1.block"]),
+        ("falcon_h1", {}, ["1.block"]),
+        ("gpt_oss", {}, ["1.block"]),
+        ("dbrx", {"d_model": 128}, ["1.block"]),
+        ("longcat_flash", {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"}, ["2.block", "3.block"]),
+    ],
+)
 def test_a_block_without_sublayers_hands_on_the_stream_whatever_vllm_calls_and_expects_of_them(
-    case, distributed, tmp_path
+    case, more, removed, distributed, tmp_path
 ):
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    model_type, changes = (UNDECLARED | HYBRIDS)[case]
-    random_model(model_type, **changes | {"hidden_size": 128}).save_pretrained(tmp_path / "whole model")
+    model_type, changes = (UNDECLARED | HYBRIDS | OTHERS)[case]
+    random_model(model_type, **changes | {"hidden_size": 128} | more).save_pretrained(tmp_path / "whole model")
     layout = note_layout(ModelDirectory(tmp_path / "whole model")).layout
-    config = engine_config(write(None, sublayers("1.block"), tmp_path / "pruned"))
+    config = engine_config(write(None, sublayers(*removed), tmp_path / "pruned"))
     with set_current_vllm_config(config):
         block = initialize_model(config).get_submodule(f"{layout.blocks}.1")
+    arguments = signature(block.forward).parameters
     given = {"hidden_states": torch.randn(3, 128)}
-    if "residual" in signature(block.forward).parameters:
+    if "residual" in arguments:
         given["residual"] = torch.randn(3, 128)
     before = sum(given.values())
-    after = block(positions=torch.arange(3), **given)
+    positions = "positions" if "positions" in arguments else "position_ids"
+    after = block(**{positions: torch.arange(3)}, **given)
     assert torch.equal(sum(after) if isinstance(after, tuple) else after, before)
 
 
