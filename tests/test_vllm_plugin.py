@@ -162,7 +162,11 @@ def test_the_model_is_vllms_own_with_all_it_can_do(built):
         ("falcon_h1", {}, ["1.block"]),
         ("gpt_oss", {}, ["1.block"]),
         ("dbrx", {"d_model": 128}, ["1.block"]),
-        ("longcat_flash", {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"}, ["2.block", "3.block"]),
+        (
+            "longcat_flash",
+            {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
+            ["2.block", "3.block"],
+        ),
     ],
 )
 def test_a_block_without_sublayers_hands_on_the_stream_whatever_vllm_calls_and_expects_of_them(
@@ -214,19 +218,19 @@ def test_registering_again_changes_nothing():
 
 @pytest.mark.parametrize(("model_type", "see_each_other"), [("llava", False), ("gemma3", True)])
 def test_the_tokens_of_an_image_see_each_other_where_they_do_in_the_whole_model(model_type, see_each_other, tmp_path):
-    from transformers import AutoConfig
-    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+    from vllm.transformers_utils import model_arch_config_convertor as convertors
+    from vllm.transformers_utils.config import get_config
 
     from finercut.serving.vllm_plugin import register
 
     register()
     save(model_type, tmp_path / "whole model")
-    config = AutoConfig.from_pretrained(write(None, REMOVED, tmp_path / "pruned"))
-    convertor = MODEL_ARCH_CONFIG_CONVERTORS[config.model_type](config, config.get_text_config(), revision=None)
-    read = convertor.convert()
+    config = get_config(write(None, REMOVED, tmp_path / "pruned"), trust_remote_code=False)
+    convertor = convertors.MODEL_ARCH_CONFIG_CONVERTORS.get(config.model_type, convertors.ModelArchConfigConvertorBase)
+    read = convertor(config, config.get_text_config(), revision=None).convert()
     assert (read.model_type, read.is_mm_prefix_lm) == (model_type, see_each_other)
     assert read.total_num_hidden_layers == 4
-    assert config.model_type == f"finercut_{model_type}"
+    assert config.to_dict()["model_type"] == f"finercut_{model_type}"
 
 
 @pytest.mark.parametrize("model_type", ["llava", "gemma3", "qwen2_5_vl", "smolvlm", "idefics3"])
@@ -334,22 +338,51 @@ def test_a_removed_sublayer_adds_nothing_however_a_block_adds(block_class, first
         assert torch.allclose(sum(block(*state)), sum(whole(*state)))
 
 
-def test_what_vllm_knows_of_a_model_by_its_name_it_knows_of_the_pruned_one():
-    from vllm import ModelRegistry
-    from vllm.config.model import _check_valid_dtype
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+def known(directory):
+    """What vLLM makes of a model's config, where it goes by the model's type and by its architecture's name."""
+    from vllm.config import ModelConfig
 
+    config = ModelConfig(model=str(directory), skip_tokenizer_init=True, dtype="float32")
+    return {
+        "type": (config.hf_config.model_type, config.hf_text_config.model_type),
+        "architecture": config.architecture,
+        "tokenizer": config.tokenizer_mode,
+        "latent": config.use_mla,
+        "head": config.get_head_size(),
+        "keys": config.get_total_num_kv_heads(),
+    }
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss", "deepseek_v3", "glm_moe_dsa"])
+def test_what_vllm_knows_of_a_model_by_its_name_it_knows_of_the_pruned_one(model_type, tmp_path):
     from finercut.serving import vllm_plugin
 
     vllm_plugin.register()
     vllm_plugin.register()
-    for model_type in ("gemma2", "finercut_gemma2"):
+    changes = (CASES | UNDECLARED | OTHERS)[model_type][1]
+    model = random_model(model_type, **changes)
+    model.save_pretrained(tmp_path / "whole model")
+    if model_type not in CASES:
+        note_layout(ModelDirectory(tmp_path / "whole model"))
+    pruned = write(None, sublayers("0.mlp", "2.attention"), tmp_path / "pruned")
+    expected = known(tmp_path / "whole model")
+    assert expected["type"] == (model_type, model_type)
+    assert known(pruned) == expected
+
+
+def test_vllm_refuses_for_the_pruned_model_what_it_refuses_for_the_whole_one(tmp_path):
+    from vllm import ModelRegistry
+    from vllm.config import ModelConfig
+
+    from finercut.serving import vllm_plugin
+
+    vllm_plugin.register()
+    random_model("gemma2", **CASES["gemma2"][1]).save_pretrained(tmp_path / "whole model")
+    for directory in (tmp_path / "whole model", write(None, REMOVED, tmp_path / "pruned")):
         with pytest.raises(ValueError, match="does not support float16"):
-            _check_valid_dtype(model_type, torch.float16)
-    assert MODELS_CONFIG_MAP["FinerCutGptOssForCausalLM"] is MODELS_CONFIG_MAP["GptOssForCausalLM"]
+            ModelConfig(model=str(directory), skip_tokenizer_init=True, dtype="float16")
     # Families that nobody declared are served where their base is.
     assert {"FinerCutStableLmForCausalLM", "FinerCutStarcoder2ForCausalLM"} <= ModelRegistry.get_supported_archs()
-    assert not [name for name in MODELS_CONFIG_MAP if name.startswith("FinerCutFinerCut")]
 
 
 def test_vllm_makes_the_whole_models_tokens_of_what_it_knows_by_its_name(tiny_model, tiny_pruned):

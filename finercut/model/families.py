@@ -76,7 +76,7 @@ class Layout:
     variants: tuple[Variant, ...] = ()
     """The blocks that `attention` and `mlp` do not hold for."""
     blocks_each: int = 1
-    """Blocks, as the config counts them, that each module of the list holds; with more than one it is not sequential."""
+    """Blocks, as the config counts them, that each module of the list holds. Several are not sequential."""
 
     def holders(self, model: nn.Module) -> list[nn.Module]:
         """The module that holds each block, by the block's number."""

@@ -137,7 +137,7 @@ class Blocks:
         return states[..., : self._stream.stop]
 
     def module(self, unit: Unit, removed: Iterable[Sublayer]) -> nn.Module | None:
-        """What runs for a unit: its module, reduced to the unit's kept sublayers. None where there is none that runs."""
+        """What runs for a unit: its module, reduced to the unit's kept sublayers. None where none of them runs."""
         gone = frozenset(removed).intersection(self._sublayers[unit.module])
         if self.layout.sequential:
             if gone.issuperset(unit.sublayers):

@@ -171,17 +171,6 @@ def removing(vllm_config: VllmConfig, model_class: type) -> Iterator[None]:
         raise ValueError(f"vLLM built no blocks at {blocks}: cannot serve {type(config).__name__}")
 
 
-@contextmanager
-def _of_the_whole_type(config: Any) -> Iterator[None]:
-    """Some of vLLM's classes are several types' (Mamba and Falcon-Mamba), and build what the config's type says."""
-    pruned = config.model_type
-    config.model_type = pruned.removeprefix(f"{PREFIX.lower()}_")
-    try:
-        yield
-    finally:
-        config.model_type = pruned
-
-
 def _renaming(config: Any, model_class: type) -> Callable[[str], str]:
     """What names of weights become in vLLM's model where it nests a language model otherwise than transformers does."""
     mapper = getattr(model_class, "hf_to_vllm_mapper", None)
@@ -270,7 +259,7 @@ class PrunedModel(CheckedWeights):
     """What a pruned model adds to vLLM's own: it builds kept sublayers only."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        with removing(vllm_config, type(self)), _of_the_whole_type(vllm_config.model_config.hf_config):
+        with removing(vllm_config, type(self)):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
 
 
@@ -291,7 +280,7 @@ class PrunedTransformersModel(CheckedWeights):
                 "cannot divide it so without some attentions; use tensor_parallel_size"
             )
         # vLLM has transformers make it, without its head and without memory, before its own layers take their places.
-        base = MODEL_MAPPING_NAMES[config.model_type.removeprefix(f"{PREFIX.lower()}_")]
+        base = MODEL_MAPPING_NAMES[config.model_type]
         AutoModel.register(type(config), getattr(modeling_finercut, PREFIX + base), exist_ok=True)
         # The names that weights have in files are known to transformers once the class that reads them is made.
         getattr(modeling_finercut, config.architectures[0])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 
@@ -29,45 +28,52 @@ def register() -> None:
         name = PREFIX + base
         if base in served and name not in served and not base.startswith(PREFIX):
             ModelRegistry.register_model(name, f"finercut.serving.vllm_models:{name}")
-    _read_as_whole(sorted(name for name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES if not name.startswith("finercut_")))
-    for table, prefix in _by_name():
-        for name in [name for name in table if not name.startswith(prefix)]:
-            table.setdefault(prefix + name, table[name])
+    _take_for_whole()
 
 
-def _read_as_whole(model_types: Iterable[str]) -> None:
-    """Have vLLM read the configs of pruned models by the type of the whole one: it knows by that type whether the
-    tokens of an image see each other."""
-    from vllm.transformers_utils import model_arch_config_convertor as convertors
+def _take_for_whole() -> None:
+    """Have vLLM take a pruned model for the whole one wherever it goes by a model's type or by its architecture's name.
 
-    table = convertors.MODEL_ARCH_CONFIG_CONVERTORS
-    for model_type in model_types:
-        whole = table.get(model_type, convertors.ModelArchConfigConvertorBase)
-        table.setdefault(f"finercut_{model_type}", partial(_convertor, whole, model_type))
-
-
-def _convertor(whole: type, model_type: str, hf_config: Any, hf_text_config: Any, **settings: Any) -> Any:
-    if hf_text_config is not hf_config:
-        hf_config = copy.copy(hf_config)
-        hf_config.model_type = model_type
-    return whole(hf_config, hf_text_config, **settings)
-
-
-def _by_name() -> list[tuple[dict[str, Any], str]]:
-    """What vLLM knows of models by their type or architecture, and what those of pruned ones begin with.
-
-    That is refusals of float16, settings that an architecture needs, and chat templates of those without one.
+    There are dozens of such places: latent attention (DeepSeek), the format of chats (gpt-oss, DeepSeek-V3.2), refusals
+    of float16, whether the tokens of an image see each other. Configs keep their classes, and architectures stay in
+    them: which class of a model is built goes by these.
     """
-    from vllm.config import model
-    from vllm.model_executor.models import config
-    from vllm.transformers_utils.chat_templates import registry
+    from vllm.model_executor.models.registry import _ModelRegistry
+    from vllm.transformers_utils.config import HFConfigParser
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-    from finercut.model.modeling_finercut import PREFIX
+    from finercut.model.modeling_finercut import PREFIX, PrunedConfig, own_settings
 
-    model_type = f"{PREFIX.lower()}_"
-    # vLLM's own, some of them private: a version without one of them has nothing to be told.
-    return [
-        (getattr(model, "_FLOAT16_NOT_SUPPORTED_MODELS", {}), model_type),
-        (getattr(registry, "_MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK", {}), model_type),
-        (config.MODELS_CONFIG_MAP, PREFIX),
-    ]
+    def of_the_whole_type(parsed: tuple[dict[str, Any], Any], *_: Any) -> tuple[dict[str, Any], Any]:
+        settings, config = parsed
+        if isinstance(config, PrunedConfig):
+            config.model_type = type(config).model_type.removeprefix(f"{PREFIX.lower()}_")
+        return settings, config
+
+    def of_the_whole_name(inspected: tuple[Any, str], *_: Any) -> tuple[Any, str]:
+        info, architecture = inspected
+        return info, architecture.removeprefix(PREFIX)
+
+    def where_the_whole_ones_differ(by_layer: list[Any] | None, convertor: Any) -> list[Any] | None:
+        # vLLM refuses configs of latent attention that differ from block to block.
+        language = convertor.hf_text_config
+        return by_layer if not isinstance(language, PrunedConfig) or own_settings(language) else None
+
+    _change_what_it_returns(HFConfigParser, "parse", of_the_whole_type)
+    _change_what_it_returns(_ModelRegistry, "inspect_model_cls", of_the_whole_name)
+    _change_what_it_returns(ModelArchConfigConvertorBase, "get_per_layer_hf_configs", where_the_whole_ones_differ)
+
+
+def _change_what_it_returns(owner: type, name: str, change: Callable[..., Any]) -> None:
+    """Have a method's result go through `change`, which is given the method's arguments as well. Once: not again where
+    it does."""
+    method = getattr(owner, name)
+    if getattr(method, "changed_by", None) == __name__:
+        return
+
+    @wraps(method)
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        return change(method(*args, **kwargs), *args)
+
+    changed.changed_by = __name__
+    setattr(owner, name, changed)
