@@ -127,6 +127,9 @@ def main(ctx: click.Context, traceback: bool) -> None:
     artifacts/ and reports/. `dvc repro` runs the same stages without Prefect, MLflow and registration.
     """
     install()
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed, as some supervisors do
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (to the end of the process)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a result is worth more than a letter the terminal does not have
     if not sys.stderr.isatty():
@@ -163,10 +166,12 @@ def run(file: Path | None, pull: bool) -> None:
     Reads     params.yaml, dvc.yaml, and what the stages read
     Writes    artifacts/, reports/, dvc.lock, a run in MLflow and in Prefect
     """
+    from finercut.system.processes import interrupt_on_end
     from finercut.system.staging import exclusive
 
     from . import params
 
+    interrupt_on_end()
     params.load(file or paths.PARAMS)
     if not paths.PARAMS.is_file() and not Path("dvc.yaml").is_file():
         raise FileNotFoundError("neither params.yaml nor dvc.yaml is here; run from the project's root")
@@ -220,10 +225,12 @@ def frontier(budgets: str, unit: str | None, rule: str, pull: bool) -> None:
     Reads     params.yaml, dvc.yaml, and what the stages read
     Writes    as finercut run; reports/frontier.json and reports/frontier.png; a parent run in MLflow
     """
+    from finercut.system.processes import interrupt_on_end
     from finercut.system.staging import exclusive
 
     from . import params, settings
 
+    interrupt_on_end()
     amounts, given = _amounts(budgets), params.load()
     settings.check_budgets(amounts, unit or given.prune.budget.unit)
     with exclusive(paths.WORK):

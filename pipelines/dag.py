@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import networkx as nx
-from dvc.exceptions import DvcException
+from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
 from scmrepo.exceptions import SCMError
 
@@ -30,13 +30,30 @@ def _repo() -> Iterator[Repo]:
     try:
         with Repo(str(Path.cwd())) as repo:
             yield repo
-    except (DvcException, SCMError) as error:
+    except NotDvcRepoError as error:
         raise RuntimeError(f"DVC: {error}; run from the root of a clone of the project") from error
+    except (DvcException, SCMError) as error:
+        conflicts = [file for file in ("dvc.lock", "dvc.yaml") if _has_conflict(Path(file))]
+        if conflicts:
+            raise RuntimeError(
+                f"{conflicts[0]} has the marks of a merge that git left to you: take one side, then run it again"
+            ) from error
+        raise RuntimeError(f"DVC: {error}") from error
+
+
+def _has_conflict(file: Path) -> bool:
+    return file.is_file() and any(line.startswith(b"<<<<<<< ") for line in file.read_bytes().splitlines())
 
 
 def stages() -> list[Stage]:
-    """In the order they run: every stage after those it depends on."""
+    """In the order they run: every stage after those it depends on.
+
+    Raises:
+        RuntimeError: DVC cannot read them, or one is frozen: its outputs may be of other inputs than are recorded.
+    """
     with _repo() as repo:
+        if frozen := [stage.addressing for stage in repo.index.stages if stage.frozen and stage.cmd]:
+            raise RuntimeError(f"stage {frozen[0]} is frozen, so that no change reaches it: `dvc unfreeze {frozen[0]}`")
         graph = repo.index.graph
         # Where the graph leaves the order open, dvc.yaml's: claims are checked before anything is measured.
         number = {stage: n for n, stage in enumerate(repo.index.stages)}

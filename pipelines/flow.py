@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 import os
 import re
 import subprocess
@@ -46,6 +47,8 @@ from finercut.system.staging import exclusive
 from . import collect as collection
 from . import dag, frontier, paths, register, reports, settings, summary
 from .params import Params, load
+
+logger = logging.getLogger("finercut")
 
 # How far a stage is, in lines it prints: `search: 3/15 removed ...`, `heal: step 3/12, ...`.
 PROGRESS = re.compile(r"\w+: (?:step )?(\d+)/(\d+)\b")
@@ -318,8 +321,8 @@ def _dvc(
         if line.strip().startswith(DVC_HINTS):
             return
         line = redacted(line)
-        logger.info(line)
         lines.append(line)
+        logger.info(line)
         if progress is not None:
             progress.read(line)
         with log_file.open("a", encoding="utf-8") as file:
@@ -364,9 +367,16 @@ def run_group(
     process = start_group(command, environment)
 
     def pump() -> None:
+        lost = False
         for line in process.stdout:
-            if line.strip():
-                on_line(line.rstrip())
+            # To its end: nobody else reads the pipe, and once it is full the command waits for ever.
+            if line.strip() and not lost:
+                try:
+                    on_line(line.rstrip())
+                except (Exception, SystemExit) as error:  # rich exits where nobody reads what it writes
+                    lost = True
+                    with suppress(Exception, SystemExit):
+                        logger.warning("what else the stage says is lost: %s", str(error) or type(error).__name__)
 
     # With this thread's context, by which Prefect knows whose artifacts they are.
     reader = threading.Thread(target=contextvars.copy_context().run, args=(pump,), daemon=True)

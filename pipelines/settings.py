@@ -55,12 +55,21 @@ def take_committed(file: str, overrides: Mapping[str, JsonValue]) -> None:
     Raises:
         ValueError: the commit has no such file, there is no such field, or its value is not allowed.
     """
-    committed = _committed(file) if file in offered() else None
-    if committed is None:
+    replace(_origin(file, overrides) + committed(file, overrides))
+
+
+def committed(file: str, overrides: Mapping[str, JsonValue]) -> str:
+    """What `take_committed` makes params.yaml, but for the first line; it raises what that does."""
+    text = _committed(file) if file in offered() else None
+    if text is None:
         raise ValueError(f"no params file {file} in the last commit; there are {', '.join(offered())}")
-    text = _with_overrides(committed, file, overrides)
+    text = _with_overrides(text, file, overrides)
     params.parse(text, " and ".join([file, *(["overrides"] if overrides else [])]))
-    replace(_origin(file, overrides) + text)
+    return text
+
+
+def is_committed(file: str) -> bool:
+    return _shown(file) is not None
 
 
 def source() -> dict[str, str] | None:

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import re
 import shutil
-import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from finercut.registry import versions
 from finercut.registry.server import impatient
 from finercut.registry.versions import VersionReference
-from finercut.system.processes import end_group
+from finercut.system.processes import end_group, interrupt_on_end
 from finercut.system.staging import locking, staged
 
 logger = logging.getLogger("finercut")
@@ -48,8 +47,7 @@ def run(reference: VersionReference, directory: Path, command: Sequence[str], in
         raise FileNotFoundError(f"no command {command[0]} to run")
     client = versions.connect(reference.name)
     version = versions.find(client, reference)
-    # A supervisor's SIGTERM ends the command in the same way as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_end()
     held = _download(version, directory)
     while True:
         with held:

@@ -332,3 +332,18 @@ def test_compiled_files_make_nothing_stale(reproduced):
     (Path("finercut/model/__pycache__")).mkdir()
     Path("finercut/model/__pycache__/x.cpython-311.pyc").write_bytes(b"compiled")
     assert dag.stale() == []
+
+
+def test_a_frozen_stage_is_refused_as_dvc_passes_over_what_it_depends_on(reproduced):
+    subprocess.run([sys.executable, "-m", "dvc", "freeze", "-q", "prune"], check=True)
+    with pytest.raises(RuntimeError, match=r"^stage prune is frozen, .*: `dvc unfreeze prune`$"):
+        dag.stages()
+    subprocess.run([sys.executable, "-m", "dvc", "unfreeze", "-q", "prune"], check=True)
+    assert "prune" in [stage.name for stage in dag.stages()]
+
+
+def test_what_a_merge_left_in_dvc_lock_is_named(reproduced):
+    lock = Path("dvc.lock").read_text()
+    Path("dvc.lock").write_text(f"<<<<<<< HEAD\n{lock}=======\n{lock}>>>>>>> other\n")
+    with pytest.raises(RuntimeError, match=r"^dvc.lock has the marks of a merge"):
+        dag.stale()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from uuid import UUID
 
 import example_reports
 import mlflow
@@ -25,6 +26,7 @@ from toy import ROOT, STAGES, make_toy, write
 from finercut.registry.ledger import Ledger
 from finercut.registry.records import RegisterReport
 from finercut.sources import revisions
+from finercut.system.processes import end_group, start_group
 from finercut.system.staging import HELD_BY
 from pipelines import dag, paths, register
 from pipelines.flow import _edited, compress, run_group
@@ -323,7 +325,9 @@ def test_a_checkpoint_that_was_collected_is_a_new_version_when_it_is_made_again(
     assert (second.status, second.version) == ("registered", "2")
 
 
-def test_cancelling_stops_the_stage_and_closes_the_run_as_killed(toy, prefect_server):
+# A supervisor and a worker send the first, a terminal that closes the second.
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_cancelling_stops_the_stage_and_closes_both_runs(toy, prefect_server, sent):
     write(stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": "sleep 2236.07 & sleep 2236.07"}})
     environment = os.environ | {"PREFECT_API_URL": prefect_server}
     execution = subprocess.Popen(
@@ -335,12 +339,14 @@ def test_cancelling_stops_the_stage_and_closes_the_run_as_killed(toy, prefect_se
     deadline = time.monotonic() + 90
     while not processes_with("2236.07") and execution.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    execution.send_signal(signal.SIGTERM)  # what a Prefect worker sends to cancel
+    execution.send_signal(sent)
     _, said = execution.communicate(timeout=60)
     assert execution.returncode != 0, said.decode()
     assert gone("2236.07")
     (run,) = runs(toy["flow"]["experiment"])
     assert run.info.status == "KILLED"
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(UUID(run.data.tags["prefect.flow_run_id"])).state.name == "Crashed"
 
 
 def test_registering_alone_records_the_stages_and_takes_nothing_that_is_not_of_dvc_lock(executed):
@@ -394,3 +400,35 @@ def test_a_command_ends_with_all_it_started_when_its_starter_is_killed():
     starter.kill()
     starter.wait()
     assert gone("1414.2")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit(1)])
+def test_a_command_whose_lines_cannot_be_kept_still_runs_to_its_end(tmp_path, error):
+    kept = []
+
+    def keep(line):
+        kept.append(line)
+        raise error
+
+    # More than a pipe holds.
+    command = ["sh", "-c", f"yes finercut | head -c 300000; touch {tmp_path}/done; exit 3"]
+    assert run_group(command, os.environ, 60, keep) == 3
+    assert (tmp_path / "done").exists()
+    assert kept == ["finercut"]
+
+
+def test_whoever_interrupts_the_end_of_a_group_has_it_killed_at_once(monkeypatch):
+    process = start_group(["sh", "-c", "trap '' TERM; echo on; while :; do sleep 0.1; done"], os.environ)
+    assert process.stdout.readline() == "on\n"
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finercut.system.processes.time.sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        end_group(process)
+    monkeypatch.undo()
+    process.wait(10)
+    assert process.stdout.read() == ""  # nobody has the pipe any more
+    process.stdin.close()
+    process.stdout.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ OPTIONAL = ("description", "entrypoint", "parameters", "schedules", "concurrency
 def test_everything_but_the_name_can_be_left_out_or_empty(here, prefect_server, monkeypatch):
     for variable, value in (("ACCELERATOR", "from-environment"), ("NAME", "templated"), ("POOL", "other")):
         monkeypatch.setenv(variable, value)
-    nulls = {"accelerator": None, "pull": None, "overrides": {"search.exclude": None}}
+    nulls = {"accelerator": None, "pull": None, "params_file": "params.yaml", "overrides": {"search.exclude": None}}
     pool = {"name": "{{ $POOL }}"}
     due = {"cron": "0 3 * * *", "parameters": {"accelerator": "of-schedule"}}
     write(
@@ -64,7 +65,7 @@ def test_everything_but_the_name_can_be_left_out_or_empty(here, prefect_server, 
             assert deployment.entrypoint == "pipelines.flow.compress"
         assert pools == dict.fromkeys(pools, "finercut") | {"templated": "other"}
         some = client.read_deployment_by_name("finercut/some")
-        assert some.parameters == {"accelerator": None, "overrides": {"search.exclude": None}}
+        assert some.parameters == {name: value for name, value in nulls.items() if name != "pull"}
         for limit in ("of-schedule", "from-environment"):
             assert client.read_global_concurrency_limit_by_name(limit).limit == 1
 
@@ -109,7 +110,7 @@ def test_everything_but_the_name_can_be_left_out_or_empty(here, prefect_server, 
         ),
         (
             "deployments: [{name: a, schedules: [{cron: 0 2 * * *, timezone: Mars/Olympus}]}]",
-            'prefect.yaml: deployment a: schedule: timezone: Invalid timezone: "Mars/Olympus" *',
+            'prefect.yaml: deployment a: schedule: Invalid timezone: "Mars/Olympus" *',
         ),
         (
             "deployments: [{name: a, schedules: [{cron: 0 2 * * *, time_zone: UTC}]}]",
@@ -125,7 +126,51 @@ def test_everything_but_the_name_can_be_left_out_or_empty(here, prefect_server, 
         ),
         (
             "deployments: [{name: a, schedules: [{interval: 0}]}]",
-            "prefect.yaml: deployment a: schedule: interval: Input should be greater than *",
+            "prefect.yaml: deployment a: schedule: interval: interval must be positive",
+        ),
+        ("deployments: [{name: a/b}]", "prefect.yaml: deployment a/b: name: *"),
+        ("deployments: [{name: a, tags: gpu}]", "prefect.yaml: deployment a: tags: Input should be a valid list*"),
+        ("deployments: [{name: a, shedules: []}]", "prefect.yaml: deployment a: a deployment has no shedules; *"),
+        ("deployments: [{name: a, work_pool: {name: a/b}}]", "prefect.yaml: deployment a: work_pool: name: *"),
+        (
+            "deployments: [{name: a, concurrency_limit: {limit: 1, collision_strategy: QUEUE}}]",
+            "prefect.yaml: deployment a: concurrency_limit: collision_strategy: Input should be 'ENQUEUE' or *",
+        ),
+        (
+            "deployments: [{name: a, concurrency_limit: 0}]",
+            "prefect.yaml: deployment a: concurrency_limit: no run could begin with 0",
+        ),
+        (
+            "deployments: [{name: a, parameters: {accelerator: gpu/0}}]",
+            "prefect.yaml: deployment a: parameter accelerator: name: *",
+        ),
+        (
+            "deployments: [{name: a, parameters: {overrides: {a.b: 1}}}]",
+            "prefect.yaml: deployment a: overrides need a params_file to start from",
+        ),
+        (
+            "deployments: [{name: a, parameters: {budgets: [0.1, 0.1]}}]",
+            "prefect.yaml: deployment a: the frontier's budgets 0.1, 0.1 name one twice",
+        ),
+        (
+            "deployments: [{name: a, schedules: [{cron: 0 2 * * *, slug: x}, {cron: 0 3 * * *, slug: x}]}]",
+            "prefect.yaml: deployment a: two schedules have the slug x; rename one",
+        ),
+        (
+            "deployments: [{name: a, schedules: [{cron: 0 2 30 2 *}]}]",
+            "prefect.yaml: deployment a: schedule: cron 0 2 30 2 * is never due; correct it, or set active: false",
+        ),
+        (
+            "deployments: [{name: a, schedules: [{cron: 0 0 2 * * *}]}]",
+            "prefect.yaml: deployment a: schedule: cron 0 0 2 * * * is due at *",
+        ),
+        (
+            "deployments: [{name: a, schedules: [{rrule: FREQ=HOURLY;UNTIL=20200101T000000Z}]}]",
+            "prefect.yaml: deployment a: schedule: rrule FREQ=HOURLY;UNTIL=20200101T000000Z is never due; *",
+        ),
+        (
+            """deployments: [{name: a, schedules: [{rrule: '{"rrule": "FREQ=DAILY", "timezone": "Mars"}'}]}]""",
+            "prefect.yaml: deployment a: schedule: timezone: *",
         ),
         ("deployments: [{name: a, schedules: [{rrule: x}]}]", "prefect.yaml: deployment a: schedule: rrule: *"),
         (
@@ -160,10 +205,46 @@ def test_a_server_that_does_not_answer_is_one_line(here, monkeypatch):
 
 
 def test_a_deployment_that_prefect_does_not_take_is_one_line(here, prefect_server):
-    write(nightly(name="odd", concurrency_limit={"limit": "many"}))
+    write(nightly(name="odd", version={"a": 1}))
     said = CliRunner().invoke(main, ["deploy"])
     assert said.exit_code == 1
-    assert said.stderr == "finercut deploy: prefect deploy: invalid fields: odd: concurrency_limit\n"
+    assert said.stderr == "finercut deploy: prefect deploy: invalid fields: odd: version\n"
+
+
+def test_a_project_without_pull_steps_works_where_it_lies_and_says_when_it_is_due(here, prefect_server):
+    Path("prefect.yaml").write_text(
+        """
+deployments:
+  - name: plain
+    schedules:
+      - {cron: 30 2 1 1 *, slug: a}
+      - {interval: 86400, anchor_date: 2026-01-01, slug: b, active: false}
+      - {rrule: '{"rrule": "FREQ=DAILY;COUNT=1;UNTIL=20200101T000000Z", "timezone": "Europe/Rome"}', active: false}
+"""
+    )
+    said = CliRunner().invoke(main, ["deploy"])
+    assert said.exit_code == 0, said.stderr
+    assert re.search(r"^schedule     cron 30 2 1 1 \*, next at \d{4}-01-01 02:30:00 UTC$", said.stdout, re.MULTILINE)
+    with get_client(sync_client=True) as client:
+        found = client.read_deployment_by_name("finercut/plain")
+    assert found.pull_steps == [{"prefect.deployments.steps.set_working_directory": {"directory": str(Path.cwd())}}]
+    assert len(found.schedules) == 3
+
+
+def test_what_a_params_file_of_the_last_commit_does_not_allow_is_said_before_anything_is_declared(here):
+    for command in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "params"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *command], check=True)
+    parameters = {"params_file": "params.yaml", "overrides": {"prune.bugdet.amount": 0.3}}
+    write(nightly(name="odd", parameters=parameters))
+    said = CliRunner().invoke(main, ["deploy"])
+    assert said.stderr == (
+        "finercut deploy: prefect.yaml: deployment odd: overrides: no field prune.bugdet.amount; names look like "
+        "prune.budget.amount\n"
+    )
+    due = {"cron": "0 2 * * *", "parameters": {"overrides": {"prune.budget.amount": "lots"}}}
+    write(nightly(name="odd", parameters={"params_file": "params.yaml"}, schedules=[due]))
+    (line,) = CliRunner().invoke(main, ["deploy"]).stderr.splitlines()
+    assert line.startswith("finercut deploy: prefect.yaml: deployment odd: params.yaml and overrides: prune.budget")
 
 
 def test_an_alert_goes_to_an_address(here):

@@ -189,3 +189,14 @@ def test_a_file_system_without_locks_is_named(here, monkeypatch, number):
     (line,) = said.stderr.splitlines()
     assert line.startswith(f"finercut prune: the file system of {here / paths.WORK} has no file locks (")
     assert "such as a local disk" in line
+
+
+def test_a_full_disk_does_not_keep_anybody_from_the_lock(here, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(staging.os, "write", full)
+    with exclusive(paths.WORK), pytest.raises(RuntimeError, match=r"^process unknown works in "):
+        os.environ[staging.HELD_BY] = ""
+        with exclusive(paths.WORK):
+            pass

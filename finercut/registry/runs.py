@@ -150,11 +150,16 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
         with mlflow_errors("find a model registry"):
             client.search_registered_models(max_results=1)
         tags = {MLFLOW_USER: getpass.getuser(), **tags}
-        run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
-        flat = flatten(params, ".").items()
-        client.log_batch(run_id, params=[Param(name, _shown(value)) for name, value in flat])
-    logger.info("MLflow run %s at %s, experiment %s", run_id, shown, experiment)
-    return Run(client, run_id, experiment_id)
+        run = Run(client, client.create_run(experiment_id, tags=tags, run_name=name).info.run_id, experiment_id)
+    try:
+        with mlflow_errors("record parameters"), impatient():
+            flat = flatten(params, ".").items()
+            client.log_batch(run.run_id, params=[Param(name, _shown(value)) for name, value in flat])
+        logger.info("MLflow run %s at %s, experiment %s", run.run_id, shown, experiment)
+    except BaseException as error:
+        _close(run, error, None)
+        raise
+    return run
 
 
 def download(run_id: str, folders: Sequence[str], directory: Path) -> list[Path]:
@@ -200,13 +205,15 @@ def _experiment_id(client: MlflowClient, name: str, shown_uri: str) -> str:
 @contextmanager
 def recorded(run: Run, log_file: Path | None = None) -> Iterator[None]:
     """Watches the machine meanwhile; at the end stores the log and closes the run as FINISHED, FAILED or KILLED."""
-    monitor = SystemMetricsMonitor(run.run_id, tracking_uri=tracking_uri())
-    monitor.start()
+    monitor = None
     try:
+        monitor = SystemMetricsMonitor(run.run_id, tracking_uri=tracking_uri())
+        monitor.start()
         yield
     finally:
         error = sys.exc_info()[1]
-        monitor.finish()
+        if monitor is not None:
+            monitor.finish()
         _close(run, error, log_file)
 
 

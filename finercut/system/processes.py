@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 # Before a command: it does not outlive the process that starts it.
 BOUND = (sys.executable, "-m", "finercut.system.processes")
@@ -40,7 +41,8 @@ def start_group(command: Sequence[str], environment: Mapping[str, str]) -> subpr
 def end_group(process: subprocess.Popen) -> None:
     """Terminate every process of the group that `process` leads (`start_new_session=True`), and kill what is left.
 
-    The leader's children, which hold the accelerator, would survive its death.
+    The leader's children, which hold the accelerator, would survive its death. Whoever interrupts the wait has them
+    killed at once.
     """
     for sent in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + GRACE_S
@@ -52,6 +54,18 @@ def end_group(process: subprocess.Popen) -> None:
                 time.sleep(0.05)
         except ProcessLookupError:
             return
+        except KeyboardInterrupt:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def interrupt_on_end() -> None:
+    """Have a supervisor's SIGTERM and a closed terminal's SIGHUP end this process as Ctrl-C does: what it started ends,
+    and what it recorded is closed. Not where they are ignored, as `nohup` has it."""
+    for sent in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sent) is not signal.SIG_IGN:
+            signal.signal(sent, signal.default_int_handler)
 
 
 def _main() -> None:

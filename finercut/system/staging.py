@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -60,8 +60,15 @@ def exclusive(folder: Path) -> Iterator[None]:
         RuntimeError: another process holds it.
         OSError: the file system of `folder` has no locks.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is in the way, which is no folder: move it elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
+    lock = folder / "lock"
+    try:
+        opened = lock.open("a+")
+    except PermissionError as error:
+        raise PermissionError(f"{lock} is {_owner(lock)}'s: work as that user, or in a clone of your own") from error
+    with opened as file:
         try:
             with locking(folder):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,8 +83,8 @@ def exclusive(folder: Path) -> Iterator[None]:
             yield
             return
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with suppress(OSError):  # no space is left, which `finercut collect` changes; the lock is held all the same
+            os.write(file.fileno(), str(os.getpid()).encode())
         before = os.environ.get(HELD_BY)
         os.environ[HELD_BY] = _hold(str(os.getpid()), folder)
         try:
@@ -88,6 +95,13 @@ def exclusive(folder: Path) -> Iterator[None]:
             else:
                 os.environ[HELD_BY] = before
             file.truncate(0)
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except (KeyError, OSError):
+        return "another user"
 
 
 def _hold(holder: str, folder: Path) -> str:
