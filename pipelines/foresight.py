@@ -20,7 +20,7 @@ from finercut.model import tokenizer_files
 from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import fixed_sublayers
-from finercut.selection import refit
+from finercut.selection import depth, refit
 from finercut.serving import claim, foresight, vllm_engine
 from finercut.sublayers import Sublayer
 from finercut.system.staging import staged_file
@@ -65,7 +65,7 @@ def _asked(params: Params, model: ModelDirectory) -> str:
     tolerances = {"logit_tolerance", "log_probability_tolerance", "quantised_tolerance"}
     for section in (params.evaluate, params.throughput, params.prove, params.quantise):
         digest.update(section.model_dump_json(exclude=tolerances).encode())
-    digest.update(f"{params.calibrate.n_tokens} {_devices(params)} {_refits(params)}".encode())
+    digest.update(f"{params.calibrate.n_tokens} {_devices(params)} {_refits(params)} {params.heal.method}".encode())
     for file in sorted(model.path.rglob("*")):
         if file.is_file() and ".safetensors" not in file.name:
             digest.update(f"{file.relative_to(model.path)} {file.stat().st_size}\n".encode() + file.read_bytes())
@@ -88,6 +88,8 @@ def _refits(params: Params) -> bool:
 
 def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
     found = []
+    if _refits(params) or params.heal.method == "reconstruct":
+        depth.check(model.config)
     if _refits(params):
         refit.check(model.layout, model.config.model_type)
     for name, device in _devices(params).items():

@@ -143,6 +143,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (header(lambda h: {}, b""), "do not fit the config"),
     "tensor gone": (tensors(lambda t: t.pop(Q_PROJ)), Q_PROJ),
     "tensor too many": (tensors(lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.ones(3)})), "layers.9"),
+    "names of a wrapper": (
+        tensors(lambda t: [t.update({f"module.{name}": t.pop(name)}) for name in list(t)]),
+        "their names begin with 'module.', which is not the model's: take that away",
+    ),
     "tensor misshapen": (tensors(lambda t: t.update({Q_PROJ: torch.ones(128, 64)})), Q_PROJ),
     "tensor of integers": (tensors(lambda t: t.update({Q_PROJ: t[Q_PROJ].long()})), f"{Q_PROJ} is not floating-point"),
     "tensor of NaN": (tensors(lambda t: t[Q_PROJ].fill_(float("nan"))), Q_PROJ),

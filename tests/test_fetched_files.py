@@ -6,12 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import multimodal_models
 import pytest
 import torch
 from conftest import make_tokenizer, random_llama
-from family_models import CASES, random_model
+from family_models import CASES, OTHERS, random_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from finercut.checkpoint.card import card, inherited
 from finercut.checkpoint.parity import check_parity
@@ -232,6 +233,58 @@ def test_two_matrices_that_differ_stay_two_where_the_config_ties_them(tmp_path, 
     pruned = ModelDirectory(tmp_path / "pruned")
     assert check_parity(source, pruned, tokens, 0.001, torch.device("cpu")).passed
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= pruned.tensors.keys()
+
+
+@pytest.mark.parametrize(("model_type", "top", "inner"), [("llava", False, True), ("qwen2_5_vl", True, False)])
+def test_two_matrices_stay_two_whatever_files_call_them_and_whichever_config_ties_them(
+    tmp_path, tokens, model_type, top, inner
+):
+    whole = multimodal_models.save(model_type, tmp_path / "whole")
+    make_tokenizer().save_pretrained(whole)
+    settings = json.loads((whole / "config.json").read_text())
+    settings["text_config"]["tie_word_embeddings"] = inner
+    edit(whole / "config.json", **settings | {"tie_word_embeddings": top})
+    model = fetched(whole, tmp_path / "model")
+    assert ModelDirectory(model).tensors == ModelDirectory(whole).tensors
+    prune(ModelDirectory(model), REMOVED, None, tmp_path / "pruned")
+    expected, found = (AutoModelForImageTextToText.from_pretrained(path) for path in (whole, tmp_path / "pruned"))
+    assert torch.equal(found.get_output_embeddings().weight, expected.get_output_embeddings().weight)
+    assert not torch.equal(found.get_output_embeddings().weight, found.get_input_embeddings().weight)
+    assert is_the_masked_whole(tmp_path / "pruned", model)
+
+
+def test_two_matrices_stay_two_where_files_leave_out_the_prefix(tmp_path):
+    whole = saved(tmp_path / "whole", tied=False)
+    stored = load_file(whole / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
+    save_file(bare, whole / "model.safetensors", {"format": "pt"})
+    edit(whole / "config.json", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(fetched(whole, tmp_path / "model"))
+    assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
+
+
+def test_a_model_that_is_stored_in_float64_is_run_as_its_config_says(tmp_path):
+    whole = saved(tmp_path / "whole", torch.float64)
+    edit(whole / "config.json", dtype="float32")
+    prune(fetched(whole, tmp_path / "model"), REMOVED, None, tmp_path / "pruned")
+    for path in (whole, tmp_path / "model", tmp_path / "pruned"):
+        assert AutoModelForCausalLM.from_pretrained(path).dtype == torch.float32
+
+
+def test_layers_that_predict_tokens_further_ahead_are_passed_over(tmp_path):
+    model_type, changes = OTHERS["deepseek_v3"]
+    random_model(model_type, **changes, num_nextn_predict_layers=1).save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole/model.safetensors"
+    stored = load_file(file)
+    ahead = {"model.layers.4.enorm.weight": torch.ones(64), "model.layers.4.mlp.gate.weight": torch.ones(4, 64)}
+    save_file(stored | ahead, file, {"format": "pt"})
+    model = fetched(tmp_path / "whole", tmp_path / "model")
+    assert ModelDirectory(model).weights.keys() == stored.keys()
+    save_file(stored | {"model.layers.5.enorm.weight": torch.ones(64)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.5\.enorm\.weight is not in the model"):
+        fetched(tmp_path / "whole", tmp_path / "other")
 
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "300KB"}])

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_llama
-from family_models import CASES, HYBRIDS, random_model
+from family_models import CASES, HYBRIDS, SHARED, random_model
 from multimodal_models import random_wrapper
 from vllm_cases import NO_WINDOWS, model_for_vllm
 
 from finercut.checkpoint.writing import write_all_but_weights
 from finercut.evaluation.settings import Samples, Task
-from finercut.healing.settings import Refit
+from finercut.healing.settings import Reconstruct, Refit
 from finercut.model.directory import ModelDirectory
 from finercut.model.layouts import note_layout
 from finercut.selection.settings import Refitting
@@ -253,6 +253,27 @@ def test_a_refit_of_parallel_blocks_is_refused(chosen, tmp_path, where):
     changes = {"heal": heal} if where == "heal" else {"search": search}
     with pytest.raises(ValueError, match="refit cannot fit a gpt_neox model"):
         foresight.check(chosen.model_copy(update=changes), ModelDirectory(tmp_path / "parallel"))
+
+
+def test_a_reconstruction_is_refused_where_blocks_hand_on_more_than_the_stream(chosen, tmp_path):
+    model_type, changes = SHARED["gemma3n"]
+    random_model(model_type, **changes).save_pretrained(tmp_path / "sharing")
+    heal = Reconstruct(
+        method="reconstruct",
+        sublayers="all",
+        ridges=[0.1],
+        steps=2,
+        warm_up=0.1,
+        seed=0,
+        batch_tokens=64,
+        learning_rate=1e-4,
+        eval_every=1,
+        fractions=[1.0],
+        dtype="auto",
+        device="cpu",
+    )
+    with pytest.raises(ValueError, match="hand on more than the residual stream.*set heal.method to distill"):
+        foresight.check(chosen.model_copy(update={"heal": heal}), ModelDirectory(tmp_path / "sharing"))
 
 
 def test_a_device_that_is_not_here_is_in_the_way(chosen, monkeypatch):

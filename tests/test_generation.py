@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, random_llama
+from conftest import TEXT, make_tokenizer, random_llama
 from hub_server import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -199,6 +199,19 @@ def test_an_answer_keeps_its_question(tiny_model, tmp_path):
     found = model_texts(asked, ModelDirectory(directory), 100, 16).documents
     assert all(text.startswith(("<s>Why?</s><s>", "<s>Who else is there?</s><s>")) for text in found)
     assert len({text.partition("</s>")[0] for text in found}) == 2
+
+
+def test_a_template_that_writes_tokens_without_embeddings_is_refused(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = make_tokenizer()
+    n_embeddings = ModelDirectory(directory).language.vocab_size
+    tokenizer.add_tokens([f"<|{n}|>" for n in range(n_embeddings - len(tokenizer) + 1)], special_tokens=True)
+    tokenizer.chat_template = f"{{{{ messages[0].content }}}}{tokenizer.convert_ids_to_tokens(n_embeddings)}"
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(
+        ValueError, match=rf"writes token {n_embeddings} \('<.*'\), for which the model has no embedding"
+    ):
+        model_texts(settings(prompts=["Why?"]), ModelDirectory(directory), 100, 16)
 
 
 @pytest.fixture

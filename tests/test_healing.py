@@ -700,3 +700,14 @@ def test_params_choose_the_method(tmp_path):
     for wrong in ({"method": "none", "tokens": 1}, {"method": "pray"}, refitting().model_dump() | {"ridges": []}):
         with pytest.raises(ValidationError):
             kinds.validate_python(wrong)
+
+
+def test_generation_settings_that_saving_refuses_do_not_stop_the_training(tiny_model, pruned, tokens_to_heal, tmp_path):
+    whole, parent = (shutil.copytree(path, tmp_path / name) for path, name in ((tiny_model, "w"), (pruned.path, "p")))
+    sampling = json.dumps({"bos_token_id": 0, "eos_token_id": 1, "temperature": 0.9, "top_p": 0.6})
+    for directory in (whole, parent):
+        (directory / "generation_config.json").write_text(sampling)
+    inputs = Inputs(lambda: tokens_to_heal, None, ModelDirectory(whole), tmp_path / "work", lambda figures, step: None)
+    (tmp_path / "healed").mkdir()
+    heal.apply(ModelDirectory(parent), tmp_path / "healed", distilling(), inputs)
+    assert (tmp_path / "healed/generation_config.json").read_text() == sampling

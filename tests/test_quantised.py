@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from finercut.model.checks import check_model
 from finercut.model.directory import ModelDirectory
+from finercut.model.quantised import _say_at_the_top
 from finercut.model.tensors import safetensors_files
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import LocalModel
@@ -301,3 +302,17 @@ def test_what_cannot_be_dequantised_is_refused_before_a_file_is_copied(kind, tin
     with pytest.raises(ValueError, match=rf"^{directory}: cannot prune a llama model that is quantised .*{line}"):
         fetch_model(LocalModel(kind="local", path=directory, dequantise=True), tmp_path / "fetched", tmp_path / "work")
     assert list((tmp_path / "fetched").iterdir()) == []
+
+
+def test_what_the_language_models_part_of_a_config_says_counts(make, tmp_path):
+    directory, _ = make("fp8")
+    config = json.loads((directory / "config.json").read_text())
+    quantisation = config.pop("quantization_config")
+    outer = {"model_type": "llava", "text_config": config | {"quantization_config": quantisation}}
+    (directory / "config.json").write_text(json.dumps(outer))
+    with pytest.raises(ValueError, match=r"llava model that is quantised \(fp8\).*write dequantise: true"):
+        fetch_model(LocalModel(kind="local", path=directory), tmp_path, tmp_path / "work")
+    _say_at_the_top(ModelDirectory(directory))
+    written = json.loads((directory / "config.json").read_text())
+    assert written["quantization_config"] == quantisation
+    assert "quantization_config" not in written["text_config"]

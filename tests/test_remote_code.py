@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import make_tokenizer
 from hub_server import COMMIT, ROOT, Hub, Repository, client_environment, serve
 from own_code import random_own
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,8 @@ from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
 from finercut.model.remote_code import TRUSTED_KEY, code_sha256, note_trusted
-from finercut.sources.settings import HubModel
+from finercut.sources.models import fetch_model
+from finercut.sources.settings import HubModel, LocalModel
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
 from pipelines import evaluate, evaluate_whole, fetch, params, paths, prove_whole, prune, search, steps
@@ -244,3 +246,30 @@ def test_a_repository_is_trusted_at_one_commit(own, canary, tmp_path):
     assert told.endswith(f"write revision: {COMMIT} and trust_remote_code: org/own@{COMMIT}\n")
     assert json.loads((paths.MODEL / "config.json").read_text())[TRUSTED_KEY] == code_sha256(own)
     assert canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import sys; sys.exit(7)\n", r"its code ends the program \(7\)"),
+        (
+            "from .parts.norms import Norm\n",
+            "modeling_own.py imports from the folder parts, and folders of code are not",
+        ),
+    ],
+)
+def test_code_that_is_not_as_expected_is_one_line(tmp_path, text, said):
+    own = tmp_path / "own"
+    random_own().save_pretrained(own)
+    make_tokenizer().save_pretrained(own)
+    for file in CODE.glob("*.py"):
+        shutil.copyfile(file, own / file.name)
+    (own / "modeling_own.py").write_text(text + (own / "modeling_own.py").read_text())
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+    source = {"kind": "local", "path": str(own), "trust_remote_code": code_sha256(own)}
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    with pytest.raises(ValueError, match=said):
+        origin = fetch_model(LocalModel(**source), fetched, tmp_path / "work")
+        fetch.settle(fetched, origin.source)

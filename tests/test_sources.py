@@ -733,6 +733,16 @@ def test_offline_mode_is_named(tmp_path):
         fetch_model(HubModel(kind="hub", repository="org/good", revision="main"), tmp_path, tmp_path)
 
 
+def test_offline_the_commit_is_named_that_the_cache_has_of_a_branch(tmp_path, monkeypatch):
+    repository = tmp_path / "models--org--kept"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(COMMIT)
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RuntimeError, match=f"or write revision: {COMMIT}, which this machine's cache has"):
+        fetch_model(HubModel(kind="hub", repository="org/kept", revision="main"), tmp_path / "model", tmp_path)
+
+
 def test_a_fetch_killed_on_the_way_leaves_nothing_and_is_taken_up_again(tiny_model, tmp_path):
     hub = Hub({"org/slow": Repository(COMMIT, files_of(tiny_model), stalls_at="model.safetensors")})
     settings = params({"kind": "hub", "repository": "org/slow", "revision": "main"}).model_dump_json(by_alias=True)

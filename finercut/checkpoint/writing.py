@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from finercut.model import modeling_finercut, tokenizer_files
 from finercut.model.checks import stores_differing_ties
+from finercut.model.configs import FLOATS
 from finercut.model.directory import DTYPES, ModelDirectory, one_line_errors, quiet
 from finercut.model.families import (
     LAYOUT_KEY,
@@ -87,7 +88,8 @@ def write_all_but_weights(
     config = copy.deepcopy(source.config)
     if not is_declared(config):
         setattr(config, LAYOUT_KEY, layout_of(load_whole(source).config).to_dict())
-    config.dtype = getattr(torch, source.dtype, config.dtype)  # whatever its file says
+    if source.dtype in FLOATS:
+        config.dtype = getattr(torch, source.dtype)  # whatever its file says
     if stores_differing_ties(source):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with one_line_errors(f"transformers makes no model of the config in {source}"):

@@ -188,10 +188,12 @@ def rehearse(
             dict(score(model, tokenizer, [short], seed=0, batch_size=1))
         except Exception as error:
             # What a tokenizer lacks is an error of any class where lm-eval first needs it.
-            reason = " ".join(str(error).split())[:200]
+            reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+            if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+                reason += "; it has neither BOS nor EOS, one of which lm-eval begins texts with"
             raise ValueError(
-                f"evaluate.tasks: lm-eval cannot run {task.name} with the model's tokenizer: {type(error).__name__} "
-                f"{reason}; take other tasks, or mend the tokenizer"
+                f"evaluate.tasks: lm-eval cannot run {task.name} with the model's tokenizer: {reason}; take other "
+                "tasks, or mend the tokenizer"
             ) from error
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from finercut.healing.fidelity import Logits, fidelity, logits_of
@@ -81,6 +81,7 @@ class _Pair:
 def _blocks(task: Task, settings: Distill, device: torch.device, dtype: torch.dtype) -> _Pair:
     """Two models; every parameter of the blocks is trained, in float32."""
     student = load_pruned(task.pruned, torch.float32, device)
+    student.generation_config = GenerationConfig()  # saving refuses some that loading takes; nothing here writes text
     inside = Layout.from_dict(task.pruned.settings["finercut"]["layout"]).blocks + "."
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name.startswith(inside))

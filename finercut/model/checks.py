@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
+from collections.abc import Collection, Iterable
 
 import torch
 from safetensors import safe_open
@@ -54,12 +56,24 @@ def check_sizes(config: PreTrainedConfig) -> None:
 
 
 def tied_names(model: ModelDirectory) -> dict[str, str]:
-    """Tensors that are another one, as the config says, each with the name of the other, which vLLM reads."""
-    if not getattr(model.config, "tie_word_embeddings", False):
+    """Tensors that are another one, as the config says, each with the name of the other, which vLLM reads: by their
+    names in the files, and by transformers' where the files have none of them."""
+    if not any(getattr(config, "tie_word_embeddings", False) for config in (model.config, model.language)):
         return {}
     of = auto_class(model.config)._model_mapping.get(type(model.config), None)
     tied = getattr(of, "_tied_weights_keys", None)
-    return dict(tied) if isinstance(tied, dict) else {}
+    if not isinstance(tied, dict):
+        return {}
+    return {_stored_name(model, one): _stored_name(model, other) for one, other in tied.items()}
+
+
+def _stored_name(model: ModelDirectory, name: str) -> str:
+    """Of a tensor whose name in the files may begin otherwise than transformers'."""
+    if name in model.tensors:
+        return name
+    end = ".".join(name.split(".")[-2:])
+    found = [stored for stored in model.tensors if f".{stored}".endswith(f".{end}")]
+    return found[0] if len(found) == 1 else name
 
 
 def stores_differing_ties(model: ModelDirectory) -> bool:
@@ -121,9 +135,23 @@ def _check_weights(model: ModelDirectory) -> None:
         ),
     }
     if told := [f"{names[0]} is {what} ({len(names)} so)" for what, names in wrong.items() if names]:
-        raise ValueError(f"the weights do not fit the config: {'; '.join(told)}")
+        foreign = _foreign_prefix(stored.keys(), expected)
+        advice = f"; their names begin with {foreign!r}, which is not the model's: take that away" if foreign else ""
+        raise ValueError(f"the weights do not fit the config: {'; '.join(told)}{advice}")
     if unexpected:
         logger.warning("%d tensors are not used, the first is %s", len(unexpected), unexpected[0])
+
+
+def _foreign_prefix(stored: Iterable[str], expected: Collection[str]) -> str | None:
+    """What most names begin with that a wrapper gave them, such as `module.`."""
+    prefixes = Counter(
+        name[: -len(rest)]
+        for name in stored
+        for rest in (name.split(".", n)[-1] for n in range(1, name.count(".")))
+        if rest in expected
+    )
+    prefix, n_names = prefixes.most_common(1)[0] if prefixes else (None, 0)
+    return prefix if n_names > len(expected) / 2 else None
 
 
 def _check_vocabulary(model: ModelDirectory) -> None:

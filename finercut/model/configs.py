@@ -12,6 +12,8 @@ TEMPLATES = "additional_chat_templates"
 """Folder beside config.json: the chat templates that have names."""
 QUANTISATION = "quantization_config"
 """Key of config.json under which quantised weights say how they are stored."""
+FLOATS = ("bfloat16", "float16", "float32")
+"""What models are stored and run in; one that is stored in another dtype is run in what its config says."""
 NO_LIMIT = 2**31 - 1
 """Tokens that a model without a limit reads at most."""
 # BLOOM's published configs have the last one, which no class of transformers declares.

@@ -73,6 +73,8 @@ def one_line_errors(what: str) -> Iterator[None]:
     try:
         with quiet():
             yield
+    except SystemExit as error:  # of a model's own code
+        raise ValueError(f"{what}: its code ends the program ({error.code})") from error
     except Exception as error:
         # The tokenizers library raises nothing more exact than Exception.
         if not isinstance(error, _UNEXPECTED) and type(error) is not Exception:
@@ -212,8 +214,11 @@ class ModelDirectory:
         if not self.tensors:
             raise ValueError(f"the weights in {self.path} do not fit the config: its files have no tensors")
         of = auto_class(self.config)._model_mapping.get(type(self.config), None)
+        n_blocks, n_more = self.language.num_hidden_layers, getattr(self.language, "num_nextn_predict_layers", 0) or 0
+        # Of layers behind the blocks that predict tokens further ahead; transformers' patterns have published depths.
+        ahead = [rf"\.layers\.{n_blocks + i}\." for i in range(n_more)]
         passed_over = re.compile(
-            "|".join([*_BUFFERS, *(getattr(of, "_keys_to_ignore_on_load_unexpected", None) or ())])
+            "|".join([*_BUFFERS, *ahead, *(getattr(of, "_keys_to_ignore_on_load_unexpected", None) or ())])
         )
         if not any(map(passed_over.search, self.tensors)):
             return self.tensors

@@ -295,9 +295,9 @@ def check_supported(config: Any, *, dequantised: bool = False) -> None:
     kind = f"cannot prune a {config.model_type} model"
     if config.model_type.startswith("finercut_"):
         raise ValueError(f"{kind}: it is pruned already; take the whole model")
-    if getattr(config, QUANTISATION, None):
-        _check_quantised(config, kind, dequantised)
     language = config.get_text_config()
+    if any(getattr(of, QUANTISATION, None) for of in (config, language)):
+        _check_quantised(config, kind, dequantised)
     if config.is_encoder_decoder or language.is_encoder_decoder:
         raise ValueError(f"{kind}: it is an encoder and a decoder, and only decoders are searched")
     if language is not config:

@@ -26,7 +26,7 @@ _NOT_HERE = {"gguf", "metal"}
 
 def method_of(config: PreTrainedConfig) -> str | None:
     """How the weights are quantised, by transformers' name or the config's own; None if they are not."""
-    quantisation: Any = getattr(config, QUANTISATION, None)
+    quantisation = _quantisation(config)
     if not quantisation:
         return None
     if not isinstance(quantisation, dict):
@@ -36,6 +36,11 @@ def method_of(config: PreTrainedConfig) -> str | None:
     else:
         method = quantisation.get("quant_method", "by a method that its config does not name")
     return str(getattr(method, "value", method))
+
+
+def _quantisation(config: PreTrainedConfig) -> Any:
+    """What the config says of it, or its language model's part."""
+    return getattr(config, QUANTISATION, None) or getattr(config.get_text_config(), QUANTISATION, None)
 
 
 def methods() -> list[str]:
@@ -57,7 +62,7 @@ def check_dequantisable(config: PreTrainedConfig) -> None:
     if method not in methods():
         raise ValueError(f"fetch dequantises {', '.join(methods())}")
     if method in packed.METHODS:
-        packed.check_format(method, config.quantization_config)
+        packed.check_format(method, _quantisation(config))
 
 
 def dequantise(directory: Path) -> None:
@@ -66,6 +71,7 @@ def dequantise(directory: Path) -> None:
     Raises:
         ValueError: they cannot be read, or do not fit the config.
     """
+    _say_at_the_top(ModelDirectory(directory))
     model = ModelDirectory(directory)
     with one_line_errors(f"the quantised weights in {directory} cannot be read"):
         if (method := method_of(model.config)) in packed.METHODS:
@@ -76,6 +82,16 @@ def dequantise(directory: Path) -> None:
     dropped = (QUANTISATION, "torch_dtype")
     kept = {name: value for name, value in settings.items() if name not in dropped}
     write_object(directory / "config.json", kept | {"dtype": "bfloat16"})
+
+
+def _say_at_the_top(model: ModelDirectory) -> None:
+    """Move what the language model's part of config.json says of the quantisation to where all configs have it."""
+    settings = model.settings
+    for name, part in vars(model.config).items():
+        if part is model.language and name in settings and QUANTISATION in settings[name]:
+            inner = {key: value for key, value in settings[name].items() if key != QUANTISATION}
+            said = settings.get(QUANTISATION) or settings[name][QUANTISATION]
+            write_object(model.path / "config.json", settings | {name: inner, QUANTISATION: said})
 
 
 def _load_dequantised(model: ModelDirectory) -> None:

@@ -51,6 +51,19 @@ def code_sha256(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def check_imports(directory: Path) -> None:
+    """
+    Raises:
+        ValueError: the code imports from a folder: `code_sha256` is of the files beside config.json alone.
+    """
+    for file in python_files(directory):
+        if found := re.search(r"^\s*from\s+\.(\w+)\.\w", file.read_text(encoding="utf-8"), re.MULTILINE):
+            raise ValueError(
+                f"{file.name} imports from the folder {found[1]}, and folders of code are not taken: put its files "
+                "beside config.json"
+            )
+
+
 def note_trusted(directory: Path, sha256: str) -> None:
     """Record that later stages may run the code with this hash."""
     note(directory, TRUSTED_KEY, sha256)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from finercut.model.families import layout_of
+from finercut.model.modeling_finercut import followers
 from finercut.selection.blocks import Blocks, Unit
 from finercut.sublayers import Sublayer
 
@@ -71,6 +72,28 @@ class Fitted:
 Fit = Callable[[Place], Fitted]
 
 
+# Sizes in configs whose blocks hand on more than one residual stream.
+_SAID_BY = ("altup_num_inputs", "hc_mult", "hidden_size_per_layer_input", "num_kv_shared_layers")
+
+
+def check(config: PreTrainedConfig) -> None:
+    """What `Depth` refuses, as far as the config says it.
+
+    Raises:
+        ValueError: blocks that hand on more than the residual stream.
+    """
+    language = config.get_text_config()
+    if followers(language) or any(getattr(language, name, None) for name in _SAID_BY):
+        raise _carried(config)
+
+
+def _carried(config: PreTrainedConfig) -> ValueError:
+    return ValueError(
+        f"blocks of a {config.model_type} model hand on more than the residual stream, to which alone sublayers can be "
+        "fitted: set heal.method to distill"
+    )
+
+
 class Depth:
     """A whole model, the windows that its kept sublayers are fitted to, and what is removed."""
 
@@ -104,10 +127,7 @@ class Depth:
         with torch.no_grad():
             self.blocks = Blocks(model, self.layout, windows[:1])
         if self.blocks.carries:
-            raise ValueError(
-                f"blocks of a {model.config.model_type} model hand on more than the residual stream, to which alone "
-                "sublayers can be fitted: set heal.method to distill"
-            )
+            raise _carried(model.config)
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.windows = windows
         self.n_at_once = max(1, batch_tokens // windows.shape[1])

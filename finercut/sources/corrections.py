@@ -12,14 +12,13 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 
 from finercut.model.checks import stores_differing_ties, tied_names
-from finercut.model.configs import QUANTISATION, note, read_object, write_object
+from finercut.model.configs import FLOATS, QUANTISATION, note, read_object, write_object
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import base_architecture
 from finercut.model.tensors import rename
 
 logger = logging.getLogger("finercut")
 
-_FLOATS = ("bfloat16", "float16", "float32")
 # How a program runs a model, and what every stage expects of that: other values break stages, or slow them.
 _OF_A_RUN = {
     "return_dict": True,
@@ -55,7 +54,7 @@ def settle_dtype(model: ModelDirectory) -> None:
     file, stored = model.path / "config.json", model.dtype
     settings = read_object(file)
     said = settings.get("dtype", settings.get("torch_dtype"))
-    if stored not in _FLOATS or said == stored:
+    if stored not in FLOATS or said == stored:
         return
     if said is not None:
         logger.warning("the weights are stored in %s, config.json says %s: taken as they are stored", stored, said)
@@ -90,9 +89,10 @@ def settle_ties(model: ModelDirectory) -> None:
     logger.warning("config.json ties the output matrix to the embeddings; both are stored and differ: both are taken")
     file = model.path / "config.json"
     settings = read_object(file) | {"tie_word_embeddings": False}
+    of_language = [name for name, part in vars(model.config).items() if part is model.language]
     inner = {
         key: value | {"tie_word_embeddings": False}
         for key, value in settings.items()
-        if isinstance(value, dict) and "tie_word_embeddings" in value
+        if isinstance(value, dict) and ("tie_word_embeddings" in value or key in of_language)
     }
     write_object(file, settings | inner)

@@ -104,6 +104,11 @@ def model_texts(settings: ModelText, directory: ModelDirectory, n_tokens_needed:
     """
     tokenizer = directory.tokenizer
     starts = beginnings(settings, tokenizer)
+    if (highest := max(map(max, starts))) >= directory.language.vocab_size:
+        raise ValueError(
+            f"the chat template writes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), for which the "
+            "model has no embedding: take the prompts out of calibrate, or a tokenizer that is the model's"
+        )
     max_tokens = settings.max_tokens or n_tokens
     longest = max(map(len, starts)) + max_tokens
     if longest > directory.context:

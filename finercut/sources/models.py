@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from finercut.model import quantised
 from finercut.model.directory import ModelDirectory
-from finercut.model.remote_code import code_sha256, note_trusted
+from finercut.model.remote_code import check_imports, code_sha256, note_trusted
 from finercut.model.tensors import INDEX
 from finercut.sources import revisions
 from finercut.sources.files import Code, check_config, choose, copy, needs_index
@@ -50,6 +50,7 @@ def fetch_model(source: PackageModel | HubModel | LocalModel, directory: Path, w
     local = isinstance(source, LocalModel)
     origin = _from_local(source, directory) if local else _from_hub(source, directory)
     if source.trust_remote_code:
+        check_imports(directory)
         # Of a directory what was asked for, not what arrived: its files may have changed while they were copied.
         note_trusted(directory, source.trust_remote_code if local else code_sha256(directory))
     if source.dequantise and (method := quantised.method_of(ModelDirectory(directory).config)):
@@ -84,9 +85,11 @@ def _from_hub(source: HubModel, directory: Path) -> Origin:
         commit, names = hub.resolve(source.repository, source.revision)
     except hub.NoAnswer as error:
         # A commit cannot have changed since it was cached; a branch or tag can.
-        kept = hub.cached(source.repository, source.revision) if hub.is_commit(source.revision) else None
+        kept = hub.cached(source.repository, source.revision)
         if kept is None:
             raise
+        if not hub.is_commit(source.revision):
+            raise hub.NoAnswer(f"{error}; or write revision: {kept.name}, which this machine's cache has") from error
         logger.warning("%s; taking the commit from the Hugging Face cache", error)
         copy(kept, directory, _hub_code(source, source.revision), source.dequantise, link=True)
         return Origin(source.repository, source.revision)
