@@ -13,6 +13,7 @@ import argparse
 import inspect
 import json
 import multiprocessing
+import re
 import resource
 import signal
 import sys
@@ -100,11 +101,23 @@ MORE: dict[str, dict[str, Any]] = {
     "cohere_compass_text": _ROPE_BY_TYPE,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense", "sparse"] * (N_BLOCKS // 2),
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+        }
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": _IMAGE_TOKEN,
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full"] * (N_BLOCKS // 3)},
     "gpt_neo": {"attention_types": [[["global", "local"], N_BLOCKS // 2]]},
-    "granite4_vision": {"text_config": {"model_type": "granite4_vision_text"}, "deepstack_layer_map": [[-2, 0]]},
+    "granite4_vision": {
+        "text_config": {"model_type": "granite4_vision_text"},
+        "deepstack_layer_map": [[-2, 0]],
+        "downsample_rate": "1/2",
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * (N_BLOCKS // 2)},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -241,6 +254,8 @@ def attempt(model_type: str) -> Outcome:
         tokens = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
         made(tokens, use_cache=False)
     except Exception as error:
+        if re.search("missing .* positional argument|pixel_values", str(error)):
+            return Outcome("refused", f"it does not run on text alone: {_line(error)}")
         return Outcome("not tried", f"no tiny model: {_line(error)}")
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 
 def forward(model: PreTrainedModel, tokens: Tensor, cache: Any = None, **options: Any) -> tuple[Any, Any]:
@@ -27,6 +27,10 @@ def forward(model: PreTrainedModel, tokens: Tensor, cache: Any = None, **options
     if cache is not None and "position_ids" in arguments:
         options = _positions(tokens, cache) | options
     output = model(tokens, use_cache=True, **{name: cache}, **options)
+    if getattr(output, name, None) is None and cache is None and "past_key_values" in arguments:
+        # Some fill the one they are given and make none (Granite 4 Vision), as `generate` does for them.
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        output = model(tokens, use_cache=True, past_key_values=cache, **options)
     return output, getattr(output, name, None)
 
 
