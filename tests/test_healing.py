@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import few_tokens
-from family_models import CASES, HYBRIDS, random_model
+from family_models import CASES, HYBRIDS, OTHERS, random_model
 from safetensors.torch import load_file, save_file
 
 from finercut.checkpoint import heal, prune
@@ -711,3 +711,15 @@ def test_generation_settings_that_saving_refuses_do_not_stop_the_training(tiny_m
     (tmp_path / "healed").mkdir()
     heal.apply(ModelDirectory(parent), tmp_path / "healed", distilling(), inputs)
     assert (tmp_path / "healed/generation_config.json").read_text() == sampling
+
+
+def test_a_model_whose_code_does_not_mix_dtypes_is_trained_in_one(tmp_path, tokens_to_heal, caplog):
+    model_type, changes = OTHERS["dbrx"]
+    random_model(model_type, **changes).save_pretrained(tmp_path / "whole")
+    whole = ModelDirectory(tmp_path / "whole")
+    prune.prune(whole, REMOVED, None, tmp_path / "pruned")
+    inputs = Inputs(lambda: tokens_to_heal, None, whole, tmp_path / "work", lambda figures, step: None)
+    (tmp_path / "healed").mkdir()
+    report = heal.apply(ModelDirectory(tmp_path / "pruned"), tmp_path / "healed", distilling(dtype="bfloat16"), inputs)
+    assert "trained in float32" in caplog.text
+    assert report.divergence_after < report.divergence_before

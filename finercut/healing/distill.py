@@ -332,7 +332,7 @@ def _trainer(
         train_sampling_strategy="sequential",  # the windows are in a random order already
         learning_rate=settings.learning_rate,
         seed=settings.seed,
-        bf16=dtype == torch.bfloat16,
+        bf16=dtype == torch.bfloat16 and _runs_in_both(pair.student, task.windows[:1].to(device)),
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
         eval_strategy="steps",
@@ -358,6 +358,21 @@ def _trainer(
         trainer.add_callback(_Patience(settings.patience, before))
     trainer.add_callback(_Reporting(task))
     return trainer
+
+
+@torch.no_grad()
+def _runs_in_both(student: nn.Module, windows: Tensor) -> bool:
+    """Whether matrix products in bfloat16 suit the model's code, with the rest in float32; DBRX's adds the one to the
+    other in place."""
+    try:
+        with torch.autocast(windows.device.type, torch.bfloat16):
+            student(windows, use_cache=False)
+    except RuntimeError as error:
+        if "scalar type" not in str(error):
+            raise
+        logger.warning("heal: the model's code does not run in bfloat16 and float32 at once; trained in float32")
+        return False
+    return True
 
 
 def _most_at_once(n_windows: int, logits_per_window: int) -> int:
