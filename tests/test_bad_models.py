@@ -15,10 +15,10 @@ import torch
 from bad_input import complaint, mutated, names, refused
 from click.testing import CliRunner
 from conftest import random_llama
+from gguf_files import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_sources import write_gguf
 
 from finercut.model.directory import ModelDirectory
 from finercut.model.tensors import safetensors_shapes

@@ -214,9 +214,9 @@ class ModelDirectory:
         if not self.tensors:
             raise ValueError(f"the weights in {self.path} do not fit the config: its files have no tensors")
         of = auto_class(self.config)._model_mapping.get(type(self.config), None)
-        n_blocks, n_more = self.language.num_hidden_layers, getattr(self.language, "num_nextn_predict_layers", 0) or 0
         # Of layers behind the blocks that predict tokens further ahead; transformers' patterns have published depths.
-        ahead = [rf"\.layers\.{n_blocks + i}\." for i in range(n_more)]
+        n_ahead = getattr(self.language, "num_nextn_predict_layers", None) or 0
+        ahead = [rf"\.layers\.{self.language.num_hidden_layers + i}\." for i in range(n_ahead)]
         passed_over = re.compile(
             "|".join([*_BUFFERS, *ahead, *(getattr(of, "_keys_to_ignore_on_load_unexpected", None) or ())])
         )
