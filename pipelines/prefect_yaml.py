@@ -105,6 +105,12 @@ def _complete(entry: object, number: int) -> tuple[dict[str, Any], list[Due]]:
         config = limit if isinstance(limit, dict) else {"limit": limit}
         if _check(f"{where}: concurrency_limit", ConcurrencyLimitConfig.model_validate, config).limit < 1:
             raise ValueError(f"{FILE}: {where}: concurrency_limit: no run could begin with {config['limit']}")
+    _check_settings(deployment["parameters"], where)
+    return deployment, _schedules(deployment, where)
+
+
+def _schedules(deployment: dict[str, Any], where: str) -> list[Due]:
+    """When those of a deployment are due; what they leave empty is gone afterwards."""
     schedules = deployment.get("schedules", [])
     if not isinstance(schedules, list):
         raise ValueError(f"{FILE}: {where}: schedules is no list")
@@ -120,8 +126,7 @@ def _complete(entry: object, number: int) -> tuple[dict[str, Any], list[Due]]:
         schedule["parameters"] = _parameters(schedule, where)
         _check_settings(deployment["parameters"] | schedule["parameters"], where)
         due += _due(schedule, f"{where}: schedule")
-    _check_settings(deployment["parameters"], where)
-    return deployment, due
+    return due
 
 
 def _work_pool(deployment: Mapping[str, Any], where: str) -> dict[str, Any]:
