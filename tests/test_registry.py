@@ -51,6 +51,22 @@ def test_without_a_setting_the_store_is_in_the_current_directory(tmp_path, monke
     assert server.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ('"http://127.0.0.1:5000"', r'is "http://127.0.0.1:5000", with quotes in it: take them away$'),
+        (
+            "http://127.0.0.1:5000/#/experiments/0",
+            r"a page of MLflow's: name the server alone, http://127.0.0.1:5000/$",
+        ),
+    ],
+)
+def test_an_address_that_was_copied_as_it_stood_says_what_to_take_away(monkeypatch, given, said):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    with pytest.raises(RuntimeError, match=said):
+        server.tracking_uri()
+
+
 def test_an_address_without_its_scheme_is_one_line_and_blanks_around_it_do_not_matter(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "localhost:5000")
     with pytest.raises(

@@ -30,6 +30,12 @@ def tracking_uri() -> str:
     if given := os.environ.get("MLFLOW_TRACKING_URI", "").strip():
         if re.fullmatch(r"[\w.-]+:\d+(/.*)?", given):  # which MLflow takes for a folder
             raise RuntimeError(f"MLFLOW_TRACKING_URI is {given}: put http:// or https:// before it")
+        shown = without_credentials(given)
+        if given[0] in "\"'":  # as files of variables keep them that a shell does not read
+            raise RuntimeError(f"MLFLOW_TRACKING_URI is {shown}, with quotes in it: take them away")
+        if "#" in given and given.startswith("http"):
+            address = without_credentials(given.partition("#")[0])
+            raise RuntimeError(f"MLFLOW_TRACKING_URI is {shown}, a page of MLflow's: name the server alone, {address}")
         if not given.startswith("sqlite:"):
             return given
         if not given.partition("?")[0].removeprefix("sqlite:").strip("/") or ":memory:" in given:
