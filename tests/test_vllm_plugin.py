@@ -191,6 +191,33 @@ def test_a_block_without_sublayers_hands_on_the_stream_whatever_vllm_calls_and_e
     assert torch.equal(sum(after) if isinstance(after, tuple) else after, before)
 
 
+def test_a_model_that_drafts_for_another_lacks_its_removed_sublayers_too(distributed, tiny_pruned):
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = engine_config(tiny_pruned)
+    with set_current_vllm_config(config):
+        drafter = initialize_model(config, prefix="draft_model")
+    names = {name for name, _ in drafter.named_parameters()}
+    removed = ModelDirectory(tiny_pruned).removed
+    assert removed
+    for sublayer in removed:
+        core = "self_attn" if sublayer.kind == "attention" else "mlp"
+        assert not [name for name in names if name.startswith(f"model.layers.{sublayer.block}.{core}.")]
+    assert [name for name in names if name.startswith("model.layers.0.")]
+
+
+def test_a_rank_of_a_pipeline_without_an_attention_is_refused_by_name(distributed, tmp_path):
+    from finercut.serving.vllm_models import _check_ranks
+
+    random_model("llama", **CASES["llama"][1]).save_pretrained(tmp_path / "whole model")
+    config = engine_config(write(None, sublayers("0.attention", "1.block"), tmp_path / "pruned"))
+    _check_ranks(config)
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(ValueError, match=r"of blocks 0 to 1, those of rank 0, every attention is removed"):
+        _check_ranks(config)
+
+
 def test_pipeline_parallel_is_refused_where_vllm_runs_transformers_code(distributed, tmp_path):
     from vllm.model_executor.model_loader.utils import initialize_model
 
@@ -345,7 +372,7 @@ def known(directory):
     config = ModelConfig(model=str(directory), skip_tokenizer_init=True, dtype="float32")
     return {
         "type": (config.hf_config.model_type, config.hf_text_config.model_type),
-        "architecture": config.architecture,
+        "architectures": (config.architecture, config.architectures, config.hf_config.architectures),
         "tokenizer": config.tokenizer_mode,
         "latent": config.use_mla,
         "head": config.get_head_size(),

@@ -22,12 +22,13 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.quantizers import AutoHfQuantizer
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import utils
 
 from finercut.model import modeling_finercut
 from finercut.model.configs import QUANTISATION
-from finercut.model.modeling_finercut import PREFIX, branch_of, removed_sublayers
+from finercut.model.modeling_finercut import PREFIX, branch_of, kept_attentions, removed_sublayers
 
 # Where vLLM's blocks call a member otherwise than transformers' do, by the block's class.
 RENAMED = {
@@ -131,11 +132,12 @@ def remove_sublayer(block: nn.Module, prefix: str, kind: str, branch: dict[str, 
 
 
 @contextmanager
-def removing(vllm_config: VllmConfig, model_class: type) -> Iterator[None]:
+def removing(vllm_config: VllmConfig, model_class: type, inside: str = "") -> Iterator[None]:
     """Whatever model vLLM builds inside lacks the sublayers that its config lists as skipped.
 
     Args:
         model_class: vLLM's, which knows where the blocks are if its modules have other names than transformers'.
+        inside: what the model is part of, such as a model that it drafts for.
 
     Raises:
         ValueError: the model's blocks were not built where the config says they are.
@@ -148,7 +150,8 @@ def removing(vllm_config: VllmConfig, model_class: type) -> Iterator[None]:
     layout = (config.finercut or {}).get("layout")
     if layout is None:
         raise ValueError(f"{type(config).__name__} skips sublayers but has no finercut.layout to find them by")
-    blocks, built = _renaming(config, model_class)(f"{layout['blocks']}.").removesuffix("."), []
+    blocks = utils.maybe_prefix(inside, _renaming(config, model_class)(f"{layout['blocks']}.").removesuffix("."))
+    built = []
 
     def make_layers(num_hidden_layers: int, layer_fn: Callable[..., nn.Module], prefix: str) -> Any:
         if prefix != blocks:
@@ -224,9 +227,14 @@ class CheckedWeights:
         return loaded
 
 
+def _class_name(config: Any) -> str:
+    """Of the pruned model's class, which vLLM is given by the whole one's name."""
+    return PREFIX + config.architectures[0].removeprefix(PREFIX)
+
+
 def _check_names(config: Any, seen: set[str], renamed: Callable[[str], str]) -> None:
     with torch.device("meta"):
-        model = getattr(modeling_finercut, config.architectures[0])(config)
+        model = getattr(modeling_finercut, _class_name(config))(config)
         if getattr(config, QUANTISATION, None):
             # transformers gives the model the names that quantised weights are stored by.
             quantiser = AutoHfQuantizer.from_config(copy.deepcopy(config.quantization_config))
@@ -255,11 +263,33 @@ def _check_names(config: Any, seen: set[str], renamed: Callable[[str], str]) -> 
         raise ValueError(f"weights and config.json do not belong together: {found}")
 
 
+def _check_ranks(vllm_config: VllmConfig) -> None:
+    """
+    Raises:
+        ValueError: a rank of a pipeline would have no attention, of which vLLM cannot make a KV cache.
+    """
+    config, n_ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.pipeline_parallel_size
+    if n_ranks == 1:
+        return
+    language = config.get_text_config()
+    n_each = (language.finercut or {})["layout"].get("blocks_each", 1)
+    kept = {block // n_each for block in kept_attentions(language)}
+    for rank in range(n_ranks):
+        first, end = get_pp_indices(language.num_hidden_layers // n_each, rank, n_ranks)
+        if kept.isdisjoint(range(first, end)):
+            raise ValueError(
+                f"pipeline_parallel_size = {n_ranks}: of blocks {first} to {end - 1}, those of rank {rank}, every "
+                "attention is removed, and vLLM needs one for its KV cache: use tensor_parallel_size, or set "
+                "VLLM_PP_LAYER_PARTITION"
+            )
+
+
 class PrunedModel(CheckedWeights):
     """What a pruned model adds to vLLM's own: it builds kept sublayers only."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-        with removing(vllm_config, type(self)):
+        _check_ranks(vllm_config)
+        with removing(vllm_config, type(self), prefix):
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
 
 
@@ -283,7 +313,7 @@ class PrunedTransformersModel(CheckedWeights):
         base = MODEL_MAPPING_NAMES[config.model_type]
         AutoModel.register(type(config), getattr(modeling_finercut, PREFIX + base), exist_ok=True)
         # The names that weights have in files are known to transformers once the class that reads them is made.
-        getattr(modeling_finercut, config.architectures[0])
+        getattr(modeling_finercut, _class_name(config))
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _create_attention_instances(self, prefix: str = "") -> None:

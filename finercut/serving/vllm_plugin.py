@@ -34,46 +34,51 @@ def register() -> None:
 def _take_for_whole() -> None:
     """Have vLLM take a pruned model for the whole one wherever it goes by a model's type or by its architecture's name.
 
-    There are dozens of such places: latent attention (DeepSeek), the format of chats (gpt-oss, DeepSeek-V3.2), refusals
-    of float16, whether the tokens of an image see each other. Configs keep their classes, and architectures stay in
-    them: which class of a model is built goes by these.
+    There are dozens of such places: latent attention (DeepSeek), the format of chats and adapters of experts (gpt-oss),
+    refusals of float16, whether the tokens of an image see each other. Configs keep their classes; where vLLM looks up
+    the class of a model, it finds that of the pruned one.
     """
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.transformers_utils.config import HFConfigParser
     from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-    from finercut.model.modeling_finercut import PREFIX, PrunedConfig, own_settings
+    from finercut.model.modeling_finercut import PREFIX, InnerConfig, PrunedConfig, own_settings
 
-    def of_the_whole_type(parsed: tuple[dict[str, Any], Any], *_: Any) -> tuple[dict[str, Any], Any]:
-        settings, config = parsed
+    def parse(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        settings, config = original(*args, **kwargs)
         if isinstance(config, PrunedConfig):
             config.model_type = type(config).model_type.removeprefix(f"{PREFIX.lower()}_")
+            config.architectures = [name.removeprefix(PREFIX) for name in config.architectures or ()]
         return settings, config
 
-    def of_the_whole_name(inspected: tuple[Any, str], *_: Any) -> tuple[Any, str]:
-        info, architecture = inspected
-        return info, architecture.removeprefix(PREFIX)
+    def look_up(original: Callable[..., Any], registry: Any, architectures: Any, model_config: Any) -> Any:
+        names = [architectures] if isinstance(architectures, str) else architectures
+        # One inside another is built as the whole one, by the class around it.
+        if isinstance(model_config.hf_config, PrunedConfig) and not isinstance(model_config.hf_config, InnerConfig):
+            names = [PREFIX + name.removeprefix(PREFIX) for name in names]
+        found, name = original(registry, names, model_config)
+        return found, name.removeprefix(PREFIX)
 
-    def where_the_whole_ones_differ(by_layer: list[Any] | None, convertor: Any) -> list[Any] | None:
-        # vLLM refuses configs of latent attention that differ from block to block.
+    def by_layer(original: Callable[..., Any], convertor: Any) -> Any:
+        # vLLM refuses configs of latent attention that differ from block to block: only where the whole one's do.
         language = convertor.hf_text_config
-        return by_layer if not isinstance(language, PrunedConfig) or own_settings(language) else None
+        return None if isinstance(language, PrunedConfig) and not own_settings(language) else original(convertor)
 
-    _change_what_it_returns(HFConfigParser, "parse", of_the_whole_type)
-    _change_what_it_returns(_ModelRegistry, "inspect_model_cls", of_the_whole_name)
-    _change_what_it_returns(ModelArchConfigConvertorBase, "get_per_layer_hf_configs", where_the_whole_ones_differ)
+    _replace(HFConfigParser, "parse", parse)
+    _replace(_ModelRegistry, "inspect_model_cls", look_up)
+    _replace(_ModelRegistry, "resolve_model_cls", look_up)
+    _replace(ModelArchConfigConvertorBase, "get_per_layer_hf_configs", by_layer)
 
 
-def _change_what_it_returns(owner: type, name: str, change: Callable[..., Any]) -> None:
-    """Have a method's result go through `change`, which is given the method's arguments as well. Once: not again where
-    it does."""
+def _replace(owner: type, name: str, replacement: Callable[..., Any]) -> None:
+    """Have `replacement` called with a method and the method's arguments; not again where it is."""
     method = getattr(owner, name)
-    if getattr(method, "changed_by", None) == __name__:
+    if getattr(method, "replaced_by", None) == __name__:
         return
 
     @wraps(method)
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        return change(method(*args, **kwargs), *args)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return replacement(method, *args, **kwargs)
 
-    changed.changed_by = __name__
-    setattr(owner, name, changed)
+    replaced.replaced_by = __name__
+    setattr(owner, name, replaced)
