@@ -25,7 +25,7 @@ from finercut.serving import claim, foresight, vllm_engine
 from finercut.sublayers import Sublayer
 from finercut.system.staging import staged_file
 
-from . import paths
+from . import paths, search_job
 from .params import Params
 
 if TYPE_CHECKING:
@@ -63,9 +63,11 @@ def _asked(params: Params, model: ModelDirectory) -> str:
     """Hash of the settings, files and versions that the answer depends on."""
     digest = hashlib.sha256()
     tolerances = {"logit_tolerance", "log_probability_tolerance", "quantised_tolerance"}
-    for section in (params.evaluate, params.throughput, params.prove, params.quantise):
+    budget = params.prune.budget
+    for section in (params.search, budget, params.evaluate, params.throughput, params.prove, params.quantise):
         digest.update(section.model_dump_json(exclude=tolerances).encode())
-    digest.update(f"{params.calibrate.n_tokens} {_devices(params)} {_refits(params)} {params.heal.method}".encode())
+    windows = f"{params.calibrate.n_tokens} {params.calibrate.n_samples}"
+    digest.update(f"{windows} {_devices(params)} {_refits(params)} {params.heal.method}".encode())
     for file in sorted(model.path.rglob("*")):
         if file.is_file() and ".safetensors" not in file.name:
             digest.update(f"{file.relative_to(model.path)} {file.stat().st_size}\n".encode() + file.read_bytes())
@@ -78,7 +80,7 @@ def _asked(params: Params, model: ModelDirectory) -> str:
 
 
 def _devices(params: Params) -> dict[str, str]:
-    sections = {"heal": params.heal, "quantise": params.quantise, "prove": params.prove, "evaluate": params.evaluate}
+    sections = {name: getattr(params, name) for name in ("search", "heal", "quantise", "prove", "evaluate")}
     return {name: section.device for name, section in sections.items() if hasattr(section, "device")}
 
 
@@ -92,6 +94,10 @@ def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
         depth.check(model.config)
     if _refits(params):
         refit.check(model.layout, model.config.model_type)
+    try:
+        search_job.check(params, model)
+    except (ValueError, FileNotFoundError) as error:
+        found.append(f"search: {error}")
     for name, device in _devices(params).items():
         try:
             device_of(device)

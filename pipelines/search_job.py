@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import finercut
+from finercut.model.costs import costs_of
 from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import fixed_sublayers
@@ -32,10 +33,11 @@ from finercut.selection.repair import Repair
 from finercut.selection.settings import NOT_NESTED, Budget, Search
 from finercut.selection.trajectory import Provenance
 from finercut.sources.records import FetchReport
-from finercut.sublayers import Candidate
+from finercut.sublayers import Candidate, Sublayer
 from finercut.tokens import Tokens, load_tokens
 
 from . import paths
+from .params import Params
 
 logger = logging.getLogger("finercut")
 
@@ -181,10 +183,10 @@ def inputs(settings: Search, budget: Budget) -> tuple[Search, FetchReport, Token
     fixed = fixed_sublayers(whole.config)
     for sublayer, why in fixed.items():
         logger.info("search: %s stays: %s", sublayer, why)
-    settings = settings.model_copy(update={"protect": sorted({*settings.protect, *map(str, fixed)})})
+    settings = _protecting(settings, fixed)
     goal = Goal(settings, budget, costs_with(whole, paths.report("costs")), fetched.n_blocks)
     goal.check()
-    _check_windows(settings, tokens, fetched.max_position_embeddings)
+    _check_windows(settings, *tokens.calibration.shape, fetched.max_position_embeddings)
     if settings.refit is not None and (tokens.healing is None or distributed.started()):
         raise ValueError(
             "search.refit fits to healing windows, and there are none: set calibrate.n_healing_samples"
@@ -193,12 +195,41 @@ def inputs(settings: Search, budget: Budget) -> tuple[Search, FetchReport, Token
         )
     examples = None
     if settings.task is not None:
-        examples = read_examples(Path(settings.task), whole.tokenizer, fetched.max_position_embeddings)
+        examples = _examples(settings, whole, fetched.max_position_embeddings)
     return settings, fetched, tokens, goal, examples
 
 
-def _check_windows(settings: Search, tokens: Tokens, context: int) -> None:
-    n_windows, n_tokens = tokens.calibration.shape
+def check(params: Params, whole: ModelDirectory) -> None:
+    """What `inputs` would refuse, as far as the model and the settings say it.
+
+    Raises:
+        ValueError: it would.
+    """
+    settings, calibrate = _protecting(params.search, fixed_sublayers(whole.config)), params.calibrate
+    costs = costs_of(whole)
+    # Others are measured before the search.
+    if {settings.per, params.prune.budget.cost} <= {None, *costs}:
+        Goal(settings, params.prune.budget, costs, whole.language.num_hidden_layers).check()
+    _check_windows(settings, calibrate.n_samples, calibrate.n_tokens, whole.context)
+    if settings.task is not None:
+        _examples(settings, whole, whole.context)
+
+
+def _protecting(settings: Search, fixed: Iterable[Sublayer]) -> Search:
+    return settings.model_copy(update={"protect": sorted({*settings.protect, *map(str, fixed)})})
+
+
+def _examples(settings: Search, whole: ModelDirectory, context: int) -> Examples:
+    examples = read_examples(Path(settings.task), whole.tokenizer, context)
+    if (n_deciding := len(examples.windows[0])) < settings.n_processes:
+        raise ValueError(
+            f"search.n_processes = {settings.n_processes} cannot share the {n_deciding} examples of search.task that "
+            "decide: lower it, or give more examples"
+        )
+    return examples
+
+
+def _check_windows(settings: Search, n_windows: int, n_tokens: int, context: int) -> None:
     if settings.task is None and n_windows < settings.n_processes:
         raise ValueError(
             f"search.n_processes = {settings.n_processes} cannot share {n_windows} calibration windows: lower it, or "

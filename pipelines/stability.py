@@ -47,8 +47,8 @@ def run(params: Params) -> str:
         raise ValueError(
             "stability compares halves of the calibration windows, but search.task decides: set it to null"
         )
-    if settings.method == "random":
-        raise ValueError("stability: method random looks at no windows; choose another")
+    if settings.method in ("random", "last_blocks"):
+        raise ValueError(f"stability: method {settings.method} looks at no windows; choose another")
     job = prepared(settings, params.prune.budget, distributed.ALONE)
     windows = job.tokens.calibration
     if len(windows) < 2:

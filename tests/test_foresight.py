@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -280,6 +281,23 @@ def test_a_device_that_is_not_here_is_in_the_way(chosen, monkeypatch):
     asked(monkeypatch, [None, None], [None, None])
     (obstacle,) = foresight.check(evaluating(chosen, device="cuda:9"), ModelDirectory(paths.MODEL))
     assert obstacle.startswith("evaluate.device: no device 'cuda:9' here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"protect": ["77.block"]}, "search: .*77.block"),
+        ({"n_processes": 50}, "search: search.n_processes = 50 cannot share"),
+        ({"continuation_tokens": 10**6}, "search: search.continuation_tokens = 1000000: after"),
+        ({"removals": 99}, "search: search.removals = 99: cannot remove 99 of"),
+        ({"divergence": "task", "task": "missing.jsonl"}, "search: .*missing.jsonl"),
+    ],
+)
+def test_what_the_search_will_refuse_is_said_before_anything_is_measured(chosen, monkeypatch, changes, said):
+    asked(monkeypatch, [None, None], [None, None])
+    search = chosen.search.model_copy(update=changes)
+    (obstacle,) = foresight.check(chosen.model_copy(update={"search": search}), ModelDirectory(paths.MODEL))
+    assert re.match(said, obstacle)
 
 
 def test_a_context_that_leaves_nothing_to_compare_is_refused(chosen, without_vllm):

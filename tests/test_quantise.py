@@ -145,6 +145,10 @@ def test_groups_that_do_not_divide_are_refused_before_anything_runs(workspace, m
         run(settings("w4a16", group_size=48))
     with pytest.raises(ValueError, match="leaves none of"):
         run(settings("w8a8", ignore=["re:.*"]))
+    with pytest.raises(ValueError, match=r"quantise\.ignore: no module is called 'model.layers.0.mlp.downproj'"):
+        run(settings("w8a8", ignore=["model.layers.0.mlp.downproj"]))
+    with pytest.raises(ValidationError, match=r"'re:\*down' is no regular expression: nothing to repeat"):
+        settings("w8a8", ignore=["re:*down"])
     with pytest.raises(ValidationError, match="group_size is for w4a16; w8a8 has one scale a row"):
         settings("w8a8", group_size=32)
 

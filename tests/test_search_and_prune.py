@@ -534,6 +534,7 @@ def test_the_overlap_by_hand():
     ("changes", "message"),
     [
         ({"search__method": "random"}, "random looks at no windows"),
+        ({"search__method": "last_blocks", "search__candidates": "blocks"}, "last_blocks looks at no windows"),
         ({"search__divergence": "task", "search__task": "t"}, "search.task decides"),
     ],
 )

@@ -144,7 +144,12 @@ def test_the_number_of_removals_is_estimated_from_what_they_cost():
     [
         ("parameters", 0.9, {}, "is more than all candidates .* 0.75: lower the budget"),
         ("parameters", 0.04, {}, "is less than any single candidate .* raise the budget"),
-        ("kv_cache", 0.5, {"candidates": "mlp"}, "is less than any single candidate"),
+        (
+            "kv_cache",
+            0.5,
+            {"candidates": "mlp"},
+            "no candidate of search.candidates = mlp .* saves any of it",
+        ),
         ("sublayers", 8, {}, "cannot remove 8 of 8 sublayers"),
         ("sublayers", 2, {"removals": 9}, "cannot remove 9 of 8 candidates"),
         ("sublayers", 2, {"removals": 8}, "cannot remove 8 of 8 candidates; beside search.protect .* 7 can go"),
@@ -152,7 +157,12 @@ def test_the_number_of_removals_is_estimated_from_what_they_cost():
         ("sublayers", 2, {"removals": 7, "protect": ["0.block"]}, "cannot remove 7 of 8 candidates; .* 6 can go"),
         # Blocks 0 to 3 are out of reach until 7 removals, and there are no others.
         ("sublayers", 2, {"removals": 2, "exclude": 0.8}, "beside search.protect and search.exclude .*, 0 can go"),
-        ("sublayers", 2, {"exclude": 0.8}, "that search.protect and search.exclude leaves: raise the budget"),
+        (
+            "sublayers",
+            2,
+            {"exclude": 0.8},
+            "that search.protect and search.exclude leaves saves any of it: choose other search.candidates, or less of",
+        ),
     ],
 )
 def test_a_budget_that_cannot_be_reached_is_refused_before_the_search(unit, amount, changes, message):

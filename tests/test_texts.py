@@ -319,3 +319,31 @@ def test_a_dialogue_in_the_json_of_a_package_is_a_document_a_conversation(tmp_pa
     source["files"] = ["*.yml"]
     with pytest.raises(ValueError, match=r"has no column 'body' in 1 files"):
         read_texts(PackageText(**source, column="body"))
+
+
+def test_text_with_commas_that_is_not_quoted_is_refused_with_its_line(tmp_path):
+    lines = ["id,text", '1,"one, quoted"', "2,two", "3,three, and more"]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"a\.csv line 4 is not CSV: 2 columns have names, and more cells are here"):
+        read_texts(files(tmp_path / "a.csv"))
+
+
+def test_calls_of_tools_and_parts_of_text_reach_the_template(tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}<{{ c.function.name }}>"
+        "{% endfor %}{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "How warm "}, {"type": "text", "text": "is it?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "23 degrees", "tool_calls": None},
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}))
+    found = read_texts(files(tmp_path / "a.jsonl", column="messages"), tokenizer=tokenizer)
+    assert found.documents == ["user: How warm is it?assistant: <weather>tool: 23 degrees"]
+    chat[0]["content"] = [{"type": "image", "image": "a.png"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}))
+    with pytest.raises(ValueError, match="column 'messages' .* must hold text, row 1 holds list"):
+        read_texts(files(tmp_path / "a.jsonl", column="messages"), tokenizer=tokenizer)

@@ -109,6 +109,10 @@ def check_shapes(model: nn.Module, settings: Quantised) -> None:
     if experts := [name for name, weight in model.named_parameters() if weight.dim() == 3 and "expert" in name]:
         raise ValueError(f"quantise: models with experts, such as {experts[0]}, are not quantised: set method to none")
     linear = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = [name for name, _ in model.named_modules()]
+    for pattern in settings.ignore:
+        if not any(_matches(name, [pattern]) for name in names):
+            raise ValueError(f"quantise.ignore: no module is called {pattern!r}; one is {next(iter(linear))}")
     taken = {name: n for name, n in linear.items() if not _matches(name, _ignored(settings))}
     if not taken:
         raise ValueError(f"quantise: nothing to quantise: quantise.ignore leaves none of {len(linear)} matrices")

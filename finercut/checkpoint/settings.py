@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from finercut.healing.settings import Distill, NotNegative, Reconstruct, Refit, Unhealed
 from finercut.selection.settings import Budget
@@ -24,6 +25,14 @@ class Unquantised(Section):
     """Keep the weights in the dtype they have."""
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from error
+    return text
+
+
 class Quantised(Section):
     """Store the blocks' matrices in fewer bits, by llm-compressor; `make setup QUANTISE=1` installs it."""
 
@@ -36,7 +45,7 @@ class Quantised(Section):
     4-bit integers with a scale for each group, inputs as they are."""
     group_size: PositiveInt | None
     """Columns that share a scale, with w4a16 only; must divide the columns of every matrix. null: a whole row."""
-    ignore: list[str]
+    ignore: list[Annotated[str, AfterValidator(_pattern)]]
     """Modules that stay as they are, by name or, after `re:`, regular expression. Embeddings always stay."""
     n_samples: PositiveInt
     """Windows that gptq looks at: those for calibration, then those for healing."""

@@ -99,6 +99,10 @@ class Goal:
                     f"{comes_to(budget.unit, cost, most):.4g}"
                 )
             return
+        if most <= 0:
+            raise ValueError(
+                f"{asked}: no candidate {which} saves any of it: choose other search.candidates, or less of {left_by}"
+            )
         if not allowed.could_go_on(0.0, pool):
             raise ValueError(f"{asked} is less than any single candidate {which}: raise the budget")
         if most < allowed.amount:

@@ -34,9 +34,22 @@ def text(chat: list[Any], tokenizer: PreTrainedTokenizerBase | None, where: str)
         raise ValueError(f"the model's chat template does not take {where}: {reason}; take it out") from error
 
 
-def _message(message: Any) -> dict[str, str] | None:
-    """With the names that templates know; None where it is no message."""
+def _message(message: Any) -> dict[str, Any] | None:
+    """With the names that templates know, and what else it has, such as calls of tools; None where it is no message."""
     for speaker, said in _NAMES:
-        if isinstance(message, dict) and isinstance(message.get(speaker), str) and isinstance(message.get(said), str):
-            return {"role": _ROLES.get(message[speaker], message[speaker]), "content": message[said]}
+        if isinstance(message, dict) and isinstance(message.get(speaker), str) and said in message:
+            content = _content(message[said])
+            if content is None:
+                return None
+            more = {name: value for name, value in message.items() if name not in (speaker, said) and value is not None}
+            return more | {"role": _ROLES.get(message[speaker], message[speaker]), "content": content}
     return None
+
+
+def _content(said: Any) -> str | None:
+    """What is said, as text: nothing beside a call of a tool, or parts of text; None where it is more than text."""
+    if said is None:
+        return ""
+    if isinstance(said, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in said):
+        return "".join(part["text"] for part in said)
+    return said if isinstance(said, str) else None

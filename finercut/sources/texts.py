@@ -275,9 +275,12 @@ def _csv_rows(file: Path, column: str) -> Iterator[Any]:
     rows = csv.DictReader(io.StringIO(content), delimiter=max(_DELIMITERS, key=first.count), strict=True)
     try:
         _check_column(rows.fieldnames or (), column, f"the first line of {file}")
-        yield from rows
+        for row in rows:
+            if rows.restkey in row:
+                raise csv.Error(f"{len(rows.fieldnames)} columns have names, and more cells are here: quote the text")
+            yield row
     except csv.Error as error:
-        raise ValueError(f"{file} line {rows.line_num} is not CSV: {error}") from error
+        raise ValueError(f"{file} line {rows.reader.line_num} is not CSV: {error}") from error
 
 
 def _parquet_rows(file: Path, column: str) -> list[Any]:
