@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -154,3 +155,17 @@ def _plain(name: str) -> str:
     """`Gemma 3 (text)` and `gemma3_text` -> gemma3text; `Llama (with SmolLM2)` -> llama."""
     name = re.sub(r"\((with .*|Pythia)\)", "", name)
     return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def test_a_command_of_another_clone_is_refused_where_the_code_differs(tmp_path):
+    for package in ("finercut", "pipelines"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-c", "from finercut.system.command import main; main()", "--version"]
+    # As from an environment of ROOT's: the current directory is not looked at for modules.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    assert subprocess.run(command, **run, check=True).stdout.startswith("finercut ")
+    (tmp_path / "pipelines/environment.py").write_text("# changed\n")
+    refused = subprocess.run(command, **run, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"finercut: the code in this folder is another than that of {ROOT}, which this")
