@@ -102,7 +102,7 @@ def test_an_environment_with_the_wheel_inspects_a_checkpoint_and_shows_vllm_the_
 def test_stages_start_by_name_from_the_wheel_as_from_a_clone(installed):
     code = (
         "from finercut.pipelines.cli_stages import runner\n"
-        "from finercut.pipelines.deployment import ENTRYPOINT\n"
+        "from finercut.pipelines.prefect_yaml import ENTRYPOINT\n"
         "print(runner('calibrate').__module__, runner('heal').func.__module__, ENTRYPOINT)"
     )
     names = installed("python", "-c", code).split()
