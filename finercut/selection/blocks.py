@@ -89,10 +89,9 @@ class Blocks:
         self._layout = layout.to_dict()
         self.modules = list(model.get_submodule(layout.blocks))
         """In the list of blocks. Each is a block, but for families of which one holds several."""
-        self._sublayers = [
-            [s for s in layout.sublayers(len(layout.holders(model))) if s.block // layout.blocks_each == i]
-            for i in range(len(self.modules))
-        ]
+        self._sublayers: list[list[Sublayer]] = [[] for _ in self.modules]
+        for s in layout.sublayers(len(self.modules) * layout.blocks_each):
+            self._sublayers[s.block // layout.blocks_each].append(s)
         self._views: dict[tuple[int, frozenset[Sublayer]], nn.Module] = {}
         self.vocabulary = 0
         """Logits a token, as the head gives them."""
