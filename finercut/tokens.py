@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,28 @@ def repeated(text: Sequence[int]) -> float:
     """Share of a text's n-grams that were in it before; 0 where it is too short for two."""
     grams = Counter(tuple(text[i : i + _N_GRAM]) for i in range(len(text) - _N_GRAM + 1))
     return 1 - len(grams) / grams.total() if grams else 0.0
+
+
+def source_weights(sources: Sequence[str]) -> list[float]:
+    """Weights of windows with which a sum over windows counts each source alike; 1 on average.
+
+    Args:
+        sources: of each window.
+    """
+    counts = Counter(sources)
+    return [len(sources) / (len(counts) * counts[source]) for source in sources]
+
+
+def by_source(values: Sequence[float], sources: Sequence[str]) -> dict[str, list[float]]:
+    """The values of windows, for each source.
+
+    Args:
+        sources: of each window; empty where all are from one: that has no entry.
+    """
+    found = defaultdict(list)
+    for source, value in zip(sources, values if sources else (), strict=True):
+        found[source].append(value)
+    return dict(found)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def _claims(params: Params, tokens: Tokens, control: list[Claim]) -> Iterator[Cl
             settings.weights_gib,
             whole=ModelDirectory(paths.MODEL),
             report=paths.report(name),
+            held_out_sources=tokens.sources_of("held_out"),
         )
         yield step(name).claim(parent, child, proof)
     yield from control

@@ -25,7 +25,7 @@ from finercut.model.families import fixed_sublayers
 from finercut.model.fitted_costs import costs_with
 from finercut.model.loading import load_on
 from finercut.selection import distributed
-from finercut.selection.bench import Bench, source_weights
+from finercut.selection.bench import Bench
 from finercut.selection.controls import Continuations, end_tokens, prefix_tokens
 from finercut.selection.examples import Examples, read_examples
 from finercut.selection.goal import Goal
@@ -34,7 +34,7 @@ from finercut.selection.settings import NOT_NESTED, Budget, Search
 from finercut.selection.trajectory import Provenance
 from finercut.sources.records import FetchReport
 from finercut.sublayers import Candidate, Sublayer
-from finercut.tokens import Tokens, load_tokens
+from finercut.tokens import Tokens, load_tokens, source_weights
 
 from . import paths
 from .params import Params

@@ -18,13 +18,13 @@ from finercut.model.families import PRE_NORM, layout_of
 from finercut.model.masking import masked
 from finercut.model.probe import find_layout
 from finercut.model.workers import Workers
-from finercut.selection.bench import source_weights
 from finercut.selection.blocks import Blocks
 from finercut.selection.divergence import DIVERGENCES
 from finercut.selection.greedy import search
 from finercut.selection.race import MODES
 from finercut.selection.sweep import MicroBatch, Sweep, micro_batch
 from finercut.sublayers import candidates
+from finercut.tokens import source_weights
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,8 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
     whole = inputs.whole.written_by("fetch")
     windows, sha256 = _windows(tokens)
     _check_disjoint(windows, tokens.held_out)
-    task = Task(whole, parent, windows, tokens.held_out, inputs.work, inputs.on_metrics)
+    sources = tokens.sources_of("held_out")
+    task = Task(whole, parent, windows, tokens.held_out, inputs.work, inputs.on_metrics, sources)
     healed = importlib.import_module(f"finercut.healing.{settings.method}").heal(task, settings)
     changed, candidates = [], [parent]
     if healed.parameters:
@@ -62,7 +63,7 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
         child = ModelDirectory(directory)
         changed = differing_tensors(parent, child)
         candidates.append(child)
-    found = compare(whole, candidates, tokens.held_out, one_device(settings.device))
+    found = compare(whole, candidates, tokens.held_out, sources, one_device(settings.device))
     before, after = found[0], found[-1]
     if not after.divergence < before.divergence:
         logger.warning(
@@ -123,7 +124,9 @@ def claim(parent: ModelDirectory, child: ModelDirectory, proof: Proof) -> Claim:
         same = False
     before, after = math.nan, math.nan
     if same:
-        of_parent, of_child = compare(proof.whole, [parent, child], proof.held_out, proof.device)
+        of_parent, of_child = compare(
+            proof.whole, [parent, child], proof.held_out, proof.held_out_sources, proof.device
+        )
         before, after = of_parent.divergence, of_child.divergence
     return Claim(
         name="heal",

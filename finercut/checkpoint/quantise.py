@@ -156,7 +156,8 @@ def apply(parent: ModelDirectory, directory: Path, settings: Quantised, inputs: 
     made = lineage.entry("quantise", parent, settings.model_dump(mode="json"), **fitted)
     lineage.append(ModelDirectory(directory), made)
     child = ModelDirectory(directory)
-    before, after = compare(whole, [parent, child], tokens.held_out, device_of(settings.device))
+    sources = tokens.sources_of("held_out")
+    before, after = compare(whole, [parent, child], tokens.held_out, sources, device_of(settings.device))
     _check_rise(before, after, settings)
     if (readme := directory / "README.md").is_file():
         text = quantised_card(readme.read_text(encoding="utf-8"), settings, before, after)
@@ -211,7 +212,8 @@ def claim(parent: ModelDirectory, child: ModelDirectory, proof: Proof) -> Claim:
     steps = before = after = math.nan
     if _same_but_for_quantised(parent, child) and report.sha256 == child.weights_sha256:
         steps = _largest_rounding(parent, child)
-        of_parent, of_child = compare(proof.whole, [parent, child], proof.held_out, proof.device)
+        pair, sources = [parent, child], proof.held_out_sources
+        of_parent, of_child = compare(proof.whole, pair, proof.held_out, sources, proof.device)
         before, after = of_parent.divergence, of_child.divergence
     return Claim(
         name="quantise",

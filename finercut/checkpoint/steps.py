@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +64,8 @@ class Proof:
     """Needed by the claims of steps that change weights; so is `report`."""
     report: Path | None = None
     """Of the step whose claim is checked."""
+    held_out_sources: Sequence[str] = ()
+    """Of each held-out window; empty where all are from one."""
 
 
 def step(name: str) -> ModuleType:

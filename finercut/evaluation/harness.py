@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from finercut.evaluation.records import Score, TaskResult
 from finercut.evaluation.settings import Task
 from finercut.evaluation.smoke_tasks import PREFIX, SMOKE_TASKS, lm_eval_config
+from finercut.tokens import by_source
 
 logger = logging.getLogger("finercut")
 
@@ -343,11 +344,10 @@ def fit(
     if not math.isfinite(sum(nats)):
         raise RuntimeError(f"logits in {model.dtype} are not finite: set evaluate.dtype to bfloat16 or float32")
     n_predicted = windows.shape[1] - 1
-    by_source: dict[str, list[float]] = {}
-    for source, lost in zip(sources, nats if sources else (), strict=True):
-        by_source.setdefault(source, []).append(lost)
     return Fit(
         perplexity=math.exp(sum(nats) / (len(nats) * n_predicted)),
         bits_per_byte=sum(nats) / math.log(2) / n_bytes,
-        perplexity_by_source={s: math.exp(sum(lost) / (len(lost) * n_predicted)) for s, lost in by_source.items()},
+        perplexity_by_source={
+            s: math.exp(sum(lost) / (len(lost) * n_predicted)) for s, lost in by_source(nats, sources).items()
+        },
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from finercut.healing.fidelity import fidelity, logits_of
+from finercut.healing.fidelity import Fidelity, fidelity, logits_of
 from finercut.healing.settings import Reconstruct, Refit
 from finercut.healing.task import Task, one_device
 from finercut.model.devices import dtype_of
@@ -85,14 +85,18 @@ def _best_fraction(
     held_out = task.held_out.to(whole.device)
     own = {name: pruned.get_parameter(name).detach().cpu() for name in fitted}
     own |= {name: value for name in fitted if (value := task.stored(name)) is not None}
-    least, best = fidelity(logits_of(whole), logits_of(pruned), held_out).divergence, {}
+
+    def found_now() -> Fidelity:
+        return fidelity(logits_of(whole), logits_of(pruned), held_out, task.held_out_sources)
+
+    least, best = found_now().divergence, {}
     logger.info("heal: before, held-out divergence %.4f", least)
     for fraction in fractions if fitted else ():
         values = {n: own[n].lerp(new.to(own[n].dtype), fraction) if fraction < 1 else new for n, new in fitted.items()}
         for name, value in values.items():
             parameter = pruned.get_parameter(name)
             parameter.data = value.to(parameter)
-        found = fidelity(logits_of(whole), logits_of(pruned), held_out)
+        found = found_now()
         logger.info(
             "heal: %g of the change, held-out divergence %.4f, perplexity %.2f",
             fraction,

@@ -58,7 +58,7 @@ def heal(task: Task, settings: Distill) -> Healed:
     dtype = dtype_of(settings.dtype, device)
     with quiet():
         pair = (_lora if settings.trainable == "lora" else _blocks)(task, settings, device, dtype)
-        before = fidelity(pair.teacher, logits_of(pair.student), task.held_out.to(device))
+        before = fidelity(pair.teacher, logits_of(pair.student), task.held_out.to(device), task.held_out_sources)
         logger.info("heal: before, held-out divergence %.4f, perplexity %.2f", before.divergence, before.perplexity)
         folder = task.folder(settings, dtype, device)
         trainer = _trainer(task, settings, pair, before.divergence, device, dtype, folder)
@@ -197,7 +197,7 @@ class _Trainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         self.model.eval()
-        found = fidelity(self.pair.teacher, logits_of(self.model), self.held_out)
+        found = fidelity(self.pair.teacher, logits_of(self.model), self.held_out, self.task.held_out_sources)
         metrics = {
             "eval_divergence": found.divergence,
             "eval_perplexity": found.perplexity,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load
 from finercut.selection.divergence import js
+from finercut.tokens import source_weights
 
 Logits = Callable[[Tensor], Tensor]
 """Token ids, (samples, tokens) -> logits, (samples, tokens, vocab)."""
@@ -21,24 +22,26 @@ Logits = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Fidelity:
     divergence: float
-    """js from the whole model, nats per token."""
+    """js from the whole model, nats per token; a mean over sources, as in the search."""
     perplexity: float
-    """Of the model itself on the text; not of the whole model's predictions."""
+    """Of the model itself on the text, over all tokens; not of the whole model's predictions."""
 
 
 @torch.no_grad()
-def fidelity(whole: Logits, other: Logits, windows: Tensor) -> Fidelity:
+def fidelity(whole: Logits, other: Logits, windows: Tensor, sources: Sequence[str] = ()) -> Fidelity:
     """
     Args:
         windows: token ids, (samples, tokens), of at least two tokens.
+        sources: of each window; empty where all are from one.
 
     Raises:
         RuntimeError: logits that are not finite.
     """
     divergence = surprise = 0.0
-    for window in windows[:, None]:
+    weights = source_weights(sources or ("",) * len(windows))
+    for window, weight in zip(windows[:, None], weights, strict=True):
         expected, found = whole(window)[0].float(), other(window)[0].float()
-        divergence += js(expected, found).double().sum().item()
+        divergence += weight * js(expected, found).double().sum().item()
         surprise += torch.nn.functional.cross_entropy(found[:-1], window[0, 1:], reduction="sum").item()
     if not math.isfinite(divergence + surprise):
         raise RuntimeError("the logits on held-out tokens are not finite")
@@ -51,12 +54,16 @@ def logits_of(model: PreTrainedModel) -> Logits:
 
 
 def compare(
-    whole: ModelDirectory, pruned: list[ModelDirectory], windows: Tensor, device: torch.device
+    whole: ModelDirectory,
+    pruned: list[ModelDirectory],
+    windows: Tensor,
+    sources: Sequence[str],
+    device: torch.device,
 ) -> list[Fidelity]:
     """Of each of some checkpoints, in float32; the whole model and one other are in memory at a time."""
     windows = windows.to(device)
     reference = logits_of(load(whole, torch.float32, device))
-    return [fidelity(reference, logits_of(load(other, torch.float32, device)), windows) for other in pruned]
+    return [fidelity(reference, logits_of(load(other, torch.float32, device)), windows, sources) for other in pruned]
 
 
 def _exp(nats: float) -> float:

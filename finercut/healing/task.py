@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class Task:
     work: Path
     """Folder for what an interrupted run continues from."""
     on_metrics: OnMetrics
+    held_out_sources: Sequence[str] = ()
+    """Of each held-out window; empty where all are from one."""
 
     def folder(self, settings: Section, dtype: torch.dtype, device: torch.device) -> Path:
         """For what an interrupted run continues from; the name says all that decides the result: no other run does."""
@@ -44,6 +46,7 @@ class Task:
             "settings": settings.model_dump(mode="json"),
             "models": [self.whole.weights_sha256, self.pruned.weights_sha256, self.pruned.settings],
             "windows": [_sha256(w.numpy().tobytes()) for w in (self.windows, self.held_out)],
+            "sources": list(self.held_out_sources),
             "shapes": [list(w.shape) for w in (self.windows, self.held_out)],
             "computed": [str(dtype), device.type, torch.__version__, transformers.__version__, finercut.__version__],
             "code": _sha256(b"".join(code)),

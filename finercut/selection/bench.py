@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
@@ -22,6 +21,7 @@ from finercut.selection.records import Controls
 from finercut.selection.sweep import micro_batch
 from finercut.selection.trajectory import Step
 from finercut.sublayers import Candidate, Sublayer
+from finercut.tokens import by_source, source_weights
 
 
 class Bench(SharedSweep):
@@ -133,11 +133,9 @@ class Bench(SharedSweep):
     def _means(self, values: Sequence[float]) -> tuple[float, dict[str, float]]:
         """Per token, of what held-out windows come to: over all sources, and for each."""
         weighted = [self.weights[window] * value for window, value in zip(self.unseen, values, strict=True)]
-        by_source: dict[str, list[float]] = {}
-        if len(set(self.held_out_sources)) > 1:
-            for source, value in zip(self.held_out_sources, values, strict=True):
-                by_source.setdefault(source, []).append(value / self.n_tokens)
-        means = {source: math.fsum(of_source) / len(of_source) for source, of_source in by_source.items()}
+        sources = self.held_out_sources if len(set(self.held_out_sources)) > 1 else ()
+        per_token = by_source([value / self.n_tokens for value in values], sources)
+        means = {source: math.fsum(of_source) / len(of_source) for source, of_source in per_token.items()}
         return sum(weighted) / self.n_tokens_unseen, means
 
     def divergence_now(self) -> float:
@@ -210,16 +208,6 @@ def measured(bench: Bench, order: Iterable[Candidate]) -> Iterator[Step]:
             held_out_by_source=by_source,
             controls=controls,
         )
-
-
-def source_weights(sources: Sequence[str]) -> list[float]:
-    """Weights of windows with which a sum over windows counts each source alike; 1 on average.
-
-    Args:
-        sources: of each window.
-    """
-    counts = Counter(sources)
-    return [len(sources) / (len(counts) * counts[source]) for source in sources]
 
 
 def _next_tokens(windows: Tensor) -> Tensor:
