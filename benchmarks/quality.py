@@ -3,9 +3,10 @@
 Every method selects for every budget (shares of the parameters outside embeddings) on the same calibration sets, two of
 them, so that a difference can be told from noise; every selection is pruned and healed in every way. All checkpoints
 are made by the pipeline's own stages, in workspaces under --folder, and measured alike: accuracy of tasks, perplexity
-of each text, js divergence from the whole model, agreement on the most likely token, and repetition in greedy
+of each text, js divergence from the whole model by source, agreement on the most likely token, and repetition in greedy
 continuations. What was measured is kept in --folder: a run that was stopped goes on where it was. A GPU with room takes
-several --jobs at once.
+several --jobs at once. With --speed vLLM times sublayers of each whole model first, as the stage `costs` does, and
+each selection has the share of a token's time that its sublayers add up to.
 
 --data is a folder of other people's items and texts, none of which may be calibrated on: `NAME.jsonl` with `question`
 and `choices` and `gold`, or `query`, or `contexts` and `continuation`, or `passage`, `question` and `label`; or with
@@ -43,12 +44,14 @@ from finercut.evaluation.settings import Task
 from finercut.model.costs import Costs, costs_of
 from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
+from finercut.model.fitted_costs import costs_with
 from finercut.model.loading import load
 from finercut.selection.controls import repeated
 from finercut.selection.divergence import js
 from finercut.selection.settings import CANDIDATES_OF
+from finercut.sublayers import parse
 from finercut.system import yaml_files
-from finercut.tokens import load_tokens
+from finercut.tokens import by_source, load_tokens
 from pipelines import cli_stages, paths
 from pipelines.params import Params
 
@@ -135,7 +138,7 @@ def main() -> None:
     jobs = [(bench, method) for bench in benches for method in arguments.methods]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda job: (_in_process if arguments.jobs > 1 else _Workspace.run)(*job), jobs))
-    _show([row for bench in benches for row in bench.done().values()], arguments)
+    _show([row for bench in benches for row in bench.rows()], arguments)
 
 
 def _in_process(bench: _Workspace, method: str) -> None:
@@ -159,6 +162,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--mode", default="lazy", help="of our searches: exact, lazy")
     parser.add_argument("--limit", type=int, default=200, help="items of each task")
     parser.add_argument("--text-tokens", type=int, default=8192, help="of each text")
+    parser.add_argument("--speed", action="store_true", help="time sublayers in vLLM: what selections save of the time")
     parser.add_argument("--jobs", type=int, default=1, help="methods at work at once, each in a process of its own")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -196,6 +200,9 @@ class _Workspace:
     def prepare(self) -> None:
         """What all methods need: the model, its windows and its figures."""
         self._stages(self.root, {"fetch": paths.MODEL, "calibrate": paths.CALIBRATION}, {})
+        if self.arguments.speed:
+            budget = {"unit": "speed_up", "amount": 1.1}  # any: it is what has the stage time sublayers
+            self._stages(self.root, {"costs": paths.report("costs")}, {"prune": {"budget": budget}})
         if "whole" not in self.done():
             self._keep("whole", {"method": "whole", "heal": "none"} | self.measure.of(self.whole))
 
@@ -281,6 +288,15 @@ class _Workspace:
         lines = self.results.read_text(encoding="utf-8").splitlines()
         return {row["key"]: row for row in map(json.loads, lines)}
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What was measured; with --speed, what each selection saves of the time of a token."""
+        time_ = costs_with(self.whole, self.root / paths.report("costs"))["time"] if self.arguments.speed else None
+        for row in self.done().values():
+            if time_ and "shares" in row:
+                removed = [parse(name).sublayers[0] for name in row["removed"]]
+                row["shares"]["time"] = time_.share(removed)
+            yield row
+
     def _keep(self, key: str, row: dict[str, Any]) -> None:
         row = {"key": key, "model": self.model, "sample": self.sample} | row
         with self.results.open("a", encoding="utf-8") as file:
@@ -305,9 +321,9 @@ class _Measure:
         self.whole = load(self.directory, self.dtype, self.device)
         self.tasks = _tasks(arguments)
         tokenizer = self.directory.tokenizer
-        held_out = load_tokens(root / paths.CALIBRATION).held_out
-        self.held_out = held_out
-        self.texts = {"held_out": held_out}
+        tokens = load_tokens(root / paths.CALIBRATION)
+        self.held_out, self.sources = tokens.held_out, tokens.sources_of("held_out")
+        self.texts = {"held_out": self.held_out}
         for file in sorted(arguments.data.glob("*.jsonl")) if arguments.data else []:
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             if "page" in rows[0]:
@@ -321,7 +337,7 @@ class _Measure:
             f"perplexity.{name}": fit(model, self.directory.tokenizer, windows).perplexity
             for name, windows in self.texts.items()
         }
-        found |= _against(self.whole, model, self.held_out)
+        found |= _against(self.whole, model, self.held_out, self.sources)
         found["repetition"] = _repetition(model, self.held_out)
         options = {"seed": 1234, "batch_size": 16}
         for name, reached in score(model, self.directory.tokenizer, self.tasks, **options):
@@ -330,13 +346,18 @@ class _Measure:
 
 
 @torch.inference_mode()
-def _against(whole: PreTrainedModel, model: PreTrainedModel, windows: Tensor) -> dict[str, float]:
+def _against(
+    whole: PreTrainedModel, model: PreTrainedModel, windows: Tensor, sources: Sequence[str]
+) -> dict[str, float]:
     divergence, agreement = [], []
     for window in windows.to(model.device):
         expected, found = (m(window[None]).logits[0].float() for m in (whole, model))
         divergence.append(js(expected, found).mean().item())
         agreement.append((expected.argmax(-1) == found.argmax(-1)).float().mean().item())
-    return {"divergence": statistics.fmean(divergence), "agreement": statistics.fmean(agreement)}
+    of_sources = by_source(divergence, sources).items()
+    each = {f"divergence.{source}": statistics.fmean(found) for source, found in of_sources}
+    mean = statistics.fmean(each.values() if each else divergence)
+    return {"divergence": mean, "agreement": statistics.fmean(agreement)} | each
 
 
 @torch.inference_mode()
@@ -425,8 +446,10 @@ def _summaries(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         if row["method"] != "whole":
             groups.setdefault((row["model"], row["budget"], row["heal"], row["method"]), []).append(row)
     for (model, budget, heal, method), found in sorted(groups.items()):
-        tasks = [name for name in found[0] if name.startswith("task.")]
-        texts = [name for name in found[0] if name.startswith("perplexity.")]
+        common = [name for name in found[0] if all(name in row for row in found)]
+        tasks, texts, sources = (
+            [name for name in common if name.startswith(prefix)] for prefix in ("task.", "perplexity.", "divergence.")
+        )
         retention = []
         for row in found:
             whole = wholes[model, row["sample"]]
@@ -448,7 +471,7 @@ def _summaries(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             "shares": found[0]["shares"],
             **{
                 name: statistics.fmean(row[name] for row in found)
-                for name in ("divergence", "agreement", "repetition", "search_s", "heal_s")
+                for name in ("divergence", "agreement", "repetition", "search_s", "heal_s", *sources)
             },
         }
 
@@ -459,9 +482,9 @@ def _draw(summaries: Sequence[Mapping[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    costs = ("parameters", "kv_cache")
+    costs = [name for name in ("parameters", "kv_cache", "time") if name in summaries[0]["shares"]]
     healings = list(dict.fromkeys(row["heal"] for row in summaries))
-    figure, axes = plt.subplots(len(healings), len(costs), figsize=(12, 4 * len(healings)), squeeze=False)
+    figure, axes = plt.subplots(len(healings), len(costs), figsize=(6 * len(costs), 4 * len(healings)), squeeze=False)
     for line, healing in zip(axes, healings, strict=True):
         for axis, cost in zip(line, costs, strict=True):
             axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
@@ -470,7 +493,11 @@ def _draw(summaries: Sequence[Mapping[str, Any]], file: Path) -> None:
                 points.sort(key=lambda row: row["shares"][cost])
                 style = "o-" if method in OURS else "x--"
                 axis.plot([p["shares"][cost] for p in points], [p["retention"] for p in points], style, label=method)
-            axis.set(xlabel=f"saved of {cost}", ylabel="mean retention of the tasks", title=f"healing: {healing}")
+            axis.set(
+                xlabel=f"saved of {cost.replace('time', 'the time of a token')}",
+                ylabel="mean retention of the tasks",
+                title=f"healing: {healing}",
+            )
             axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
