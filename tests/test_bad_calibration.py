@@ -193,6 +193,11 @@ def several(*sources: dict, **changes: object) -> dict:
             | {"calibrate__n_held_out_samples": 30},
             "n_healing_samples = 1 leaves no window for text.txt with its share of 0.1",
         ),
+        (
+            several(TEXT_FILE, TEXT_FILE | {"share": 2.0}, calibrate__n_samples=3),
+            "text.txt is named twice: give it one",
+        ),
+        ({"calibrate__unseen": TEXT_FILE}, "give it one entry, with both shares; as unseen, no other"),
         ({"calibrate__unseen": TEXT_FILE | {"share": 0.1}}, "n_held_out_samples = 2 leaves no window for text.txt"),
         (several(TEXT_FILE, {"kind": "files", "paths": ["a.txt"]}), "no file a.txt"),
         (several(TEXT_FILE, {"kind": "book", "paths": ["a.txt"]}), "calibrate.sources.1"),

@@ -207,6 +207,20 @@ def test_examples_for_a_task_that_takes_none_are_refused():
         )
 
 
+@pytest.mark.parametrize(("split", "n_most"), [("examples", 3), ("test", 146 - 1)])
+def test_more_examples_than_there_are_are_refused_before_any_model_is_asked(split, n_most):
+    config = lm_eval_config("finercut_capitals") | {"fewshot_split": split}
+    manager = TaskManager(include_defaults=False)
+    task = Task(name="finercut_capitals", metric="acc", num_fewshot=n_most + 1)
+    with pytest.raises(ValueError, match=f"finercut_capitals has {n_most} examples, num_fewshot is {n_most + 1}"):
+        harness._load(task, config, manager)
+    loaded = harness._load(task.model_copy(update={"num_fewshot": n_most}), config, manager)
+    (leaf,) = loaded.leaves
+    leaf.set_fewshot_seed(1)
+    leaf.build_all_requests(limit=1)
+    assert leaf.instances
+
+
 @pytest.mark.parametrize(
     ("whole", "pruned", "higher_is_better", "retention"),
     [(0.8, 0.6, True, 0.75), (10.0, 40.0, False, 0.25), (0.0, 0.1, True, None), (0.5, 0.0, True, 0.0)],

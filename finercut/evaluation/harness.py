@@ -112,8 +112,20 @@ def _load(settings: Task, spec: str | dict[str, Any], manager: TaskManager) -> L
         if settings.num_fewshot and leaf.get_config("num_fewshot") == 0:
             raise ValueError(f"evaluate.tasks: {task.name} takes no examples, num_fewshot is {settings.num_fewshot}")
         own = leaf.get_config("num_fewshot") or 0
-        leaf.set_config("num_fewshot", own if settings.num_fewshot is None else settings.num_fewshot)
+        n_examples = own if settings.num_fewshot is None else settings.num_fewshot
+        if n_examples > (n_most := _most_examples(leaf)):
+            raise ValueError(f"evaluate.tasks: {task.name} has {n_most} examples, num_fewshot is {n_examples}")
+        leaf.set_config("num_fewshot", n_examples)
     return task
+
+
+def _most_examples(leaf: LmEvalTask) -> float:
+    """No limit where the task does not say what it draws from."""
+    sampler, drawn = getattr(leaf, "sampler", None), getattr(leaf, "fewshot_cfg", None)
+    if sampler is None or drawn is None:
+        return math.inf
+    # Of those it evaluates, a document is not its own example.
+    return len(sampler.df) - (drawn.split == leaf.get_config("test_split"))
 
 
 def _metric_key(settings: Task, loaded: TaskDict) -> str:

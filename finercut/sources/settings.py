@@ -225,6 +225,9 @@ class Calibrate(Section):
                         f"{field} = {getattr(self, field)} leaves no window for {portion.source.label} with its share "
                         f"of {portion.source.share:g}: raise one of them"
                     )
+        texts = [portion.source.model_copy(update={"share": 1.0}) for portion in self.portions]
+        if twice := [text.label for i, text in enumerate(texts) if text in texts[:i]]:
+            raise ValueError(f"{twice[0]} is named twice: give it one entry, with both shares; as unseen, no other")
         return self
 
     @property
