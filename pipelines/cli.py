@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ class Commands(click.Group):
             signals = (click.ClickException, click.exceptions.Exit, click.exceptions.Abort)
             if ctx.params.get("traceback") or isinstance(error, signals):
                 raise
+            if _began_with_interrupt(error):
+                raise click.Abort from error
             click.echo(f"finercut {ctx.invoked_subcommand}: {_one_line(error, ctx.invoked_subcommand)}", err=True)
             sys.exit(1)
 
@@ -82,6 +85,13 @@ def _usage_in_one_line() -> Iterator[None]:
         command = " ".join(["finercut", *(error.ctx.command_path.split()[1:] if error.ctx else ())])
         said = " ".join(error.format_message().split()).removesuffix(".")
         raise _Usage(f"{command}: {said}; see `{command} --help`") from error
+
+
+def _began_with_interrupt(error: BaseException | None) -> bool:
+    """Whether it was raised while an interrupt was dealt with: by Prefect, whose server was ended too, for one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _one_line(error: Exception, command: str | None) -> str:
@@ -261,9 +271,18 @@ def _amounts(budgets: str) -> list[float]:
 
 
 def _prepare_prefect() -> None:
+    from finercut.system.processes import withheld
+
     for name, value in PREFECT.items():
         os.environ.setdefault(name, value)
     _check_prefect()
+    from prefect.client.orchestration import get_client
+    from prefect.settings import get_current_settings
+
+    if get_current_settings().api.url is None:
+        # Starts Prefect's own server, which is to outlive a Ctrl-C: it records how the run ended.
+        with withheld(signal.SIGINT, signal.SIGHUP), get_client(sync_client=True):
+            pass
 
 
 def _check_prefect() -> None:

@@ -349,6 +349,30 @@ def test_cancelling_stops_the_stage_and_closes_both_runs(toy, prefect_server, se
         assert client.read_flow_run(UUID(run.data.tags["prefect.flow_run_id"])).state.name == "Crashed"
 
 
+def test_ctrl_c_in_a_terminal_is_recorded_by_the_server_that_prefect_started(toy, monkeypatch, tmp_path):
+    write(stages=STAGES | {"evaluate": {**STAGES["evaluate"], "cmd": "sleep 2236.07"}})
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    execution = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a terminal's Ctrl-C is for a group
+    )
+    deadline = time.monotonic() + 120
+    while not processes_with("2236.07") and execution.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(execution.pid, signal.SIGINT)
+    said, _ = execution.communicate(timeout=60)
+    assert gone("2236.07")
+    assert execution.returncode == 1
+    assert "Finished in state Crashed" in said
+    assert "unexpected" not in said
+    (run,) = runs(toy["flow"]["experiment"])
+    assert run.info.status == "KILLED"
+
+
 def test_registering_alone_records_the_stages_and_takes_nothing_that_is_not_of_dvc_lock(executed):
     toy, first = executed
     report = register.run(load())

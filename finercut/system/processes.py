@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 # Before a command: it does not outlive the process that starts it.
 BOUND = (sys.executable, "-m", "finercut.system.processes")
@@ -58,6 +58,17 @@ def end_group(process: subprocess.Popen) -> None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise
+
+
+@contextmanager
+def withheld(*signals: signal.Signals) -> Iterator[None]:
+    """Deliver these to this process afterwards, and never to those that it starts meanwhile: a terminal sends them to
+    all of a group."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def interrupt_on_end() -> None:
