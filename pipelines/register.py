@@ -73,6 +73,7 @@ def open_run(params: Params, tags: Mapping[str, str], source: str, title: str | 
         params.flow.experiment,
         params.model_dump(mode="json", by_alias=True),
         dag.revision() | {"mlflow.source.name": source, "mlflow.source.type": "LOCAL"} | tags,
+        params.register_.name,
         title or params.title,
     )
     mlflow_run.describe(f"`{source}`: {summary.plan(params)}")

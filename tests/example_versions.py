@@ -90,4 +90,4 @@ def project(directory: Path, whole: Path, pruned: Path, **promote) -> Project:
     settings["prove"]["device"] = "cpu"
     settings["promote"] |= promote
     (directory / "params.yaml").write_text(yaml.safe_dump(settings))
-    return Project(Params.model_validate(settings), runs.open_run(directory.name, {}, {}))
+    return Project(Params.model_validate(settings), runs.open_run(directory.name, {}, {}, "tiny"))

@@ -450,6 +450,6 @@ def test_a_tracking_server_that_cannot_register_is_found_before_a_run_is_opened(
     server.lacking = lacking
     os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{server.server_port}"
     with pytest.raises(RuntimeError, match=f"cannot {said}.* in MLflow at http://127.0.0.1"):
-        runs.open_run("tests", {"a": 1}, {})
+        runs.open_run("tests", {"a": 1}, {}, "tiny")
     assert lacking in server.asked[-1]
     assert not any("runs/create" in path for path in server.asked)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import requests
+import servers
 import torch
 from conftest import make_tokenizer
 from family_models import CASES, random_model
@@ -25,7 +27,9 @@ from pipelines import inspection
 
 @pytest.fixture
 def run(mlflow_store):
-    return runs.open_run("tests", {"search": {"divergence": "js", "protect": ["0.block"], "exclude": None}}, {"a": "b"})
+    return runs.open_run(
+        "tests", {"search": {"divergence": "js", "protect": ["0.block"], "exclude": None}}, {"a": "b"}, "tiny"
+    )
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def test_an_address_without_its_scheme_is_one_line_and_blanks_around_it_do_not_m
     with pytest.raises(
         RuntimeError, match=r"^MLFLOW_TRACKING_URI is localhost:5000: put http:// or https:// before it$"
     ):
-        runs.open_run("tests", {}, {})
+        runs.open_run("tests", {}, {}, "tiny")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", " http://localhost:5000\n")
     assert server.tracking_uri() == "http://localhost:5000"
 
@@ -111,14 +115,14 @@ def test_an_unreachable_server_is_one_line_within_seconds_and_without_credential
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"cannot open a run in MLflow at http://127\.0\.0\.1:9: ") as error:
-        runs.open_run("tests", {}, {})
+        runs.open_run("tests", {}, {}, "tiny")
     assert time.monotonic() - started < 20
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [None, b"no database at all" * 100])
-@pytest.mark.parametrize("contact", [lambda: runs.open_run("tests", {}, {}), lambda: versions.connect("tiny")])
+@pytest.mark.parametrize("contact", [lambda: runs.open_run("tests", {}, {}, "tiny"), lambda: versions.connect("tiny")])
 def test_a_file_that_is_no_database_is_one_line_within_seconds(content, contact, tmp_path, monkeypatch, caplog):
     file = tmp_path / "mlflow.db"
     file.mkdir() if content is None else file.write_bytes(content)
@@ -132,16 +136,56 @@ def test_a_registry_elsewhere_is_refused_before_a_run_is_opened(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://me:secret@127.0.0.1:8/")
     with pytest.raises(RuntimeError, match=r"^MLFLOW_REGISTRY_URI is http://127.0.0.1:8/, another server than"):
-        runs.open_run("tests", {}, {})
+        runs.open_run("tests", {}, {}, "tiny")
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://127.0.0.1:9/")
     server.check_registry()
 
 
+def test_a_prompt_of_the_models_name_is_refused_before_a_run_is_opened(mlflow_store):
+    client = mlflow.MlflowClient()
+    client.create_prompt("tiny")
+    with pytest.raises(RuntimeError, match=r"^cannot register tiny in MLflow at .*: a prompt has this name: choose"):
+        runs.open_run("tests", {}, {}, "tiny")
+    assert client.get_experiment_by_name("tests") is None or not mlflow.search_runs(experiment_names=["tests"]).size
+
+
+def test_whoever_may_not_change_the_registered_model_learns_it_before_a_run_is_opened(tmp_path, monkeypatch):
+    port, settings = servers.free_port(), tmp_path / "auth.ini"
+    settings.write_text(
+        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{tmp_path}/auth.db\nadmin_username = admin\n"
+        "admin_password = of the admin\nauthorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    monkeypatch.setenv("MLFLOW_AUTH_CONFIG_PATH", str(settings))
+    monkeypatch.setenv("MLFLOW_FLASK_SERVER_SECRET_KEY", "a secret")
+    address, database = f"http://127.0.0.1:{port}", f"sqlite:///{tmp_path}/mlflow.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--port", str(port)]
+    command += ["--backend-store-uri", database, "--artifacts-destination", str(tmp_path / "artifacts")]
+    with servers.running(command, tmp_path / "server.log", servers.answers(f"{address}/health")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(RuntimeError, match=r"error code 401.*; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"):
+            runs.open_run("tests", {}, {}, "tiny")
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "of the admin")
+        mlflow.set_tracking_uri(address)
+        mlflow.MlflowClient().create_registered_model("tiny")
+        reader = {"username": "reader", "password": "of the reader"}
+        as_admin = ("admin", "of the admin")
+        requests.post(
+            f"{address}/api/2.0/mlflow/users/create", json=reader, auth=as_admin, timeout=60
+        ).raise_for_status()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "of the reader")
+        with pytest.raises(RuntimeError, match=r"^cannot register tiny in MLflow at .*Permission denied"):
+            runs.open_run("tests", {}, {}, "tiny")
+        assert not mlflow.search_runs(experiment_names=["tests"]).size
+        assert runs.open_run("tests", {}, {}, "readers_own").run_id
+
+
 def test_a_deleted_experiment_is_refused_with_the_way_to_restore_it(mlflow_store):
-    gone = runs.open_run("gone", {}, {})
+    gone = runs.open_run("gone", {}, {}, "tiny")
     gone.client.delete_experiment(gone.experiment_id)
     with pytest.raises(RuntimeError, match=rf"'gone'.*deleted.*mlflow experiments restore -x {gone.experiment_id}"):
-        runs.open_run("gone", {}, {})
+        runs.open_run("gone", {}, {}, "tiny")
 
 
 def test_a_run_starts_with_its_flattened_parameters_and_tags(run):
@@ -160,7 +204,7 @@ def test_artifacts_stay_where_they_are_when_read_from_another_directory(run, evi
 def test_a_run_ends_finished_failed_with_log_and_reason_or_killed(mlflow_store, tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("search: out of memory\n")
-    finished, failed, killed = (runs.open_run("ends", {}, {}) for _ in range(3))
+    finished, failed, killed = (runs.open_run("ends", {}, {}, "tiny") for _ in range(3))
     with runs.recorded(finished):
         assert status_of(finished) == "RUNNING"
     with pytest.raises(RuntimeError), runs.recorded(failed, log):

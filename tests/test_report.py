@@ -198,7 +198,7 @@ def test_a_version_of_0_1_has_a_page(tmp_path):
 
 
 def test_a_run_has_a_page_once_its_stages_have_ended(mlflow_store, project):
-    run = runs.open_run("pages", {}, {})
+    run = runs.open_run("pages", {}, {}, "tiny")
     whose = f"runs:/{run.run_id}"
     with pytest.raises(ValueError, match=rf"^{whose} has no fetch\.json: a report needs an execution"):
         pages.write(whose, Path("page.html"))

@@ -195,7 +195,7 @@ def test_what_the_environment_holds_is_blotted_out_and_the_rest_is_not(secrets, 
 
 def test_the_error_of_a_lost_server_shows_no_credential(secrets):
     with pytest.raises(RuntimeError, match=r"cannot open a run in MLflow at http://127\.0\.0\.1:9/") as raised:
-        runs.open_run("e", {}, {})
+        runs.open_run("e", {}, {}, "tiny")
     assert CANARY not in str(raised.value)
 
 

@@ -29,7 +29,7 @@ def test_without_a_run_mlflow_is_not_even_imported():
 
 
 def test_points_reach_the_open_run_under_live_names(mlflow_store, monkeypatch):
-    run = runs.open_run("live", {}, {})
+    run = runs.open_run("live", {}, {}, "tiny")
     monkeypatch.setenv("MLFLOW_RUN_ID", run.run_id)
     live.log_metrics({"search.divergence": 0.5}, step=1)
     live.log_metrics({"search.divergence": 0.75}, step=2)

@@ -20,10 +20,12 @@ from urllib.parse import urlsplit
 
 from mlflow import MlflowClient, artifacts, set_tracking_uri
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_USER
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_TAG_VAL_LENGTH
 
+import finercut
 from finercut.registry.server import (
     check_registry,
     impatient,
@@ -125,15 +127,18 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, str], name: str | None = None) -> Run:
+def open_run(
+    experiment: str, params: Mapping[str, object], tags: Mapping[str, str], model: str, name: str | None = None
+) -> Run:
     """Start a run with its parameters (flattened) and tags.
 
     Args:
+        model: what it is to register.
         name: None lets MLflow make one up.
 
     Raises:
-        RuntimeError: the server does not answer (within seconds), the experiment was deleted, or the registry is
-            another server.
+        RuntimeError: the server does not answer (within seconds), the experiment was deleted, the registry is another
+            server, or it takes no versions of that model.
     """
     check_registry()
     # MLflow prints the run's address when it ends, with the password that is in it.
@@ -147,8 +152,7 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
         # Registration, hours later, needs both.
         with mlflow_errors("find logged models, which MLflow has since 3.0,"):
             client.search_logged_models([experiment_id], max_results=1)
-        with mlflow_errors("find a model registry"):
-            client.search_registered_models(max_results=1)
+        _check_registrable(client, model)
         tags = {MLFLOW_USER: getpass.getuser(), **tags}
         run = Run(client, client.create_run(experiment_id, tags=tags, run_name=name).info.run_id, experiment_id)
     try:
@@ -160,6 +164,17 @@ def open_run(experiment: str, params: Mapping[str, object], tags: Mapping[str, s
         _close(run, error, None)
         raise
     return run
+
+
+def _check_registrable(client: MlflowClient, model: str) -> None:
+    named = f"name = '{model}'"
+    with mlflow_errors("find a model registry"):
+        found = client.search_registered_models(named)
+    with mlflow_errors(f"register {model}"):
+        if client.search_prompts(named):  # models and prompts share their names, and neither list has the other's
+            raise MlflowException("a prompt has this name: choose another as register.name")
+        if found:
+            client.set_registered_model_tag(model, "finercut", finercut.__version__)  # who may, may add versions
 
 
 def download(run_id: str, folders: Sequence[str], directory: Path) -> list[Path]:

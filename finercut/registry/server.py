@@ -70,6 +70,8 @@ def mlflow_errors(doing: str) -> Iterator[None]:
         if first.endswith(":") and others:  # the reason is what follows
             first = f"{first} {others[0]}"
         cause = redacted(first.replace(uri, shown))
+        if "error code 401" in cause:
+            cause += "; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD are whom the server knows you by"
         raise RuntimeError(f"cannot {doing} in MLflow at {shown}: {cause}") from error
 
 
