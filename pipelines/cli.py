@@ -338,10 +338,11 @@ def stability() -> None:
 @main.command()
 @click.argument("what", metavar="PATH_OR_URI")
 def inspect(what: str) -> None:
-    """Describe a checkpoint, trajectory or registered version.
+    """Describe a checkpoint, selection, trajectory or registered version.
 
     \b
     finercut inspect artifacts/quantised
+    finercut inspect artifacts/selection.json
     finercut inspect artifacts/trajectory.jsonl
     finercut inspect models:/finercut-smollm2-135m@challenger
     """

@@ -138,6 +138,12 @@ def revision() -> dict[str, str]:
     committed params file, with or without overrides: then `params.file` and `params.overrides` name them.
     """
     with _repo() as repo:
+        try:
+            commit = repo.scm.get_rev()
+        except SCMError as error:
+            raise RuntimeError(
+                "git has no commit here, and runs and versions name theirs: commit the project first"
+            ) from error
         staged, unstaged, untracked = repo.scm.status(untracked_files="all")
         changed = {path for group in staged.values() for path in group} | {*unstaged, *untracked}
         # Git's names start at its root, of which the project can be a folder.
@@ -146,6 +152,6 @@ def revision() -> dict[str, str]:
         if taken := settings.source():
             changed -= {str(here / paths.PARAMS)}
         return {
-            "mlflow.source.git.commit": repo.scm.get_rev(),
+            "mlflow.source.git.commit": commit,
             "git.dirty": str(bool(changed)).lower(),
         } | (taken or {})

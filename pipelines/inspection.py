@@ -1,4 +1,4 @@
-"""What `finercut inspect` prints: a description of a checkpoint, a trajectory or a registered version."""
+"""What `finercut inspect` prints: of a checkpoint, a selection, a trajectory or a registered version."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ def describe(what: str) -> str:
     """
     if what.startswith("models:"):
         return _version(what)
+    if what.startswith("runs:"):
+        raise ValueError(f"{what} is a run: `finercut report {what}` makes its page")
     if Path(what).is_dir():
         return _checkpoint(Path(what))
-    return _trajectory(Path(what))
+    return (_selection if what.endswith(".json") else _trajectory)(Path(what))
 
 
 def _checkpoint(path: Path) -> str:
@@ -64,13 +66,29 @@ def _version(uri: str) -> str:
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
 
 
+def _selection(path: Path) -> str:
+    from finercut.selection.selection import Selection
+
+    found = Selection.read(path)
+    origin = [f"{name}: {value}" for name, value in (found.origin.model_dump() if found.origin else {}).items()]
+    shown = [
+        (n, c.candidate, *("-" if d is None else f"{d:.5f}" for d in (c.divergence, c.held_out_divergence)))
+        for n, c in enumerate(found.removals, 1)
+    ]
+    return "\n".join([f"method: {found.method}", *origin, *(_row(*row) for row in [_HEADER, *shown])])
+
+
 def _trajectory(path: Path) -> str:
     from finercut.selection.trajectory import read_trajectory
 
     found = read_trajectory(path)
     origin = [f"{name}: {value}" for name, value in found.provenance.model_dump().items()]
-    header = f"{'step':>4}  {'removed':<14}{'divergence':>12}{'held-out':>12}"
-    steps = [
-        f"{r.step:>4}  {r.sublayer:<14}{r.divergence:>12.5f}{r.held_out_divergence:>12.5f}" for r in found.removals
-    ]
-    return "\n".join([*origin, header, *steps])
+    steps = [(r.step, r.sublayer, f"{r.divergence:.5f}", f"{r.held_out_divergence:.5f}") for r in found.removals]
+    return "\n".join([*origin, *(_row(*row) for row in [_HEADER, *steps])])
+
+
+_HEADER = ("step", "removed", "divergence", "held-out")
+
+
+def _row(step: object, removed: str, divergence: str, held_out: str) -> str:
+    return f"{step:>4}  {removed:<14}{divergence:>12}{held_out:>12}"

@@ -224,6 +224,8 @@ def test_version_is_that_of_the_package():
         ("models:/tiny", "names no version; write models:/NAME@ALIAS"),
         ("nothing.jsonl", "no trajectory at nothing.jsonl"),
         (".", "no checkpoint in ."),
+        ("runs:/abc", "runs:/abc is a run: `finercut report runs:/abc` makes its page"),
+        ("selection.json", "no selection.json: run `finercut search` first"),
     ],
 )
 def test_inspect_says_what_it_cannot_read(project, what, message):

@@ -387,6 +387,13 @@ def test_registering_alone_records_the_stages_and_takes_nothing_that_is_not_of_d
     Path("speed_up.txt").write_text(before)
 
 
+def test_a_repository_without_a_commit_says_what_to_do(toy):
+    shutil.rmtree(".git")
+    subprocess.run(["git", "init", "-q"], check=True)
+    with pytest.raises(RuntimeError, match="git has no commit here, .*: commit the project first"):
+        dag.revision()
+
+
 def test_outside_a_repository_the_flow_says_where_to_be(tmp_path, monkeypatch, mlflow_store):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", tmp_path)

@@ -239,6 +239,27 @@ def test_python_without_docstrings_is_one_line():
     assert "RuntimeError: PYTHONOPTIMIZE is 2, or python was started with -OO" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("PYTHONWARNINGS", "error", "PYTHONWARNINGS, or python -W, makes errors of warnings"),
+        ("PYTHONWARNINGS", "ignore,error::DeprecationWarning", "PYTHONWARNINGS, or python -W, makes errors"),
+        ("PYTHONWARNINGS", "ignore", None),
+        ("MLFLOW_LOGGING_LEVEL", "rubbish", "MLFLOW_LOGGING_LEVEL is rubbish, and levels are CRITICAL"),
+        ("PREFECT_LOGGING_LEVEL", "loud", "PREFECT_LOGGING_LEVEL is loud, and levels are"),
+        ("VLLM_LOGGING_LEVEL", "rubbish", "VLLM_LOGGING_LEVEL is rubbish, and levels are"),
+        ("VLLM_LOGGING_LEVEL", "debug", None),
+        ("VLLM_LOGGING_CONFIG_PATH", "/nope", "VLLM_LOGGING_CONFIG_PATH is /nope, where no file is"),
+    ],
+)
+def test_what_libraries_would_refuse_without_naming_it_is_named(name, value, said):
+    code = "import finercut.system.machine as m; m.prepare()"
+    environment = os.environ | {name: value}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == (said is not None), done.stderr
+    assert said is None or f"RuntimeError: {said}" in done.stderr
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
 @pytest.mark.parametrize("home", ["/nonexistent", "/", None, "", "within a folder of another user"])
 def test_a_user_without_a_name_and_a_home_gets_both(home, tmp_path):

@@ -169,10 +169,8 @@ def test_whoever_may_not_change_the_registered_model_learns_it_before_a_run_is_o
         mlflow.set_tracking_uri(address)
         mlflow.MlflowClient().create_registered_model("tiny")
         reader = {"username": "reader", "password": "of the reader"}
-        as_admin = ("admin", "of the admin")
-        requests.post(
-            f"{address}/api/2.0/mlflow/users/create", json=reader, auth=as_admin, timeout=60
-        ).raise_for_status()
+        admin = ("admin", "of the admin")
+        requests.post(f"{address}/api/2.0/mlflow/users/create", json=reader, auth=admin, timeout=60).raise_for_status()
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "of the reader")
         with pytest.raises(RuntimeError, match=r"^cannot register tiny in MLflow at .*Permission denied"):

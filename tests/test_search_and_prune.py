@@ -25,7 +25,7 @@ from finercut.selection.trajectory import read_trajectory
 from finercut.sources.records import FetchReport
 from finercut.sublayers import parse
 from finercut.tokens import Tokens, write_tokens
-from pipelines import params, paths, prune, search, search_job, search_methods, stability, steps
+from pipelines import inspection, params, paths, prune, search, search_job, search_methods, stability, steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +69,14 @@ def project(tmp_path, monkeypatch, tiny_model, tokens):
         max_position_embeddings=256,
     ).write(paths.report("fetch"))
     return tmp_path
+
+
+def test_a_selection_is_told_as_its_trajectory_is(project):
+    search.run(settings())
+    selected = inspection.describe(str(paths.SELECTION)).splitlines()
+    assert selected[0] == "method: greedy"
+    n_removals = len(Selection.read(paths.SELECTION).removals)
+    assert selected[-n_removals:] == inspection.describe(str(paths.TRAJECTORY)).splitlines()[-n_removals:]
 
 
 def test_the_reports_say_what_the_trajectory_holds(project):

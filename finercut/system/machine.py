@@ -49,6 +49,11 @@ def prepare() -> None:
             "PYTHONOPTIMIZE is 2, or python was started with -OO, which takes away the docstrings that transformers "
             "reads: unset it, or set it to 1"
         )
+    if any(option.startswith("error") for option in sys.warnoptions):
+        raise RuntimeError(
+            "PYTHONWARNINGS, or python -W, makes errors of warnings, and libraries here warn each other: unset it"
+        )
+    _check_logging()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's own is not known to the library here
     _keep_loopback_direct()
     _settle_temporary_folder()
@@ -81,6 +86,17 @@ def interpreter() -> str:
     if not program.is_relative_to(environment):
         return str(program)
     return str(plain_path(environment) / program.relative_to(environment))
+
+
+def _check_logging() -> None:
+    """Each library takes its own when it is imported, and does not say whose it was."""
+    levels = logging.getLevelNamesMapping()
+    for name in ("MLFLOW_LOGGING_LEVEL", "PREFECT_LOGGING_LEVEL", "VLLM_LOGGING_LEVEL"):
+        if (given := os.environ.get(name)) and given.upper() not in levels:
+            raise RuntimeError(f"{name} is {given}, and levels are {', '.join(levels)}: set one of them, or unset it")
+    settings = os.environ.get("VLLM_LOGGING_CONFIG_PATH")
+    if settings and not Path(settings).is_file():
+        raise RuntimeError(f"VLLM_LOGGING_CONFIG_PATH is {settings}, where no file is: name one, or unset it")
 
 
 def _keep_loopback_direct() -> None:
