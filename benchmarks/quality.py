@@ -116,6 +116,7 @@ HEALING: dict[str, dict[str, Any]] = {
         "device": "auto",
     },
 }
+HEALING["refit and distill"] = HEALING["distill"] | {k: HEALING["refit"][k] for k in ("ridges", "fractions")}
 N_CONTINUATIONS, N_PROMPT, N_WRITTEN = 16, 32, 64
 
 
@@ -230,7 +231,7 @@ class _Workspace:
             key = f"{method} {share:g} {healing}"
             if key in self.done():
                 continue
-            heal = HEALING[healing] | ({"tokens": self.arguments.tokens} if healing == "distill" else {})
+            heal = HEALING[healing] | ({"tokens": self.arguments.tokens} if "distill" in healing else {})
             changes = {"search": search, "prune": {"budget": budget}, "heal": heal}
             self._share_inputs(where, method)
             seconds = self._stages(where, {"search": paths.SELECTION, "prune": paths.PRUNED}, changes)

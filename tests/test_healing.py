@@ -431,6 +431,47 @@ def test_a_reconstruction_whose_loss_is_no_number_is_one_error(run, tmp_path):
     assert list((tmp_path / "healed").iterdir()) == []
 
 
+STARTING_FROM_REFIT = {"ridges": [0.01, 0.1, 1.0], "fractions": [0.5, 1.0]}
+
+
+def test_distillation_can_start_from_a_refit(run, tokens_to_heal, caplog):
+    caplog.set_level(logging.INFO, "finercut")
+    by_refit, refitted, _ = run(refitting(batch_tokens=4 * N), name="refitted")
+    caplog.clear()
+    report, trained, _ = run(distilling(learning_rate=1e-4, **STARTING_FROM_REFIT), name="trained")
+    assert f"heal: before, held-out divergence {by_refit.divergence_after:.4f}" in caplog.text
+    assert report.divergence_after < by_refit.divergence_after
+    n_fitted = tokens_to_heal.healing.numel()
+    assert n_fitted < report.n_tokens <= n_fitted + 16 * 4 * N
+    # What a training that finds nothing better leaves is the refit.
+    untrained, same, _ = run(distilling(learning_rate=0.1, **STARTING_FROM_REFIT), name="untrained")
+    assert same.weights_sha256 == refitted.weights_sha256 != trained.weights_sha256
+    assert untrained.n_tokens == n_fitted
+
+
+def test_an_interrupted_training_does_not_fit_its_start_again(run, monkeypatch):
+    _, straight, _ = run(distilling(**STARTING_FROM_REFIT))
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "_trainer", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(distilling(**STARTING_FROM_REFIT), name="killed")
+    monkeypatch.setattr(refit.ClosedForm, "__call__", lambda *_: pytest.fail("fitted again"))
+    _, resumed, _ = run(distilling(**STARTING_FROM_REFIT), name="resumed")
+    assert resumed.weights_sha256 == straight.weights_sha256
+
+
+@pytest.mark.parametrize("what", ["lora", "one window"])
+def test_where_nothing_can_be_refitted_training_starts_from_the_pruned_model(run, tokens_to_heal, what, caplog):
+    caplog.set_level(logging.INFO, "finercut")
+    lora = {"trainable": "lora", "learning_rate": 5e-3} if what == "lora" else {}
+    tokens = tokens_to_heal if lora else dataclasses.replace(tokens_to_heal, healing=tokens_to_heal.healing[:1])
+    with_ridges, healed, _ = run(distilling(**lora, **STARTING_FROM_REFIT), tokens=tokens)
+    assert "nothing is refitted first" in caplog.text
+    without, same, _ = run(distilling(**lora), name="without", tokens=tokens)
+    assert healed.weights_sha256 == same.weights_sha256
+    assert with_ridges.n_tokens == without.n_tokens
+
+
 @pytest.mark.parametrize("settings", [refitting(), reconstructing()], ids=["refit", "reconstruct"])
 def test_an_interrupted_fit_continues_to_the_same_bytes(run, tmp_path, monkeypatch, settings):
     _, straight, told = run(settings)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from finercut.healing.fidelity import Fidelity, fidelity, logits_of
-from finercut.healing.settings import Reconstruct, Refit
+from finercut.healing.settings import Distill, Reconstruct, Refit
 from finercut.healing.task import Task, one_device
 from finercut.model.devices import dtype_of
 from finercut.model.directory import quiet
@@ -25,7 +25,7 @@ from finercut.system.staging import staged_file
 logger = logging.getLogger("finercut")
 
 
-def heal(task: Task, settings: Refit | Reconstruct, method: Callable[[Depth], Fit]) -> dict[str, Tensor]:
+def heal(task: Task, settings: Refit | Reconstruct | Distill, method: Callable[[Depth], Fit]) -> dict[str, Tensor]:
     """Fit the kept sublayers, continuing where an interrupted run of the same inputs and settings stopped.
 
     Args:

@@ -1,7 +1,7 @@
 """Healing by distillation: the whole model teaches the pruned one, by transformers' Trainer.
 
-The loss is KL(whole || pruned) plus a share of the cross-entropy with the text. Held-out divergence decides when to
-stop and which state is taken.
+Training starts from a refit. The loss is KL(whole || pruned) plus a share of the cross-entropy with the text. Held-out
+divergence decides when to stop and which state is taken.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from tqdm import tqdm
 from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from finercut.healing import along_depth
 from finercut.healing.fidelity import Logits, fidelity, logits_of
 from finercut.healing.schedule import order, rate
 from finercut.healing.settings import Distill
@@ -33,6 +35,8 @@ from finercut.model.directory import quiet
 from finercut.model.families import Layout, layout_of
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.modeling_finercut import branch_of, bypass
+from finercut.selection import refit
+from finercut.system.staging import staged_file
 
 logger = logging.getLogger("finercut")
 
@@ -41,6 +45,7 @@ LOGITS_AT_ONCE = 1 << 26
 # What lora's update is multiplied by.
 LORA_SCALE = 2
 STATE = "trainer_state.json"
+START = "start.safetensors"
 # Matrices whose weights kernels of state space models take without calling the module: peft adapts none of them.
 _BY_KERNELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _NOT_CALLED = {"conv1d", "out_proj"}
@@ -57,16 +62,37 @@ def heal(task: Task, settings: Distill) -> Healed:
     device = one_device(settings.device)
     dtype = dtype_of(settings.dtype, device)
     with quiet():
+        folder = task.folder(settings, dtype, device)
+        start = _refitted(task, settings, folder)
         pair = (_lora if settings.trainable == "lora" else _blocks)(task, settings, device, dtype)
+        for name, value in start.items():
+            parameter = pair.student.get_parameter(name)
+            parameter.data = value.to(parameter, copy=True)
         before = fidelity(pair.teacher, logits_of(pair.student), task.held_out.to(device), task.held_out_sources)
         logger.info("heal: before, held-out divergence %.4f, perplexity %.2f", before.divergence, before.perplexity)
-        folder = task.folder(settings, dtype, device)
         trainer = _trainer(task, settings, pair, before.divergence, device, dtype, folder)
+        n_fitted = task.windows.numel() if start else 0
         trainer.train(resume_from_checkpoint=_last(folder))
         shutil.rmtree(folder, ignore_errors=True)
     if not trainer.state.best_metric < before.divergence:
-        return Healed({}, 0)
-    return Healed(pair.parameters(), trainer.state.best_global_step * trainer.tokens_per_step)
+        return Healed(start, n_fitted)
+    return Healed(pair.parameters(), n_fitted + trainer.state.best_global_step * trainer.tokens_per_step)
+
+
+def _refitted(task: Task, settings: Distill, folder: Path) -> dict[str, Tensor]:
+    """The values that training starts from, of an interrupted run where there is one; none without a refit."""
+    file, layout = folder / START, Layout.from_dict(task.pruned.settings["finercut"]["layout"])
+    if file.is_file():
+        return load_file(file)
+    if not settings.ridges:
+        return {}
+    if settings.trainable == "lora" or len(task.windows) < 2 or not refit.fits(layout, task.whole.config):
+        logger.info("heal: nothing is refitted first, which takes blocks to train, in sequence, and two windows")
+        return {}
+    found = along_depth.heal(task, settings, lambda depth: refit.ClosedForm(depth, settings.ridges))
+    with staged_file(file) as partial:
+        save_file({name: value.contiguous() for name, value in found.items()}, partial)
+    return found
 
 
 @dataclass(frozen=True)

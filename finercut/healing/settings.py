@@ -96,6 +96,11 @@ class Distill(_InSteps):
     at the end; one model in memory. Embeddings, final norm and head stay as they are."""
     lora_rank: PositiveInt
     """Rank of the updates; with trainable: lora only."""
+    ridges: list[PositiveFloat] = Field([])
+    """Of a refit, in closed form, that training starts from; empty: from the pruned model's weights, as with lora and
+    where blocks are not an attention followed by an MLP."""
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0], min_length=1)
+    """Candidates for how much of the refit's change is applied; chosen on held-out tokens."""
     tokens: PositiveInt
     """Tokens to train on; the windows are repeated where there are fewer."""
     minutes: PositiveFloat | None

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finercut.model.families import Layout, layout_of
 from finercut.selection.blocks import Unit
 from finercut.selection.depth import LEAST_GAIN, Depth, Fitted, Place
+from finercut.selection.depth import check as check_depth
 from finercut.sublayers import Sublayer
 
 logger = logging.getLogger("finercut")
@@ -34,6 +35,16 @@ LEAST_DIAGONAL = 1e-4
 NORM_TOLERANCE = 0.05
 # Fewer tokens than this many times a projection's inputs are warned of.
 TOKENS_PER_INPUT = 4
+
+
+def fits(layout: Layout, config: PreTrainedConfig) -> bool:
+    """Whether sublayers of such a model can be fitted one after the other."""
+    try:
+        check(layout, config.model_type)
+        check_depth(config)
+    except ValueError:
+        return False
+    return True
 
 
 def check(layout: Layout, model_type: str) -> None:
