@@ -56,6 +56,7 @@ PROGRESS = re.compile(r"\w+: (?:step )?(\d+)/(\d+)\b")
 UNTOLD = (httpx.HTTPError, PrefectException, RuntimeError)
 # DVC's advice after every stage, which is for people who run it by hand.
 DVC_HINTS = ("To track the changes", "git add dvc.lock", "To enable auto staging", "dvc config core", "Use `dvc push`")
+DVC_SUPPORT = "Having any troubles?"  # after an error that DVC did not expect
 
 
 @flow(name="finercut")
@@ -348,7 +349,8 @@ def _environment(mlflow_run: runs.Run) -> dict[str, str]:
 
 def _reason(lines: list[str]) -> str:
     """The stage's own last line; DVC's, which only say that it failed, if there is none."""
-    told = [line for line in lines if not line.startswith(("ERROR: failed to reproduce", "> ", "Running stage"))]
+    others = ("ERROR: failed to reproduce", "> ", "Running stage", DVC_SUPPORT)
+    told = [line for line in lines if not line.startswith(others)]
     last = (told or lines or ["no output"])[-1]
     return last.removeprefix("ERROR: ")
 

@@ -23,6 +23,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from toy import ROOT, STAGES, make_toy, write
 
+from finercut.registry import versions
 from finercut.registry.ledger import Ledger
 from finercut.registry.records import RegisterReport
 from finercut.sources import revisions
@@ -371,6 +372,15 @@ def test_ctrl_c_in_a_terminal_is_recorded_by_the_server_that_prefect_started(toy
     assert "unexpected" not in said
     (run,) = runs(toy["flow"]["experiment"])
     assert run.info.status == "KILLED"
+
+
+def test_a_version_whose_files_are_lost_is_made_anew(executed):
+    _, first = executed
+    client = mlflow.MlflowClient()
+    version = client.get_model_version(first.name, first.version)
+    versions.stored(client, version).delete()
+    second = register.run(load())
+    assert (second.status, second.version) == ("registered", "2")
 
 
 def test_registering_alone_records_the_stages_and_takes_nothing_that_is_not_of_dvc_lock(executed):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ from finercut.registry import runs, served_model, server, versions
 from finercut.registry.versions import Registered
 from finercut.sublayers import Sublayer
 from pipelines import inspection
+
+CONTACTS = [lambda: runs.open_run("tests", {}, {}, "tiny"), lambda: versions.connect("tiny")]
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ def test_an_unreachable_server_is_one_line_within_seconds_and_without_credential
 
 
 @pytest.mark.parametrize("content", [None, b"no database at all" * 100])
-@pytest.mark.parametrize("contact", [lambda: runs.open_run("tests", {}, {}, "tiny"), lambda: versions.connect("tiny")])
+@pytest.mark.parametrize("contact", CONTACTS)
 def test_a_file_that_is_no_database_is_one_line_within_seconds(content, contact, tmp_path, monkeypatch, caplog):
     file = tmp_path / "mlflow.db"
     file.mkdir() if content is None else file.write_bytes(content)
@@ -143,10 +146,10 @@ def test_a_registry_elsewhere_is_refused_before_a_run_is_opened(monkeypatch):
 
 def test_a_prompt_of_the_models_name_is_refused_before_a_run_is_opened(mlflow_store):
     client = mlflow.MlflowClient()
-    client.create_prompt("tiny")
-    with pytest.raises(RuntimeError, match=r"^cannot register tiny in MLflow at .*: a prompt has this name: choose"):
-        runs.open_run("tests", {}, {}, "tiny")
-    assert client.get_experiment_by_name("tests") is None or not mlflow.search_runs(experiment_names=["tests"]).size
+    client.create_prompt("asked")
+    with pytest.raises(RuntimeError, match=r"^cannot register asked in MLflow at .*: a prompt has this name: choose"):
+        runs.open_run("asks", {}, {}, "asked")
+    assert not mlflow.search_runs(experiment_names=["asks"]).size
 
 
 def test_whoever_may_not_change_the_registered_model_learns_it_before_a_run_is_opened(tmp_path, monkeypatch):
@@ -177,6 +180,46 @@ def test_whoever_may_not_change_the_registered_model_learns_it_before_a_run_is_o
             runs.open_run("tests", {}, {}, "tiny")
         assert not mlflow.search_runs(experiment_names=["tests"]).size
         assert runs.open_run("tests", {}, {}, "readers_own").run_id
+
+
+@pytest.fixture
+def own_store(tmp_path, monkeypatch):
+    """A project whose store is its own folder's."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    opened = runs.open_run("tests", {}, {}, "tiny")
+    opened.client.create_registered_model("tiny")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow set it
+    yield project
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.mark.parametrize("contact", CONTACTS)
+def test_a_copy_of_a_project_does_not_touch_the_files_of_the_first(own_store, tmp_path, monkeypatch, contact):
+    monkeypatch.chdir(shutil.copytree(own_store, tmp_path / "copy"))
+    with pytest.raises(
+        RuntimeError, match=rf"^mlflow.db is of the project at {own_store}, .*; in a copy, delete mlflo"
+    ):
+        contact()
+
+
+@pytest.mark.parametrize("contact", CONTACTS)
+def test_a_project_that_was_moved_says_how_its_files_are_found_again(own_store, tmp_path, monkeypatch, contact):
+    moved = own_store.rename(tmp_path / "moved")
+    monkeypatch.chdir(moved)
+    with pytest.raises(RuntimeError, match=rf"after a move, `ln -s {moved} {own_store}`"):
+        contact()
+    own_store.symlink_to(moved)
+    contact()
+
+
+def test_what_the_database_said_is_told_and_not_sqlalchemys_advice(own_store):
+    with sqlite3.connect("mlflow.db") as database:
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON runs BEGIN SELECT RAISE(ABORT, 'no more runs'); END")
+    with pytest.raises(RuntimeError, match="cannot open a run in MLflow at sqlite:.*no more runs"):
+        runs.open_run("tests", {}, {}, "tiny")
 
 
 def test_a_deleted_experiment_is_refused_with_the_way_to_restore_it(mlflow_store):

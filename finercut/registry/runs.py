@@ -27,6 +27,7 @@ from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_TAG_VAL_LENGTH
 
 import finercut
 from finercut.registry.server import (
+    check_place,
     check_registry,
     impatient,
     mlflow_errors,
@@ -148,6 +149,7 @@ def open_run(
     with mlflow_errors("open a run"), impatient():
         reach_database()
         client = MlflowClient()
+        check_place(client)
         experiment_id = _experiment_id(client, experiment, shown)
         # Registration, hours later, needs both.
         with mlflow_errors("find logged models, which MLflow has since 3.0,"):

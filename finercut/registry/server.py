@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import local_file_uri_to_path
 from requests import RequestException
 from sqlalchemy import create_engine, inspect, make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,6 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from finercut.system.redaction import redacted
 
 _CREDENTIALS = re.compile(r"//[^/?#\s]*@")
+# Stores that were taken for want of an address; MLflow puts the one it is given where a user's would be.
+_own: set[str] = set()
 
 
 def tracking_uri() -> str:
@@ -46,7 +51,10 @@ def tracking_uri() -> str:
             f"MLflow keeps no runs in a folder with {bad[0]} in its path, as {here}: rename it, or set "
             "MLFLOW_TRACKING_URI to a server's address"
         )
-    return given or f"sqlite:///{here / 'mlflow.db'}"
+    if given:
+        return given
+    _own.add(own := f"sqlite:///{here / 'mlflow.db'}")
+    return own
 
 
 def without_credentials(uri: str) -> str:
@@ -65,7 +73,9 @@ def mlflow_errors(doing: str) -> Iterator[None]:
     except (MlflowException, RequestException, SQLAlchemyError, ImportError, *_object_store_errors()) as error:
         uri = tracking_uri()
         shown = without_credentials(uri)
-        lines = [line.strip(" #") for line in str(error).splitlines()]
+        # SQLAlchemy may put advice for programmers before what the database said.
+        told = getattr(error.__cause__, "orig", None) or getattr(error, "orig", None) or error
+        lines = [line.strip(" #") for line in str(told).splitlines()]
         first, *others = list(filter(None, lines)) or ["no reason given"]
         if first.endswith(":") and others:  # the reason is what follows
             first = f"{first} {others[0]}"
@@ -93,6 +103,26 @@ def check_registry() -> None:
             f"MLFLOW_REGISTRY_URI is {without_credentials(given)}, another server than MLFLOW_TRACKING_URI, which has "
             "the files that versions are made from: unset it"
         )
+
+
+def check_place(client: MlflowClient) -> None:
+    """
+    Raises:
+        RuntimeError: the store is this folder's own and was made in another: the project was moved or copied, and the
+            files would be those of the other.
+    """
+    if tracking_uri() not in _own:
+        return
+    here = Path.cwd()
+    for experiment in client.search_experiments(view_type=ViewType.ALL):
+        if not experiment.artifact_location.startswith("file:"):
+            continue
+        files = Path(local_file_uri_to_path(experiment.artifact_location))
+        if files.name == "mlruns" and files.resolve() != (here / "mlruns").resolve():
+            raise RuntimeError(
+                f"mlflow.db is of the project at {files.parent}, and looks for its runs' and versions' files there: "
+                f"after a move, `ln -s {here} {files.parent}`; in a copy, delete mlflow.db and mlruns"
+            )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import tempfile
@@ -22,7 +23,9 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from finercut.registry.runs import Run
-from finercut.registry.server import impatient, mlflow_errors, reach_database, tracking_uri
+from finercut.registry.server import check_place, impatient, mlflow_errors, reach_database, tracking_uri
+
+logger = logging.getLogger("finercut")
 
 CHALLENGER = "challenger"
 CHECKPOINT = "checkpoint"
@@ -71,6 +74,7 @@ def connect(name: str, *, must_exist: bool = True) -> MlflowClient:
     with mlflow_errors(f"find {name}"), impatient():
         reach_database()
         client = MlflowClient()
+        check_place(client)
         if must_exist:
             client.get_registered_model(name)
         else:
@@ -193,13 +197,15 @@ class Registered:
 def find_version(run: Run, name: str, pruned_md5: str, collected: Collection[str] = ()) -> Registered | None:
     """The newest version of `name` that holds exactly this checkpoint.
 
-    A version of `collected` holds none any more, nor does one whose logged model was deleted.
+    A version of `collected` holds none any more, nor does one whose logged model was deleted, or its files.
     """
     for found in every(run.client, name):
         if found.tags.get(PRUNED_MD5) != pruned_md5 or str(found.version) in collected:
             continue
-        if _logged_model(found) is None or stored(run.client, found) is not None:
+        files = stored(run.client, found)
+        if _logged_model(found) is None or (files is not None and files.n_bytes()):
             return Registered(str(found.version), f"models:/{name}/{found.version}")
+        logger.warning("%s version %s has lost its files: it is made anew", name, found.version)
     return None
 
 

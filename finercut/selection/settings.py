@@ -112,7 +112,7 @@ class Search(Section):
     also when a t-test on part of the calibration set says that they are behind."""
     error_probability: Share
     """Racing: the chance, at most, that the test drops the right candidate, in each step."""
-    micro_batch_tokens: PositiveInt | Literal["auto"]
+    micro_batch_tokens: Annotated[int, Field(ge=1, lt=2**31)] | Literal["auto"]
     """Tokens that go through a sublayer at once; auto: what fits the caches of a CPU, the free memory of a GPU."""
     per: CostName | None = None
     """greedy: remove the candidate that raises the divergence least per unit of what it saves of this cost. null: the
