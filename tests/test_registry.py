@@ -160,9 +160,10 @@ def test_whoever_may_not_change_the_registered_model_learns_it_before_a_run_is_o
     )
     monkeypatch.setenv("MLFLOW_AUTH_CONFIG_PATH", str(settings))
     monkeypatch.setenv("MLFLOW_FLASK_SERVER_SECRET_KEY", "a secret")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # a busy machine is not what is tested
     address, database = f"http://127.0.0.1:{port}", f"sqlite:///{tmp_path}/mlflow.db"
     command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--port", str(port)]
-    command += ["--backend-store-uri", database, "--artifacts-destination", str(tmp_path / "artifacts")]
+    command += ["--workers", "1", "--backend-store-uri", database, "--artifacts-destination", str(tmp_path / "files")]
     with servers.running(command, tmp_path / "server.log", servers.answers(f"{address}/health")):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         with pytest.raises(RuntimeError, match=r"error code 401.*; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"):
@@ -220,6 +221,18 @@ def test_what_the_database_said_is_told_and_not_sqlalchemys_advice(own_store):
         database.execute("CREATE TRIGGER full BEFORE INSERT ON runs BEGIN SELECT RAISE(ABORT, 'no more runs'); END")
     with pytest.raises(RuntimeError, match="cannot open a run in MLflow at sqlite:.*no more runs"):
         runs.open_run("tests", {}, {}, "tiny")
+
+
+def test_two_executions_that_begin_at_once_share_a_new_experiment(mlflow_store, monkeypatch):
+    first, found = runs.open_run("at once", {}, {}, "tiny"), mlflow.MlflowClient.get_experiment_by_name
+    calls = []
+
+    def lookup(client, name):
+        calls.append(name)
+        return None if len(calls) == 1 else found(client, name)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", lookup)
+    assert runs.open_run("at once", {}, {}, "tiny").experiment_id == first.experiment_id
 
 
 def test_a_deleted_experiment_is_refused_with_the_way_to_restore_it(mlflow_store):

@@ -207,7 +207,12 @@ def _experiment_id(client: MlflowClient, name: str, shown_uri: str) -> str:
         served = urlsplit(tracking_uri()).scheme in ("http", "https", "databricks")
         # Without a server MLflow would take a folder relative to whichever directory a later reader is in.
         location = None if served else Path("mlruns").absolute().as_uri()
-        return client.create_experiment(name, location, tags=EXPERIMENT_KIND)
+        try:
+            return client.create_experiment(name, location, tags=EXPERIMENT_KIND)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another execution made it meanwhile
     if found.lifecycle_stage != "active":
         raise RuntimeError(
             f"the MLflow experiment {name!r} at {shown_uri} is deleted; restore it with "
