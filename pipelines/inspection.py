@@ -75,7 +75,7 @@ def _selection(path: Path) -> str:
         (n, c.candidate, *("-" if d is None else f"{d:.5f}" for d in (c.divergence, c.held_out_divergence)))
         for n, c in enumerate(found.removals, 1)
     ]
-    return "\n".join([f"method: {found.method}", *origin, *(_row(*row) for row in [_HEADER, *shown])])
+    return _listed([f"method: {found.method}", *origin], shown)
 
 
 def _trajectory(path: Path) -> str:
@@ -84,11 +84,9 @@ def _trajectory(path: Path) -> str:
     found = read_trajectory(path)
     origin = [f"{name}: {value}" for name, value in found.provenance.model_dump().items()]
     steps = [(r.step, r.sublayer, f"{r.divergence:.5f}", f"{r.held_out_divergence:.5f}") for r in found.removals]
-    return "\n".join([*origin, *(_row(*row) for row in [_HEADER, *steps])])
+    return _listed(origin, steps)
 
 
-_HEADER = ("step", "removed", "divergence", "held-out")
-
-
-def _row(step: object, removed: str, divergence: str, held_out: str) -> str:
-    return f"{step:>4}  {removed:<14}{divergence:>12}{held_out:>12}"
+def _listed(origin: list[str], removals: list[tuple[int, str, str, str]]) -> str:
+    rows = [("step", "removed", "divergence", "held-out"), *removals]
+    return "\n".join([*origin, *(f"{step:>4}  {name:<14}{one:>12}{other:>12}" for step, name, one, other in rows)])
