@@ -12,7 +12,7 @@ from family_models import CASES, random_model
 from healing_settings import N, reconstructing
 
 from finercut.healing import reconstruct
-from finercut.healing.fidelity import fidelity, logits_of
+from finercut.healing.fidelity import HeldOut, logits_of
 from finercut.model.loading import load_whole
 from finercut.model.masking import masked
 from finercut.selection import depth, refit
@@ -155,14 +155,14 @@ FITTED = {
 def test_every_kind_of_family_has_something_to_fit_and_gains_by_it(case):
     model_type, changes = CASES[case]
     removed = [Sublayer(1, "attention"), Sublayer(2, "mlp")]
-    batch, held_out = few_tokens(32, 3), few_tokens(4, 4)
+    batch, held_out = few_tokens(32, 3), HeldOut(few_tokens(4, 4))
     whole, fitted = (random_model(model_type, **changes) for _ in range(2))
     with masked(fitted, removed):
-        before = fidelity(logits_of(whole), logits_of(fitted), held_out)
+        before = held_out.fidelity(logits_of(whole), logits_of(fitted), whole.device)
     found = fit(fitted, batch, removed)
     assert any(FITTED[case] in name for name in found)
     with masked(fitted, removed):
-        after = fidelity(logits_of(whole), logits_of(fitted), held_out)
+        after = held_out.fidelity(logits_of(whole), logits_of(fitted), whole.device)
     assert after.divergence < before.divergence
 
 
@@ -239,16 +239,16 @@ def test_only_sublayers_beside_a_gap_are_trained_on_request(tiny_model):
 def test_parallel_blocks_and_experts_are_reconstructed(case, trained):
     model_type, changes = CASES[case]
     removed = [Sublayer(1, "attention"), Sublayer(2, "mlp")]
-    batch, held_out = few_tokens(32, 3), few_tokens(4, 4)
+    batch, held_out = few_tokens(32, 3), HeldOut(few_tokens(4, 4))
     whole, fitted = (random_model(model_type, **changes) for _ in range(2))
     stored = {name: p.detach().bfloat16() for name, p in fitted.named_parameters()}
     with masked(fitted, removed):
-        before = fidelity(logits_of(whole), logits_of(fitted), held_out)
+        before = held_out.fidelity(logits_of(whole), logits_of(fitted), whole.device)
     found = reconstructed(fitted, batch, removed, stored.get)
     assert any(trained in name for name in found)
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     assert all(torch.equal(fitted.get_parameter(name), value.float()) for name, value in found.items())
     assert not any(p.requires_grad for p in fitted.parameters() if p.grad is not None)
     with masked(fitted, removed):
-        after = fidelity(logits_of(whole), logits_of(fitted), held_out)
+        after = held_out.fidelity(logits_of(whole), logits_of(fitted), whole.device)
     assert after.divergence < 0.95 * before.divergence

@@ -21,7 +21,7 @@ from finercut.checkpoint.settings import Heal
 from finercut.checkpoint.steps import Inputs, Proof
 from finercut.checkpoint.writing import differing_tensors, write_pruned
 from finercut.healing import distill, schedule
-from finercut.healing.fidelity import compare, fidelity, logits_of
+from finercut.healing.fidelity import HeldOut, compare, logits_of
 from finercut.healing.task import Task
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import LAYOUT_KEY
@@ -98,11 +98,15 @@ def test_fidelity_is_the_mean_js_over_sources_and_the_perplexity_of_the_text(tin
     with torch.no_grad():
         of_windows = js(whole(held_out).logits, other(held_out).logits).mean(-1)
         surprise = other(held_out, labels=held_out).loss.item()
-    found = fidelity(logits_of(whole), logits_of(other), held_out, tokens_to_heal.sources_of("held_out"))
+    models = logits_of(whole), logits_of(other), CPU
+    found = HeldOut(held_out, tokens_to_heal.sources_of("held_out")).fidelity(*models)
     assert found.divergence == pytest.approx(((of_windows[:3].mean() + of_windows[3]) / 2).item(), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(surprise), rel=1e-5)
-    of_one_source = fidelity(logits_of(whole), logits_of(other), held_out)
-    assert of_one_source.divergence == pytest.approx(of_windows.mean().item(), rel=1e-5)
+    of_one_source = HeldOut(held_out)
+    for _ in range(2):  # the second time without the whole model
+        divergence = of_one_source.fidelity(*models).divergence
+        assert divergence == pytest.approx(of_windows.mean().item(), rel=1e-5)
+        models = lambda _: pytest.fail("computed once more"), *models[1:]
 
 
 @pytest.mark.parametrize("method", [distilling, refitting])
@@ -384,7 +388,7 @@ def test_lora_trains_what_peft_can_of_a_state_space_model(tmp_path, tokens):
     (tmp_path / "pruned").mkdir()
     write_pruned(whole, [Sublayer(1, "attention")], tmp_path / "pruned", {}, "")
     # Judged by what it trains on, which any training lowers.
-    task = Task(whole, ModelDirectory(tmp_path / "pruned"), tokens[:4], tokens[:4], tmp_path, lambda *_: None)
+    task = Task(whole, ModelDirectory(tmp_path / "pruned"), tokens[:4], HeldOut(tokens[:4]), tmp_path, lambda *_: None)
     healed = distill.heal(task, distilling(trainable="lora", learning_rate=0.01))
     assert healed.parameters
     assert not any(name.endswith(("conv1d.weight", "out_proj.weight")) for name in healed.parameters)
@@ -398,7 +402,7 @@ def test_windows_that_would_judge_themselves_are_refused_before_a_model_is_loade
 
 
 def test_the_teacher_inside_lora_is_the_whole_model_before_and_after_training(tiny_model, pruned, tokens_to_heal):
-    task = distill.Task(ModelDirectory(tiny_model), pruned, None, tokens_to_heal.held_out, None, None)
+    task = distill.Task(ModelDirectory(tiny_model), pruned, None, HeldOut(tokens_to_heal.held_out), None, None)
     pair = distill._lora(task, distilling(trainable="lora", learning_rate=5e-3), CPU, torch.float32)
     whole, other = load_whole(tiny_model), load_pruned(pruned)
     batch = tokens_to_heal.held_out

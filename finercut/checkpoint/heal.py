@@ -21,7 +21,7 @@ from finercut.checkpoint.records import Claim, HealReport
 from finercut.checkpoint.settings import Heal
 from finercut.checkpoint.steps import Inputs, Proof, link_files
 from finercut.checkpoint.writing import differing_tensors, write_tuned
-from finercut.healing.fidelity import compare
+from finercut.healing.fidelity import HeldOut, compare
 from finercut.healing.task import Task, one_device
 from finercut.model.directory import ModelDirectory
 from finercut.tokens import Tokens
@@ -47,7 +47,7 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
     windows, sha256 = _windows(tokens)
     _check_disjoint(windows, tokens.held_out)
     sources = tokens.sources_of("held_out")
-    task = Task(whole, parent, windows, tokens.held_out, inputs.work, inputs.on_metrics, sources)
+    task = Task(whole, parent, windows, HeldOut(tokens.held_out, sources), inputs.work, inputs.on_metrics)
     healed = importlib.import_module(f"finercut.healing.{settings.method}").heal(task, settings)
     changed, candidates = [], [parent]
     if healed.parameters:

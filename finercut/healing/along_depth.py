@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from finercut.healing.fidelity import Fidelity, fidelity, logits_of
+from finercut.healing.fidelity import Fidelity, logits_of
 from finercut.healing.settings import Distill, Reconstruct, Refit
 from finercut.healing.task import Task, one_device
 from finercut.model.devices import dtype_of
@@ -82,12 +82,11 @@ def _keeping(fit: Fit, task: Task, folder: Path, bar: tqdm) -> Fit:
 def _best_fraction(
     task: Task, whole: PreTrainedModel, pruned: PreTrainedModel, fitted: dict[str, Tensor], fractions: Sequence[float]
 ) -> dict[str, Tensor]:
-    held_out = task.held_out.to(whole.device)
     own = {name: pruned.get_parameter(name).detach().cpu() for name in fitted}
     own |= {name: value for name in fitted if (value := task.stored(name)) is not None}
 
     def found_now() -> Fidelity:
-        return fidelity(logits_of(whole), logits_of(pruned), held_out, task.held_out_sources)
+        return task.held_out.fidelity(logits_of(whole), logits_of(pruned), whole.device)
 
     least, best = found_now().divergence, {}
     logger.info("heal: before, held-out divergence %.4f", least)

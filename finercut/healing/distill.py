@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCall
 from transformers.pytorch_utils import Conv1D
 
 from finercut.healing import along_depth
-from finercut.healing.fidelity import Logits, fidelity, logits_of
+from finercut.healing.fidelity import Logits, logits_of
 from finercut.healing.schedule import order, rate
 from finercut.healing.settings import Distill
 from finercut.healing.task import Healed, Task, one_device
@@ -68,7 +68,7 @@ def heal(task: Task, settings: Distill) -> Healed:
         for name, value in start.items():
             parameter = pair.student.get_parameter(name)
             parameter.data = value.to(parameter, copy=True)
-        before = fidelity(pair.teacher, logits_of(pair.student), task.held_out.to(device), task.held_out_sources)
+        before = task.held_out.fidelity(pair.teacher, logits_of(pair.student), device)
         logger.info("heal: before, held-out divergence %.4f, perplexity %.2f", before.divergence, before.perplexity)
         trainer = _trainer(task, settings, pair, before.divergence, device, dtype, folder)
         n_fitted = task.windows.numel() if start else 0
@@ -202,7 +202,6 @@ class _Trainer(Trainer):
         self.tokens_per_step = tokens_per_step
         self.clock = _Clock(settings.minutes)
         super().__init__(model=pair.student, callbacks=[self.clock], **options)
-        self.held_out = task.held_out.to(self.args.device)
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], *_: Any, **__: Any) -> Tensor:
         # Trainer has just switched dropout on; with it the pruned model could never be the whole one.
@@ -223,7 +222,7 @@ class _Trainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         self.model.eval()
-        found = fidelity(self.pair.teacher, logits_of(self.model), self.held_out, self.task.held_out_sources)
+        found = self.task.held_out.fidelity(self.pair.teacher, logits_of(self.model), self.args.device)
         metrics = {
             "eval_divergence": found.divergence,
             "eval_perplexity": found.perplexity,

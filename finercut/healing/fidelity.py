@@ -27,26 +27,42 @@ class Fidelity:
     """Of the model itself on the text, over all tokens; not of the whole model's predictions."""
 
 
-@torch.no_grad()
-def fidelity(whole: Logits, other: Logits, windows: Tensor, sources: Sequence[str] = ()) -> Fidelity:
-    """
-    Args:
-        windows: token ids, (samples, tokens), of at least two tokens.
-        sources: of each window; empty where all are from one.
+class HeldOut:
+    """Held-out windows, and what one whole model predicts there: it computes that once."""
 
-    Raises:
-        RuntimeError: logits that are not finite.
-    """
-    divergence = surprise = 0.0
-    weights = source_weights(sources or ("",) * len(windows))
-    for window, weight in zip(windows[:, None], weights, strict=True):
-        expected, found = whole(window)[0].float(), other(window)[0].float()
-        divergence += weight * js(expected, found).double().sum().item()
-        surprise += torch.nn.functional.cross_entropy(found[:-1], window[0, 1:], reduction="sum").item()
-    if not math.isfinite(divergence + surprise):
-        raise RuntimeError("the logits on held-out tokens are not finite")
-    n_samples, n_tokens = windows.shape
-    return Fidelity(divergence / windows.numel(), _exp(surprise / (n_samples * (n_tokens - 1))))
+    def __init__(self, windows: Tensor, sources: Sequence[str] = ()) -> None:
+        """
+        Args:
+            windows: token ids, (samples, tokens), of at least two tokens.
+            sources: of each window; empty where all are from one.
+        """
+        self.windows, self.sources = windows, tuple(sources)
+        self._expected: list[Tensor] = []
+        """The whole model's logits of each window, (tokens, vocab), in its dtype and in main memory."""
+
+    @torch.no_grad()
+    def fidelity(self, whole: Logits, other: Logits, device: torch.device) -> Fidelity:
+        """
+        Args:
+            whole: always the same model's, in the same dtype.
+            device: of both models.
+
+        Raises:
+            RuntimeError: logits that are not finite.
+        """
+        windows = self.windows.to(device)
+        if not self._expected:
+            self._expected = [whole(window)[0].cpu() for window in windows[:, None]]
+        divergence = surprise = 0.0
+        weights = source_weights(self.sources or ("",) * len(windows))
+        for window, expected, weight in zip(windows[:, None], self._expected, weights, strict=True):
+            found = other(window)[0].float()
+            divergence += weight * js(expected.to(device), found).double().sum().item()
+            surprise += torch.nn.functional.cross_entropy(found[:-1], window[0, 1:], reduction="sum").item()
+        if not math.isfinite(divergence + surprise):
+            raise RuntimeError("the logits on held-out tokens are not finite")
+        n_samples, n_tokens = windows.shape
+        return Fidelity(divergence / windows.numel(), _exp(surprise / (n_samples * (n_tokens - 1))))
 
 
 def logits_of(model: PreTrainedModel) -> Logits:
@@ -61,9 +77,9 @@ def compare(
     device: torch.device,
 ) -> list[Fidelity]:
     """Of each of some checkpoints, in float32; the whole model and one other are in memory at a time."""
-    windows = windows.to(device)
-    reference = logits_of(load(whole, torch.float32, device))
-    return [fidelity(reference, logits_of(load(other, torch.float32, device)), windows, sources) for other in pruned]
+    held_out, reference = HeldOut(windows, sources), logits_of(load(whole, torch.float32, device))
+    others = (logits_of(load(directory, torch.float32, device)) for directory in pruned)
+    return [held_out.fidelity(reference, other, device) for other in others]
 
 
 def _exp(nats: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 import finercut
+from finercut.healing.fidelity import HeldOut
 from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
 from finercut.system.settings import Section
@@ -30,13 +31,11 @@ class Task:
     pruned: ModelDirectory
     windows: Tensor
     """To fit or train on: token ids, (samples, tokens)."""
-    held_out: Tensor
-    """To choose by: token ids, (samples, tokens)."""
+    held_out: HeldOut
+    """To choose by."""
     work: Path
     """Folder for what an interrupted run continues from."""
     on_metrics: OnMetrics
-    held_out_sources: Sequence[str] = ()
-    """Of each held-out window; empty where all are from one."""
 
     def folder(self, settings: Section, dtype: torch.dtype, device: torch.device) -> Path:
         """For what an interrupted run continues from; the name says all that decides the result: no other run does."""
@@ -45,9 +44,9 @@ class Task:
         decides = {
             "settings": settings.model_dump(mode="json"),
             "models": [self.whole.weights_sha256, self.pruned.weights_sha256, self.pruned.settings],
-            "windows": [_sha256(w.numpy().tobytes()) for w in (self.windows, self.held_out)],
-            "sources": list(self.held_out_sources),
-            "shapes": [list(w.shape) for w in (self.windows, self.held_out)],
+            "windows": [_sha256(w.numpy().tobytes()) for w in (self.windows, self.held_out.windows)],
+            "sources": list(self.held_out.sources),
+            "shapes": [list(w.shape) for w in (self.windows, self.held_out.windows)],
             "computed": [str(dtype), device.type, torch.__version__, transformers.__version__, finercut.__version__],
             "code": _sha256(b"".join(code)),
         }
