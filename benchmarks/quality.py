@@ -118,6 +118,8 @@ HEALING: dict[str, dict[str, Any]] = {
 }
 HEALING["refit and distill"] = HEALING["distill"] | {k: HEALING["refit"][k] for k in ("ridges", "fractions")}
 N_CONTINUATIONS, N_PROMPT, N_WRITTEN = 16, 32, 64
+# Windows of one forward.
+N_AT_ONCE = 8
 
 
 def main() -> None:
@@ -350,11 +352,12 @@ class _Measure:
 def _against(
     whole: PreTrainedModel, model: PreTrainedModel, windows: Tensor, sources: Sequence[str]
 ) -> dict[str, float]:
-    divergence, agreement = [], []
-    for window in windows.to(model.device):
-        expected, found = (m(window[None]).logits[0].float() for m in (whole, model))
-        divergence.append(js(expected, found).mean().item())
-        agreement.append((expected.argmax(-1) == found.argmax(-1)).float().mean().item())
+    divergence: list[float] = []
+    agreement: list[float] = []
+    for batch in windows.to(model.device).split(N_AT_ONCE):
+        expected, found = (m(batch).logits.float() for m in (whole, model))
+        divergence += js(expected, found).mean(-1).tolist()
+        agreement += (expected.argmax(-1) == found.argmax(-1)).float().mean(-1).tolist()
     of_sources = by_source(divergence, sources).items()
     each = {f"divergence.{source}": statistics.fmean(found) for source, found in of_sources}
     mean = statistics.fmean(each.values() if each else divergence)

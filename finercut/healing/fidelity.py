@@ -15,6 +15,9 @@ from finercut.model.loading import load
 from finercut.selection.divergence import js
 from finercut.tokens import source_weights
 
+# Tokens of one forward: their logits take 1 GiB at a vocabulary of 262,144.
+TOKENS_AT_ONCE = 1024
+
 Logits = Callable[[Tensor], Tensor]
 """Token ids, (samples, tokens) -> logits, (samples, tokens, vocab)."""
 
@@ -38,7 +41,7 @@ class HeldOut:
         """
         self.windows, self.sources = windows, tuple(sources)
         self._expected: list[Tensor] = []
-        """The whole model's logits of each window, (tokens, vocab), in its dtype and in main memory."""
+        """The whole model's logits of each batch, (samples, tokens, vocab), in its dtype and in main memory."""
 
     @torch.no_grad()
     def fidelity(self, whole: Logits, other: Logits, device: torch.device) -> Fidelity:
@@ -50,19 +53,21 @@ class HeldOut:
         Raises:
             RuntimeError: logits that are not finite.
         """
-        windows = self.windows.to(device)
+        n_samples, n_tokens = self.windows.shape
+        n_at_once = max(1, TOKENS_AT_ONCE // n_tokens)
+        batches = self.windows.to(device).split(n_at_once)
         if not self._expected:
-            self._expected = [whole(window)[0].cpu() for window in windows[:, None]]
+            self._expected = [whole(batch).cpu() for batch in batches]
+        of_windows = torch.tensor(source_weights(self.sources or ("",) * n_samples), device=device)
         divergence = surprise = 0.0
-        weights = source_weights(self.sources or ("",) * len(windows))
-        for window, expected, weight in zip(windows[:, None], self._expected, weights, strict=True):
-            found = other(window)[0].float()
-            divergence += weight * js(expected.to(device), found).double().sum().item()
-            surprise += torch.nn.functional.cross_entropy(found[:-1], window[0, 1:], reduction="sum").item()
+        for batch, expected, weights in zip(batches, self._expected, of_windows.split(n_at_once), strict=True):
+            found = other(batch).float()
+            divergence += (weights[:, None] * js(expected.to(device), found)).double().sum().item()
+            predicted, target = found[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+            surprise += torch.nn.functional.cross_entropy(predicted, target, reduction="sum").item()
         if not math.isfinite(divergence + surprise):
             raise RuntimeError("the logits on held-out tokens are not finite")
-        n_samples, n_tokens = windows.shape
-        return Fidelity(divergence / windows.numel(), _exp(surprise / (n_samples * (n_tokens - 1))))
+        return Fidelity(divergence / self.windows.numel(), _exp(surprise / (n_samples * (n_tokens - 1))))
 
 
 def logits_of(model: PreTrainedModel) -> Logits:
