@@ -21,6 +21,8 @@ from kill_stages import CHEAP, ROOT, Trial, digest, kill_tree, kills, run, start
 REGISTRATION, REPRO, EXECUTION = "register", "dvc repro", "finercut run"
 FINERCUT = [sys.executable, "-m", "pipelines.cli"]
 DVC = [sys.executable, "-m", "dvc"]
+# What DVC's stages read of others that are not killed.
+MORE = ("environment", "costs")
 RESULTS = ("artifacts", "reports/evaluate.json", "reports/throughput.json", "reports/curve.csv", "dvc.lock")
 
 
@@ -181,8 +183,10 @@ def prepare_repro(base: Path, root: Path) -> None:
     for name in (".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, root)
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    toy.write(stages={name: stages[name] for name in CHEAP}, root=root)
+    toy.write(stages={name: stages[name] for name in (*MORE, *CHEAP)}, root=root)
     toy.commit(root)
+    for stage in MORE:
+        subprocess.run([*FINERCUT, stage], cwd=root, check=True, env=_environment(root))
     subprocess.run([*DVC, "commit", "--force", "--quiet"], cwd=root, check=True, env=_environment(root))
     settings = yaml.safe_load((root / "params.yaml").read_text())
     settings["search"] |= {"per": None, "fill": False, "removals": 5}
