@@ -59,10 +59,10 @@ logger = logging.getLogger("finercut")
 ROOT = Path(__file__).resolve().parents[1]
 
 OURS = {
-    "greedy": {"per": None},
-    "greedy per parameter": {"per": "parameters", "fill": True},
+    "greedy": {"per": None, "candidates": "both"},
+    "greedy per parameter": {"per": "parameters", "fill": True, "candidates": "both"},
     "blocks too per parameter": {"per": "parameters", "fill": True, "candidates": "any"},
-    "swaps per parameter": {"per": "parameters", "fill": True, "swaps": 1},
+    "swaps per parameter": {"per": "parameters", "fill": True, "candidates": "both", "swaps": 1},
 }
 BASELINES = ("random", "last_blocks", "shortgpt", "gromov", "llm_drop", "sleb", "block_pruner", "one_shot")
 METHODS: dict[str, dict[str, Any]] = OURS | {

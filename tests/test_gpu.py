@@ -84,6 +84,7 @@ def compress(tmp_path, tiny_model, monkeypatch, without_vllm):
         shutil.copytree(tiny_model, root / "mine")
         values = copy.deepcopy(VALID)
         values["fetch"]["source"] = {"kind": "local", "path": "mine"}
+        values["calibrate"]["n_tokens"] = few_tokens(1, 0).shape[1]
         values["search"] |= {"dtype": "float32", "device": device, "continuation_tokens": 4}
         values["prune"]["budget"] = {"unit": "sublayers", "amount": 2}
         values["heal"] = heal | {"dtype": "float32", "device": device}
