@@ -151,6 +151,16 @@ def few_tokens(n, seed):
     return torch.randint(3, 30, (n, 24), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture
+def project(tmp_path, monkeypatch, tiny_model, tokens):
+    """The current folder, in which fetch and calibrate have run."""
+    from stage_project import fill
+
+    monkeypatch.chdir(tmp_path)
+    fill(tiny_model, tokens)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def sqlite_store(tmp_path_factory) -> str:
     """The address of an SQLite store of MLflow.
@@ -237,9 +247,12 @@ SLOW_FILES = {
     "test_multimodal",
     "test_older_versions",
     "test_package_sources",
+    "test_prune_stage",
     "test_remote_code",
-    "test_search_and_prune",
+    "test_search_methods",
+    "test_search_stage",
     "test_serving",
+    "test_stability",
     "test_vllm_engines",
     "test_vllm_front_ends",
     "test_vllm_plugin",
@@ -257,7 +270,8 @@ LONGEST = (
     "test_serving",
     "test_families",
     "test_vllm_front_ends",
-    "test_search_and_prune",
+    "test_search_methods",
+    "test_search_stage",
     "test_servers",
     "test_vllm_plugin",
     "test_hybrids",

@@ -16,7 +16,7 @@ import torch
 import yaml
 from conftest import random_llama
 from servers import open_to_others
-from test_search_and_prune import settings
+from stage_project import settings
 
 from finercut.selection.distributed import Ranks, start
 from finercut.selection.greedy import search

@@ -453,6 +453,25 @@ def test_distillation_can_start_from_a_refit(run, tokens_to_heal, caplog):
     assert untrained.n_tokens == n_fitted
 
 
+def test_windows_of_repeated_passages_are_trained_on_too(run, caplog):
+    caplog.set_level(logging.INFO, "finercut")
+    _, plain, _ = run(distilling(), name="plain")
+    assert "passes over 64 windows" in caplog.text
+    _, repeated, _ = run(distilling(repeated_share=0.2), name="repeated")
+    assert "passes over 80 windows" in caplog.text
+    assert repeated.weights_sha256 != plain.weights_sha256
+
+
+def test_repeated_passages_are_those_of_windows_far_apart():
+    rows = [[*range(10 * i, 10 * i + 11)] for i in range(1, 7)]
+    with_bos = torch.tensor([[1, *row] for row in rows])
+    expected = [[1, *row[:4], *row[:4], *row[4:7]] for row in (rows[0], rows[2], rows[4])]
+    torch.testing.assert_close(schedule.with_repeated(with_bos, 1 / 3), torch.cat([with_bos, torch.tensor(expected)]))
+    without = torch.tensor(rows)
+    assert schedule.with_repeated(without, 0.25)[6:].tolist() == [row[:4] * 2 + row[4:7] for row in (rows[0], rows[3])]
+    assert torch.equal(schedule.with_repeated(without, 0.0), without)
+
+
 def test_an_interrupted_training_does_not_fit_its_start_again(run, monkeypatch):
     _, straight, _ = run(distilling(**STARTING_FROM_REFIT))
     with monkeypatch.context() as patch:

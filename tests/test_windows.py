@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from finercut.sources.settings import apportion
 from finercut.sources.texts import Texts
-from finercut.sources.windows import Cut, cut_windows, passages, repeat
-from finercut.tokens import Tokens, load_tokens, write_tokens
+from finercut.sources.windows import Cut, cut_windows
+from finercut.tokens import Tokens, load_tokens, passages, repeat, write_tokens
 
 
 @pytest.fixture(scope="module")
