@@ -1,4 +1,4 @@
-"""The token file that `calibrate` writes and every later stage reads; and how much of a text is repeated."""
+"""The token file that `calibrate` writes and every later stage reads; and repetition in texts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -24,6 +25,31 @@ def repeated(text: Sequence[int]) -> float:
     """Share of a text's n-grams that were in it before; 0 where it is too short for two."""
     grams = Counter(tuple(text[i : i + _N_GRAM]) for i in range(len(text) - _N_GRAM + 1))
     return 1 - len(grams) / grams.total() if grams else 0.0
+
+
+def passages(lengths: Sequence[int], n_tokens: int) -> list[int]:
+    """Lengths, in turn, of the fewest passages that fill `n_tokens` when each is put twice; none of no lengths."""
+    taken: list[int] = []
+    if lengths:
+        turns = cycle(lengths)
+        while 2 * sum(taken) < n_tokens:
+            taken.append(next(turns))
+    return taken
+
+
+def repeat(ids: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """`ids` cut into passages of these lengths, each put twice in a row.
+
+    What predicts the second one is attention that copies from the context (induction; Olsson et al., arXiv 2209.11895),
+    which plain text asks too little of to protect it.
+    """
+    row: list[int] = []
+    begin = 0
+    for length in lengths:
+        passage = list(ids[begin : begin + length])
+        row += passage + passage
+        begin += length
+    return row
 
 
 def source_weights(sources: Sequence[str]) -> list[float]:

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finercut.healing import along_depth
 from finercut.healing.fidelity import Logits, logits_of
-from finercut.healing.schedule import order, rate
+from finercut.healing.schedule import order, rate, with_repeated
 from finercut.healing.settings import Distill
 from finercut.healing.task import Healed, Task, one_device
 from finercut.model.devices import dtype_of
@@ -340,14 +340,14 @@ def _trainer(
     n_batch = settings.batch_tokens // n_tokens
     n_steps = settings.tokens // (n_batch * n_tokens)
     n_micro = _most_at_once(n_batch, n_tokens * task.whole.language.vocab_size)
-    windows = _Windows(task.windows, n_steps * n_batch, settings.seed)
-    passes = len(windows) / len(task.windows)
+    trained_on = with_repeated(task.windows, settings.repeated_share)
+    windows = _Windows(trained_on, n_steps * n_batch, settings.seed)
     logger.info(
         "heal: %d steps of %d tokens, %.1f passes over %d windows",
         n_steps,
         n_batch * n_tokens,
-        passes,
-        len(task.windows),
+        len(windows) / len(trained_on),
+        len(trained_on),
     )
     arguments = TrainingArguments(
         output_dir=str(folder),

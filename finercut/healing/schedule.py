@@ -1,10 +1,16 @@
-"""The learning rate and the order of the windows in training."""
+"""The learning rate in training, and its windows and their order."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import Tensor
+
+from finercut.tokens import passages, repeat
+
+# Lengths of repeated passages, in turn.
+PASSAGES = (4, 8, 16, 32)
 
 
 def rate(done: float, warm_up: float) -> float:
@@ -19,3 +25,19 @@ def order(n_windows: int, n: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(n_windows, generator=generator) for _ in range(math.ceil(n / n_windows))]
     return torch.cat(passes)[:n].tolist()
+
+
+def with_repeated(windows: Tensor, share: float) -> Tensor:
+    """The windows, and behind them some made of the passages of others twice in a row, `share` of all.
+
+    Args:
+        windows: token ids, (samples, tokens). A first token that all of them have stays the first.
+    """
+    n_samples, n_tokens = windows.shape
+    n = round(n_samples * share / (1 - share))
+    start = int((windows[:, 0] == windows[0, 0]).all())
+    lengths = passages(PASSAGES, n_tokens - start)
+    # As far apart as the sources' turns let them be, so that each source has its share.
+    chosen = [windows[i * n_samples // n % n_samples].tolist() for i in range(n)]
+    rows = [(row[:start] + repeat(row[start:], lengths))[:n_tokens] for row in chosen]
+    return torch.cat([windows, windows.new_tensor(rows)]) if rows else windows

@@ -7,7 +7,6 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from finercut.sources.files import TOKENIZER_FILES
 from finercut.sources.texts import Texts
-from finercut.tokens import Tokens
+from finercut.tokens import Tokens, passages, repeat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,31 +172,6 @@ class _Pool:
 
     def _encode(self, n_documents: int, needed: int) -> list[int]:
         return _first_ids(self.texts.separator.join(self.documents[:n_documents]), needed, self.tokenizer)
-
-
-def passages(lengths: Sequence[int], n_tokens: int) -> list[int]:
-    """Lengths, in turn, of the fewest passages that fill `n_tokens` when each is put twice; none of no lengths."""
-    taken: list[int] = []
-    if lengths:
-        turns = cycle(lengths)
-        while 2 * sum(taken) < n_tokens:
-            taken.append(next(turns))
-    return taken
-
-
-def repeat(ids: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """`ids` cut into passages of these lengths, each put twice in a row.
-
-    What predicts the second one is attention that copies from the context (induction; Olsson et al., arXiv 2209.11895),
-    which plain text asks too little of to protect it.
-    """
-    row: list[int] = []
-    begin = 0
-    for length in lengths:
-        passage = list(ids[begin : begin + length])
-        row += passage + passage
-        begin += length
-    return row
 
 
 def _first_ids(text: str, needed: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
