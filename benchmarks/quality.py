@@ -487,7 +487,7 @@ def _draw(summaries: Sequence[Mapping[str, Any]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     costs = [name for name in ("parameters", "kv_cache", "time") if name in summaries[0]["shares"]]
-    healings = list(dict.fromkeys(row["heal"] for row in summaries))
+    healings = [name for name in HEALING if any(row["heal"] == name for row in summaries)]
     figure, axes = plt.subplots(len(healings), len(costs), figsize=(6 * len(costs), 4 * len(healings)), squeeze=False)
     for line, healing in zip(axes, healings, strict=True):
         for axis, cost in zip(line, costs, strict=True):
