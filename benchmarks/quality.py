@@ -46,12 +46,11 @@ from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.fitted_costs import costs_with
 from finercut.model.loading import load
-from finercut.selection.controls import repeated
 from finercut.selection.divergence import js
 from finercut.selection.settings import CANDIDATES_OF
 from finercut.sublayers import parse
 from finercut.system import yaml_files
-from finercut.tokens import by_source, load_tokens
+from finercut.tokens import by_source, load_tokens, repetition
 from pipelines import cli_stages, paths
 from pipelines.params import Params
 
@@ -370,7 +369,7 @@ def _repetition(model: PreTrainedModel, windows: Tensor) -> float:
     prompts = windows[:N_CONTINUATIONS, :N_PROMPT].to(model.device)
     options = {"do_sample": False, "min_new_tokens": N_WRITTEN, "max_new_tokens": N_WRITTEN}
     written = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)[:, N_PROMPT:].tolist()
-    return statistics.fmean(map(repeated, written))
+    return statistics.fmean(map(repetition, written))
 
 
 def _readable(page: str) -> str:

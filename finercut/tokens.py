@@ -21,7 +21,7 @@ _METADATA = "finercut"  # one key: safetensors writes several in no fixed order
 _N_GRAM = 4
 
 
-def repeated(text: Sequence[int]) -> float:
+def repetition(text: Sequence[int]) -> float:
     """Share of a text's n-grams that were in it before; 0 where it is too short for two."""
     grams = Counter(tuple(text[i : i + _N_GRAM]) for i in range(len(text) - _N_GRAM + 1))
     return 1 - len(grams) / grams.total() if grams else 0.0
@@ -120,18 +120,19 @@ class Tokens:
 
     @property
     def calibration_sha256(self) -> str:
-        return _sha256(self.calibration)
+        return sha256_of(self.calibration)
 
     @property
     def held_out_sha256(self) -> str:
-        return _sha256(self.held_out)
+        return sha256_of(self.held_out)
 
     @property
     def healing_sha256(self) -> str | None:
-        return None if self.healing is None else _sha256(self.healing)
+        return None if self.healing is None else sha256_of(self.healing)
 
 
-def _sha256(values: Tensor) -> str:
+def sha256_of(values: Tensor) -> str:
+    """Of the shape and the token ids of windows."""
     shape = " ".join(map(str, values.shape))
     return hashlib.sha256(f"{shape}\n".encode() + values.numpy().astype("<i8").tobytes()).hexdigest()
 
@@ -145,7 +146,7 @@ def write_tokens(directory: Path, tokens: Tokens, provenance: dict[str, str]) ->
 
 
 def _hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
-    return {f"{name}_sha256": _sha256(values) for name, values in tensors.items()}
+    return {f"{name}_sha256": sha256_of(values) for name, values in tensors.items()}
 
 
 def load_tokens(directory: Path) -> Tokens:

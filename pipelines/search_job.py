@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import finercut
 from finercut.model.costs import costs_of
 from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
@@ -34,6 +32,7 @@ from finercut.selection.settings import NOT_NESTED, Budget, Search
 from finercut.selection.trajectory import Provenance
 from finercut.sources.records import FetchReport
 from finercut.sublayers import Candidate, Sublayer
+from finercut.system.digests import code_sha256
 from finercut.tokens import Tokens, load_tokens, source_weights
 
 from . import paths
@@ -41,8 +40,8 @@ from .params import Params
 
 logger = logging.getLogger("finercut")
 
-# A trajectory is continued only by the code that began it: these rooms'.
-SEARCHING = ("model", "selection")
+# A trajectory is continued only by the code that began it.
+SEARCHING = ("model", "selection", "sublayers.py", "tokens.py")
 
 
 def prepared(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Job:
@@ -89,7 +88,7 @@ def prepared(settings: Search, budget: Budget, ranks: distributed.Ranks) -> Job:
         error_probability=settings.error_probability if settings.mode == "racing" else None,
         first_windows=_first_windows(settings, fetched.n_parameters * dtype.itemsize, len(tokens.calibration)),
         window_weights=window_weights(tokens),
-        code_sha256=_code_sha256(),
+        code_sha256=code_sha256(SEARCHING),
     )
     if len(set(ranks.gather(provenance.key))) > 1:
         raise ValueError("the processes differ in model, tokens, settings, code or versions; give all the same")
@@ -263,12 +262,3 @@ def window_weights(tokens: Tokens) -> list[float] | None:
     """Of the calibration windows; None where all count alike."""
     weights = source_weights(tokens.sources_of("calibration"))
     return weights if any(weight != 1 for weight in weights) else None
-
-
-def _code_sha256() -> str:
-    """Over the names and contents of the modules in the rooms that search."""
-    root = Path(finercut.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(file for room in SEARCHING for file in (root / room).rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()

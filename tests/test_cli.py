@@ -88,6 +88,19 @@ def test_no_error_is_shown_as_a_traceback_but_where_it_was_raised_is_kept(error,
     assert CliRunner().invoke(main, ["--traceback", "summary"]).exception is error
 
 
+def test_what_fails_while_an_interrupt_is_dealt_with_is_no_error_of_its_own(project, monkeypatch):
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise Unforeseen("the server that a flow would tell of its end is gone") from None
+
+    monkeypatch.setattr("pipelines.summary.markdown", interrupted)
+    said = CliRunner().invoke(main, ["summary"])
+    assert (said.exit_code, said.stderr) == (1, "Aborted!\n")
+    assert not Path(".finercut").exists()
+
+
 def test_what_a_library_lacks_is_said_in_its_own_words(project, monkeypatch):
     lacking = ImportError("FlashAttention2 has been toggled on, but it is not installed")
     monkeypatch.setattr("pipelines.summary.markdown", lambda: _raise(lacking))

@@ -11,7 +11,7 @@ from finercut.selection.controls import Continuations, end_tokens, greedy
 from finercut.selection.distributed import ALONE
 from finercut.selection.greedy import search
 from finercut.sublayers import parse
-from finercut.tokens import repeated
+from finercut.tokens import repetition
 
 CPU = torch.device("cpu")
 REMOVED = [s for name in ("0.attention", "2.mlp") for s in parse(name).sublayers]
@@ -81,16 +81,16 @@ def test_repetition_and_missing_ends_are_means_over_the_continuations(tokens, co
     with Workers(CPU) as workers:
         found = Continuations(tokens[4:], 4, 20).of(model, REMOVED, workers, ALONE)
         of_whole = Continuations(tokens[4:], 4, 20).of(model, (), workers, ALONE)
-    assert found["repetition"] == pytest.approx(sum(map(repeated, texts)) / 2)
+    assert found["repetition"] == pytest.approx(sum(map(repetition, texts)) / 2)
     assert found["missing_ends"] == 0.5
     assert found["whole_repetition"] == of_whole["repetition"] == of_whole["whole_repetition"]
     assert found["whole_missing_ends"] == of_whole["missing_ends"]
 
 
 def test_repetition_by_hand():
-    assert repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)  # 1234 2341 3412 4123 1234
-    assert repeated([7] * 10) == pytest.approx(6 / 7)
-    assert repeated(range(9)) == repeated([1, 1, 1, 1]) == repeated([]) == 0
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)  # 1234 2341 3412 4123 1234
+    assert repetition([7] * 10) == pytest.approx(6 / 7)
+    assert repetition(range(9)) == repetition([1, 1, 1, 1]) == repetition([]) == 0
 
 
 def test_a_model_without_an_end_token_misses_none(tokens):

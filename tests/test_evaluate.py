@@ -17,7 +17,7 @@ from finercut.checkpoint.writing import write_pruned
 from finercut.evaluation import harness
 from finercut.evaluation.records import EvaluateReport, Measured
 from finercut.sublayers import parse
-from finercut.tokens import Tokens, repeated, write_tokens
+from finercut.tokens import Tokens, repetition, write_tokens
 from pipelines import evaluate, evaluate_whole, params, paths
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +93,7 @@ def test_what_the_models_write_after_the_prompts_is_what_each_prompt_alone_gives
         alone = model.generate(prompt, do_sample=False, max_new_tokens=8)[0, prompt.shape[1] :]
         assert sample.text == tokenizer.decode(alone, skip_special_tokens=True)
         assert sample.n_tokens == len(alone)
-        assert sample.repetition == repeated(alone.tolist())
+        assert sample.repetition == repetition(alone.tolist())
     assert [sample.prompt for sample in report.samples] == ["The river rises in", "Coffee"]
     assert [sample.text for sample in report.samples] != [sample.text for sample in whole.samples]
     assert [figures.sublayer for figures in whole.sublayers][:2] == ["0.attention", "0.mlp"]

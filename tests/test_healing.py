@@ -98,15 +98,15 @@ def test_fidelity_is_the_mean_js_over_sources_and_the_perplexity_of_the_text(tin
     with torch.no_grad():
         of_windows = js(whole(held_out).logits, other(held_out).logits).mean(-1)
         surprise = other(held_out, labels=held_out).loss.item()
-    models = logits_of(whole), logits_of(other), CPU
-    found = HeldOut(held_out, tokens_to_heal.sources_of("held_out")).fidelity(*models)
+    of_sources, of_one_source = HeldOut(held_out, tokens_to_heal.sources_of("held_out")), HeldOut(held_out)
+    for windows in (of_sources, of_one_source):
+        windows.expect(logits_of(whole), CPU)
+        windows.expect(lambda _: pytest.fail("computed once more"), CPU)
+    found = of_sources.fidelity(logits_of(other), CPU)
     assert found.divergence == pytest.approx(((of_windows[:3].mean() + of_windows[3]) / 2).item(), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(surprise), rel=1e-5)
-    of_one_source = HeldOut(held_out)
-    for _ in range(2):  # the second time without the whole model
-        divergence = of_one_source.fidelity(*models).divergence
-        assert divergence == pytest.approx(of_windows.mean().item(), rel=1e-5)
-        models = lambda _: pytest.fail("computed once more"), *models[1:]
+    divergence = of_one_source.fidelity(logits_of(other), CPU).divergence
+    assert divergence == pytest.approx(of_windows.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", [distilling, refitting])
@@ -388,7 +388,8 @@ def test_lora_trains_what_peft_can_of_a_state_space_model(tmp_path, tokens):
     (tmp_path / "pruned").mkdir()
     write_pruned(whole, [Sublayer(1, "attention")], tmp_path / "pruned", {}, "")
     # Judged by what it trains on, which any training lowers.
-    task = Task(whole, ModelDirectory(tmp_path / "pruned"), tokens[:4], HeldOut(tokens[:4]), tmp_path, lambda *_: None)
+    pruned = ModelDirectory(tmp_path / "pruned")
+    task = Task(whole, pruned, tokens[:4], HeldOut(tokens[:4]), CPU, torch.float32, tmp_path, lambda *_: None)
     healed = distill.heal(task, distilling(trainable="lora", learning_rate=0.01))
     assert healed.parameters
     assert not any(name.endswith(("conv1d.weight", "out_proj.weight")) for name in healed.parameters)
@@ -402,8 +403,9 @@ def test_windows_that_would_judge_themselves_are_refused_before_a_model_is_loade
 
 
 def test_the_teacher_inside_lora_is_the_whole_model_before_and_after_training(tiny_model, pruned, tokens_to_heal):
-    task = distill.Task(ModelDirectory(tiny_model), pruned, None, HeldOut(tokens_to_heal.held_out), None, None)
-    pair = distill._lora(task, distilling(trainable="lora", learning_rate=5e-3), CPU, torch.float32)
+    held_out = HeldOut(tokens_to_heal.held_out)
+    task = distill.Task(ModelDirectory(tiny_model), pruned, None, held_out, CPU, torch.float32, None, None)
+    pair = distill._lora(task, distilling(trainable="lora", learning_rate=5e-3))
     whole, other = load_whole(tiny_model), load_pruned(pruned)
     batch = tokens_to_heal.held_out
     with torch.no_grad():
@@ -462,14 +464,25 @@ def test_windows_of_repeated_passages_are_trained_on_too(run, caplog):
     assert repeated.weights_sha256 != plain.weights_sha256
 
 
-def test_repeated_passages_are_those_of_windows_far_apart():
-    rows = [[*range(10 * i, 10 * i + 11)] for i in range(1, 7)]
+def test_repeated_windows_have_passages_of_others_twice_in_a_row():
+    rows = [[*range(20 * i, 20 * i + 13)] for i in range(1, 7)]
+    twice = [row[:4] * 2 + row[4:8] + row[4:5] for row in rows]
     with_bos = torch.tensor([[1, *row] for row in rows])
-    expected = [[1, *row[:4], *row[:4], *row[4:7]] for row in (rows[0], rows[2], rows[4])]
-    torch.testing.assert_close(schedule.with_repeated(with_bos, 1 / 3), torch.cat([with_bos, torch.tensor(expected)]))
+    found = schedule.with_repeated(with_bos, 1 / 3, 0)
+    assert torch.equal(found[:6], with_bos)
+    chosen = [[1, *row] for row in twice]
+    assert len({chosen.index(row) for row in found[6:].tolist()}) == 3
     without = torch.tensor(rows)
-    assert schedule.with_repeated(without, 0.25)[6:].tolist() == [row[:4] * 2 + row[4:7] for row in (rows[0], rows[3])]
-    assert torch.equal(schedule.with_repeated(without, 0.0), without)
+    (row,) = schedule.with_repeated(without, 0.15, 1)[6:].tolist()
+    assert row in twice
+    for windows, share in ((without, 0.0), (without[:, :11], 0.5), (without[:1], 0.3)):  # none, too short, too few
+        assert torch.equal(schedule.with_repeated(windows, share, 0), windows)
+
+
+def test_repeated_windows_are_of_every_source_where_sources_take_turns():
+    windows = torch.arange(96)[:, None] * 100 + torch.arange(24)
+    found = schedule.with_repeated(windows, 0.2, 0)[96:]
+    assert {int(row[0]) // 100 % 4 for row in found} == {0, 1, 2, 3}
 
 
 def test_an_interrupted_training_does_not_fit_its_start_again(run, monkeypatch):

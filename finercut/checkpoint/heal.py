@@ -23,6 +23,7 @@ from finercut.checkpoint.steps import Inputs, Proof, link_files
 from finercut.checkpoint.writing import differing_tensors, write_tuned
 from finercut.healing.fidelity import HeldOut, compare
 from finercut.healing.task import Task, one_device
+from finercut.model.devices import dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.tokens import Tokens
 
@@ -36,8 +37,8 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
 
     Raises:
         FileNotFoundError: no tokens, or no whole model.
-        ValueError: the method cannot be used with these settings or this model, or healing and held-out windows
-            overlap.
+        ValueError: the method cannot be used with these settings or this model, the device is not here, or healing
+            and held-out windows overlap.
         RuntimeError: the training diverged.
     """
     began = time.monotonic()
@@ -46,9 +47,13 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
     whole = inputs.whole.written_by("fetch")
     windows, sha256 = _windows(tokens)
     _check_disjoint(windows, tokens.held_out)
-    sources = tokens.sources_of("held_out")
-    task = Task(whole, parent, windows, HeldOut(tokens.held_out, sources), inputs.work, inputs.on_metrics)
+    sources, device = tokens.sources_of("held_out"), one_device(settings.device)
+    dtype = dtype_of(settings.dtype, device)
+    held_out = HeldOut(tokens.held_out, sources)
+    task = Task(whole, parent, windows, held_out, device, dtype, inputs.work, inputs.on_metrics)
+    unfinished = task.folder(settings)
     healed = importlib.import_module(f"finercut.healing.{settings.method}").heal(task, settings)
+    del task, held_out  # and what the whole model predicts, in that dtype
     changed, candidates = [], [parent]
     if healed.parameters:
         write_tuned(parent, healed.parameters, directory)
@@ -63,7 +68,7 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
         child = ModelDirectory(directory)
         changed = differing_tensors(parent, child)
         candidates.append(child)
-    found = compare(whole, candidates, tokens.held_out, sources, one_device(settings.device))
+    found = compare(whole, candidates, tokens.held_out, sources, device)
     before, after = found[0], found[-1]
     if not after.divergence < before.divergence:
         logger.warning(
@@ -89,6 +94,7 @@ def apply(parent: ModelDirectory, directory: Path, settings: Heal, inputs: Input
         n_tokens=healed.n_tokens if changed else 0,
         seconds=time.monotonic() - began,
     )
+    shutil.rmtree(unfinished, ignore_errors=True)
     logger.info(
         "heal: held-out divergence %.4f -> %.4f, perplexity %.2f -> %.2f, %d tensors changed, %.0f s",
         before.divergence,
@@ -125,7 +131,7 @@ def claim(parent: ModelDirectory, child: ModelDirectory, proof: Proof) -> Claim:
     before, after = math.nan, math.nan
     if same:
         of_parent, of_child = compare(
-            proof.whole, [parent, child], proof.held_out, proof.held_out_sources, proof.device
+            proof.whole, [parent, child], proof.held_out, proof.held_out_sources, proof.device, proof.weights_gib
         )
         before, after = of_parent.divergence, of_child.divergence
     return Claim(

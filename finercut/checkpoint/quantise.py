@@ -38,7 +38,7 @@ from finercut.model.remote_code import TRUSTED_KEY
 from finercut.system import compressor
 from finercut.system.machine import interpreter
 from finercut.system.processes import end_group, start_group
-from finercut.tokens import Tokens
+from finercut.tokens import Tokens, sha256_of
 
 logger = logging.getLogger("finercut")
 
@@ -152,7 +152,7 @@ def apply(parent: ModelDirectory, directory: Path, settings: Quantised, inputs: 
     shutil.rmtree(written)
     groups = {name: _as_stored(group) for name, group in stored["config_groups"].items()}
     note(directory, QUANTISATION, stored | {"config_groups": groups})
-    fitted = {} if windows is None else {"n_tokens": windows.numel(), "tokens_sha256": tokens.calibration_sha256}
+    fitted = {} if windows is None else {"n_tokens": windows.numel(), "tokens_sha256": sha256_of(windows)}
     made = lineage.entry("quantise", parent, settings.model_dump(mode="json"), **fitted)
     lineage.append(ModelDirectory(directory), made)
     child = ModelDirectory(directory)
@@ -213,7 +213,7 @@ def claim(parent: ModelDirectory, child: ModelDirectory, proof: Proof) -> Claim:
     if _same_but_for_quantised(parent, child) and report.sha256 == child.weights_sha256:
         steps = _largest_rounding(parent, child)
         pair, sources = [parent, child], proof.held_out_sources
-        of_parent, of_child = compare(proof.whole, pair, proof.held_out, sources, proof.device)
+        of_parent, of_child = compare(proof.whole, pair, proof.held_out, sources, proof.device, proof.weights_gib)
         before, after = of_parent.divergence, of_child.divergence
     return Claim(
         name="quantise",
@@ -253,8 +253,10 @@ def _run(parent: ModelDirectory, result: Path, settings: Quantised, windows: Ten
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(compressor.PACKAGES), os.environ.get("PYTHONPATH")]))
     if device.type == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
-    elif device.index and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        variables["CUDA_VISIBLE_DEVICES"] = str(device.index)
+    elif device.index:
+        # torch counts those that are visible.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device.index] if visible else str(device.index)
     result.mkdir()
     file = result / "windows.safetensors"
     if windows is not None:

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from finercut.evaluation.records import Sample
 from finercut.evaluation.settings import Samples
 from finercut.model.directory import ModelDirectory, quiet
-from finercut.tokens import repeated
+from finercut.tokens import repetition
 
 
 def check(settings: Samples, directory: ModelDirectory) -> None:
@@ -41,7 +41,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: 
             prompt=prompt,
             text=tokenizer.decode(ids, skip_special_tokens=True),
             n_tokens=len(ids),
-            repetition=repeated(ids),
+            repetition=repetition(ids),
         )
         for prompt, ids in zip(settings.prompts, written, strict=True)
     ]

@@ -4,19 +4,16 @@ much of the whole change is applied."""
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from finercut.healing.fidelity import Fidelity, logits_of
 from finercut.healing.settings import Distill, Reconstruct, Refit
-from finercut.healing.task import Task, one_device
-from finercut.model.devices import dtype_of
+from finercut.healing.task import Task
 from finercut.model.directory import quiet
 from finercut.model.loading import load_pruned, load_whole
 from finercut.selection.depth import Depth, Fit, Fitted, Place
@@ -36,21 +33,18 @@ def heal(task: Task, settings: Refit | Reconstruct | Distill, method: Callable[[
         pruned model itself.
 
     Raises:
-        ValueError: a single window, or a device that is not here.
+        ValueError: a single window.
         RuntimeError: values that are not finite.
     """
-    device = one_device(settings.device)
-    dtype = dtype_of(settings.dtype, device)
-    folder = task.folder(settings, dtype, device)
+    folder = task.folder(settings)
     with quiet():
-        model = load_whole(task.whole, dtype, device)
-        depth = Depth(model, task.windows.to(device), task.pruned.removed, settings.batch_tokens, task.stored)
+        model = load_whole(task.whole, task.dtype, task.device)
+        depth = Depth(model, task.windows.to(task.device), task.pruned.removed, settings.batch_tokens, task.stored)
         with tqdm(desc="heal", unit="sublayer", total=depth.n_places, disable=None) as bar:
             found = depth.run(_keeping(method(depth), task, folder, bar))
         depth.undo()
-        best = _best_fraction(task, model, load_pruned(task.pruned, dtype, device), found, settings.fractions)
-    shutil.rmtree(folder, ignore_errors=True)
-    return best
+        task.held_out.expect(logits_of(model), task.device)
+        return _best_fraction(task, found, settings.fractions)
 
 
 def _keeping(fit: Fit, task: Task, folder: Path, bar: tqdm) -> Fit:
@@ -79,14 +73,13 @@ def _keeping(fit: Fit, task: Task, folder: Path, bar: tqdm) -> Fit:
     return keeping
 
 
-def _best_fraction(
-    task: Task, whole: PreTrainedModel, pruned: PreTrainedModel, fitted: dict[str, Tensor], fractions: Sequence[float]
-) -> dict[str, Tensor]:
+def _best_fraction(task: Task, fitted: dict[str, Tensor], fractions: Sequence[float]) -> dict[str, Tensor]:
+    pruned = load_pruned(task.pruned, task.dtype, task.device)
     own = {name: pruned.get_parameter(name).detach().cpu() for name in fitted}
     own |= {name: value for name in fitted if (value := task.stored(name)) is not None}
 
     def found_now() -> Fidelity:
-        return task.held_out.fidelity(logits_of(whole), logits_of(pruned), whole.device)
+        return task.held_out.fidelity(logits_of(pruned), task.device)
 
     least, best = found_now().divergence, {}
     logger.info("heal: before, held-out divergence %.4f", least)

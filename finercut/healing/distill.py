@@ -6,10 +6,10 @@ divergence decides when to stop and which state is taken.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,11 +26,10 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainerCall
 from transformers.pytorch_utils import Conv1D
 
 from finercut.healing import along_depth
-from finercut.healing.fidelity import Logits, logits_of
+from finercut.healing.fidelity import LOGITS_AT_ONCE, Logits, logits_of
 from finercut.healing.schedule import order, rate, with_repeated
 from finercut.healing.settings import Distill
-from finercut.healing.task import Healed, Task, one_device
-from finercut.model.devices import dtype_of
+from finercut.healing.task import Healed, Task
 from finercut.model.directory import quiet
 from finercut.model.families import Layout, layout_of
 from finercut.model.loading import load_pruned, load_whole
@@ -40,8 +39,6 @@ from finercut.system.staging import staged_file
 
 logger = logging.getLogger("finercut")
 
-# Logits of one forward, in numbers: a batch is cut into micro-batches of about this many, 256 MiB in float32.
-LOGITS_AT_ONCE = 1 << 26
 # What lora's update is multiplied by.
 LORA_SCALE = 2
 STATE = "trainer_state.json"
@@ -55,28 +52,34 @@ def heal(task: Task, settings: Distill) -> Healed:
     """Train, continuing where an interrupted run of the same inputs and settings stopped.
 
     Raises:
-        ValueError: a batch smaller than a window, fewer tokens than a batch, or a device that is not here.
+        ValueError: a batch smaller than a window, or fewer tokens than a batch.
         RuntimeError: loss or logits that are not finite.
     """
     settings.check(task.windows.shape[1])
-    device = one_device(settings.device)
-    dtype = dtype_of(settings.dtype, device)
+    device = task.device
     with quiet():
-        folder = task.folder(settings, dtype, device)
+        folder = task.folder(settings)
         start = _refitted(task, settings, folder)
-        pair = (_lora if settings.trainable == "lora" else _blocks)(task, settings, device, dtype)
+        pair = (_lora if settings.trainable == "lora" else _blocks)(task, settings)
         for name, value in start.items():
             parameter = pair.student.get_parameter(name)
             parameter.data = value.to(parameter, copy=True)
-        before = task.held_out.fidelity(pair.teacher, logits_of(pair.student), device)
+        task.held_out.expect(pair.teacher, device)
+        mixed = task.dtype == torch.bfloat16 and _runs_in_both(pair.student, task.windows[:1].to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):  # as the trained model will be judged
+            before = task.held_out.fidelity(logits_of(pair.student), device)
         logger.info("heal: before, held-out divergence %.4f, perplexity %.2f", before.divergence, before.perplexity)
-        trainer = _trainer(task, settings, pair, before.divergence, device, dtype, folder)
+        trainer = _trainer(task, settings, pair, before.divergence, mixed, folder)
         n_fitted = task.windows.numel() if start else 0
         trainer.train(resume_from_checkpoint=_last(folder))
-        shutil.rmtree(folder, ignore_errors=True)
-    if not trainer.state.best_metric < before.divergence:
-        return Healed(start, n_fitted)
-    return Healed(pair.parameters(), n_fitted + trainer.state.best_global_step * trainer.tokens_per_step)
+    healed = Healed(start, n_fitted)
+    if trainer.state.best_metric < before.divergence:
+        n_trained = trainer.state.best_global_step * trainer.tokens_per_step
+        healed = Healed(pair.parameters(), n_fitted + n_trained)
+    # Trainer and its scheduler name each other: without this, both models and the moments would stay in memory.
+    del trainer, pair
+    gc.collect()
+    return healed
 
 
 def _refitted(task: Task, settings: Distill, folder: Path) -> dict[str, Tensor]:
@@ -104,24 +107,24 @@ class _Pair:
     """The trained values, by the pruned model's names."""
 
 
-def _blocks(task: Task, settings: Distill, device: torch.device, dtype: torch.dtype) -> _Pair:
+def _blocks(task: Task, settings: Distill) -> _Pair:
     """Two models; every parameter of the blocks is trained, in float32."""
-    student = load_pruned(task.pruned, torch.float32, device)
+    student = load_pruned(task.pruned, torch.float32, task.device)
     student.generation_config = GenerationConfig()  # saving refuses some that loading takes; nothing here writes text
     inside = Layout.from_dict(task.pruned.settings["finercut"]["layout"]).blocks + "."
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name.startswith(inside))
-    teacher = load_whole(task.whole, dtype, device)
+    teacher = load_whole(task.whole, task.dtype, task.device)
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     return _Pair(student, logits_of(teacher), lambda: {name: p.detach().cpu() for name, p in trained.items()})
 
 
-def _lora(task: Task, settings: Distill, device: torch.device, dtype: torch.dtype) -> _Pair:
+def _lora(task: Task, settings: Distill) -> _Pair:
     """One model: with adapters and without the removed sublayers it is the student, the other way round the teacher."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    whole = load_whole(task.whole, dtype, device)
+    whole = load_whole(task.whole, task.dtype, task.device)
     layout, removed = layout_of(whole.config), task.pruned.removed
     blocks = layout.holders(whole)
     members = (blocks[s.block].get_submodule(name) for s in removed for name in layout.branch(s.kind, s.block).members)
@@ -222,7 +225,7 @@ class _Trainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         self.model.eval()
-        found = self.task.held_out.fidelity(self.pair.teacher, logits_of(self.model), self.args.device)
+        found = self.task.held_out.fidelity(logits_of(self.model), self.args.device)
         metrics = {
             "eval_divergence": found.divergence,
             "eval_perplexity": found.perplexity,
@@ -332,15 +335,14 @@ def _trainer(
     settings: Distill,
     pair: _Pair,
     before: float,
-    device: torch.device,
-    dtype: torch.dtype,
+    mixed: bool,
     folder: Path,
 ) -> _Trainer:
     n_tokens = task.windows.shape[1]
     n_batch = settings.batch_tokens // n_tokens
     n_steps = settings.tokens // (n_batch * n_tokens)
     n_micro = _most_at_once(n_batch, n_tokens * task.whole.language.vocab_size)
-    trained_on = with_repeated(task.windows, settings.repeated_share)
+    trained_on = with_repeated(task.windows, settings.repeated_share, settings.seed)
     windows = _Windows(trained_on, n_steps * n_batch, settings.seed)
     logger.info(
         "heal: %d steps of %d tokens, %.1f passes over %d windows",
@@ -357,9 +359,9 @@ def _trainer(
         train_sampling_strategy="sequential",  # the windows are in a random order already
         learning_rate=settings.learning_rate,
         seed=settings.seed,
-        bf16=dtype == torch.bfloat16 and _runs_in_both(pair.student, task.windows[:1].to(device)),
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
+        bf16=mixed,
+        use_cpu=task.device.type == "cpu",
+        dataloader_pin_memory=task.device.type == "cuda",
         eval_strategy="steps",
         eval_steps=settings.eval_every,
         save_strategy="steps",

@@ -15,8 +15,8 @@ from finercut.model.loading import load
 from finercut.selection.divergence import js
 from finercut.tokens import source_weights
 
-# Tokens of one forward: their logits take 1 GiB at a vocabulary of 262,144.
-TOKENS_AT_ONCE = 1024
+# Logits of one forward, in numbers: 256 MiB in float32.
+LOGITS_AT_ONCE = 1 << 26
 
 Logits = Callable[[Tensor], Tensor]
 """Token ids, (samples, tokens) -> logits, (samples, tokens, vocab)."""
@@ -31,7 +31,7 @@ class Fidelity:
 
 
 class HeldOut:
-    """Held-out windows, and what one whole model predicts there: it computes that once."""
+    """Held-out windows, and what the whole model predicts there."""
 
     def __init__(self, windows: Tensor, sources: Sequence[str] = ()) -> None:
         """
@@ -44,23 +44,26 @@ class HeldOut:
         """The whole model's logits of each batch, (samples, tokens, vocab), in its dtype and in main memory."""
 
     @torch.no_grad()
-    def fidelity(self, whole: Logits, other: Logits, device: torch.device) -> Fidelity:
-        """
-        Args:
-            whole: always the same model's, in the same dtype.
-            device: of both models.
+    def expect(self, whole: Logits, device: torch.device) -> None:
+        """Have the whole model predict, unless it has: it need not be in memory afterwards."""
+        if self._expected:
+            return
+        windows = self.windows.to(device)
+        n_at_once = max(1, LOGITS_AT_ONCE // whole(windows[:1]).numel())
+        self._expected = [whole(batch).cpu() for batch in windows.split(n_at_once)]
 
+    @torch.no_grad()
+    def fidelity(self, other: Logits, device: torch.device) -> Fidelity:
+        """
         Raises:
             RuntimeError: logits that are not finite.
         """
         n_samples, n_tokens = self.windows.shape
-        n_at_once = max(1, TOKENS_AT_ONCE // n_tokens)
-        batches = self.windows.to(device).split(n_at_once)
-        if not self._expected:
-            self._expected = [whole(batch).cpu() for batch in batches]
-        of_windows = torch.tensor(source_weights(self.sources or ("",) * n_samples), device=device)
+        sizes = [len(expected) for expected in self._expected]
+        batches = self.windows.to(device).split(sizes)
+        of_windows = torch.tensor(source_weights(self.sources or ("",) * n_samples), device=device).split(sizes)
         divergence = surprise = 0.0
-        for batch, expected, weights in zip(batches, self._expected, of_windows.split(n_at_once), strict=True):
+        for batch, expected, weights in zip(batches, self._expected, of_windows, strict=True):
             found = other(batch).float()
             divergence += (weights[:, None] * js(expected.to(device), found)).double().sum().item()
             predicted, target = found[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
@@ -80,11 +83,20 @@ def compare(
     windows: Tensor,
     sources: Sequence[str],
     device: torch.device,
+    weights_gib: float | None = None,
 ) -> list[Fidelity]:
-    """Of each of some checkpoints, in float32; the whole model and one other are in memory at a time."""
-    held_out, reference = HeldOut(windows, sources), logits_of(load(whole, torch.float32, device))
-    others = (logits_of(load(directory, torch.float32, device)) for directory in pruned)
-    return [held_out.fidelity(reference, other, device) for other in others]
+    """Of each of some checkpoints, in float32. One model is in memory at a time.
+
+    Args:
+        weights_gib: of the device's memory, for a model's weights; None takes what they need.
+    """
+
+    def loaded(model: ModelDirectory) -> Logits:
+        return logits_of(load(model, torch.float32, device, weights_gib=weights_gib))
+
+    held_out = HeldOut(windows, sources)
+    held_out.expect(loaded(whole), device)
+    return [held_out.fidelity(loaded(other), device) for other in pruned]
 
 
 def _exp(nats: float) -> float:

@@ -23,7 +23,7 @@ from finercut.selection.refit import ClosedForm
 def heal(task: Task, settings: Reconstruct) -> Healed:
     """
     Raises:
-        ValueError: a single window, a batch smaller than a window, or a device that is not here.
+        ValueError: a single window, or a batch smaller than a window.
         RuntimeError: values that are not finite.
     """
     n_tokens = task.windows.shape[1]

@@ -12,7 +12,7 @@ from finercut.selection.refit import ClosedForm, check
 def heal(task: Task, settings: Refit) -> Healed:
     """
     Raises:
-        ValueError: sublayers that run in parallel, a single window, or a device that is not here.
+        ValueError: sublayers that run in parallel, or a single window.
         RuntimeError: values that are not finite.
     """
     check(Layout.from_dict(task.pruned.settings["finercut"]["layout"]), task.whole.config.model_type)

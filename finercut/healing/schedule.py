@@ -27,17 +27,20 @@ def order(n_windows: int, n: int, seed: int) -> list[int]:
     return torch.cat(passes)[:n].tolist()
 
 
-def with_repeated(windows: Tensor, share: float) -> Tensor:
+def with_repeated(windows: Tensor, share: float, seed: int) -> Tensor:
     """The windows, and behind them some made of the passages of others twice in a row, `share` of all.
 
     Args:
-        windows: token ids, (samples, tokens). A first token that all of them have stays the first.
+        windows: token ids, (samples, tokens). A first token that all of them have stays the first. Windows too short
+            for any passage are repeated nothing of.
     """
     n_samples, n_tokens = windows.shape
     n = round(n_samples * share / (1 - share))
     start = int((windows[:, 0] == windows[0, 0]).all())
-    lengths = passages(PASSAGES, n_tokens - start)
-    # As far apart as the sources' turns let them be, so that each source has its share.
-    chosen = [windows[i * n_samples // n % n_samples].tolist() for i in range(n)]
+    # No passage so long that much of the window would be one without its repetition.
+    lengths = passages([length for length in PASSAGES if 3 * length <= n_tokens - start], n_tokens - start)
+    if not n or not lengths:
+        return windows
+    chosen = windows[order(n_samples, n, seed)].tolist()
     rows = [(row[:start] + repeat(row[start:], lengths))[:n_tokens] for row in chosen]
-    return torch.cat([windows, windows.new_tensor(rows)]) if rows else windows
+    return torch.cat([windows, windows.new_tensor(rows)])

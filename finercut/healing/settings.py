@@ -132,7 +132,10 @@ class Distill(_InSteps):
     """auto, cpu, cuda: one device."""
 
     def check(self, n_tokens: int) -> None:
-        """As of `_InSteps`, or the tokens are fewer than a step."""
+        """
+        Raises:
+            ValueError: a step smaller than a window, or fewer tokens than a step.
+        """
         super().check(n_tokens)
         step = self.batch_tokens // n_tokens * n_tokens
         if self.tokens < step:

@@ -12,14 +12,14 @@ import torch
 import transformers
 from torch import Tensor
 
-import finercut
 from finercut.healing.fidelity import HeldOut
 from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
+from finercut.system.digests import code_sha256
 from finercut.system.settings import Section
 
-# The rooms whose code decides the result.
-DECIDING = ("healing", "selection")
+# The code that decides the result.
+DECIDING = ("healing", "model", "selection", "sublayers.py", "tokens.py")
 
 OnMetrics = Callable[[Mapping[str, float], int], None]
 """Takes figures by name, and the step they belong to."""
@@ -33,22 +33,23 @@ class Task:
     """To fit or train on: token ids, (samples, tokens)."""
     held_out: HeldOut
     """To choose by."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of the whole model, and of matrix products."""
     work: Path
-    """Folder for what an interrupted run continues from."""
+    """Where each set of inputs and settings has a folder for what an interrupted run continues from."""
     on_metrics: OnMetrics
 
-    def folder(self, settings: Section, dtype: torch.dtype, device: torch.device) -> Path:
+    def folder(self, settings: Section) -> Path:
         """For what an interrupted run continues from; the name says all that decides the result: no other run does."""
-        root = Path(finercut.__file__).parent
-        code = [file.read_bytes() for room in DECIDING for file in sorted((root / room).glob("*.py"))]
         decides = {
             "settings": settings.model_dump(mode="json"),
             "models": [self.whole.weights_sha256, self.pruned.weights_sha256, self.pruned.settings],
             "windows": [_sha256(w.numpy().tobytes()) for w in (self.windows, self.held_out.windows)],
             "sources": list(self.held_out.sources),
             "shapes": [list(w.shape) for w in (self.windows, self.held_out.windows)],
-            "computed": [str(dtype), device.type, torch.__version__, transformers.__version__, finercut.__version__],
-            "code": _sha256(b"".join(code)),
+            "computed": [str(self.dtype), self.device.type, torch.__version__, transformers.__version__],
+            "code": code_sha256(DECIDING),
         }
         return self.work / _sha256(json.dumps(decides, sort_keys=True).encode())[:16]
 
@@ -63,7 +64,7 @@ class Healed:
     """New values of the pruned model's parameters, by their names in the model, in any dtype; those that are not here
     keep theirs. Empty if nothing was better than the pruned model."""
     n_tokens: int
-    """Fitted or trained on, repeats included, up to these values."""
+    """Fitted or trained on, in all passes, up to these values."""
 
 
 def one_device(name: str) -> torch.device:

@@ -38,6 +38,11 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the device multiplies in it; a CPU that does not is several times faster in float32."""
     if name != "auto":
         return getattr(torch, name)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            # Those that emulate it are slow at it, and vLLM refuses it there.
+            able = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if able else torch.float32
     if device.type != "cpu":
         return torch.bfloat16
     able = torch.cpu.get_capabilities()

@@ -13,7 +13,7 @@ from finercut.model.masking import masked
 from finercut.model.workers import Workers
 from finercut.selection.distributed import Ranks
 from finercut.sublayers import Sublayer
-from finercut.tokens import repeated
+from finercut.tokens import repetition
 
 # Of a held-out window, at most: half of it where it is shorter.
 PREFIX_TOKENS = 32
@@ -57,7 +57,7 @@ class Continuations:
             written = workers.map(lambda piece: greedy(model, piece, self.n_tokens, ends), mine)
         texts = [text for share in ranks.gather([text for piece in written for text in piece]) for text in share]
         missing = sum(ends.isdisjoint(text) for text in texts) / len(texts) if ends else None
-        return sum(sorted(map(repeated, texts))) / len(texts), missing
+        return sum(sorted(map(repetition, texts))) / len(texts), missing
 
 
 def prefix_tokens(n_tokens: int) -> int:

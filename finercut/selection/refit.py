@@ -287,7 +287,8 @@ class _Diagonal(_Full):
 
 def _factor(added: Tensor, output: Tensor) -> float:
     """What `output` is multiplied by before it is added to the stream: 1 but for Granite."""
-    factor = ((added * output).sum() / output.square().sum()).item()
+    size = output.square().sum()
+    factor = ((added * output).sum() / size).item() if size else 1.0
     return 1.0 if abs(factor - 1) < 0.02 else factor
 
 

@@ -26,7 +26,7 @@ from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.sources.settings import ModelText
 from finercut.sources.texts import Texts
-from finercut.tokens import repeated
+from finercut.tokens import repetition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class Draft:
 
     @property
     def repetition(self) -> float:
-        return repeated(self.written)
+        return repetition(self.written)
 
 
 def beginnings(settings: ModelText, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
