@@ -165,6 +165,11 @@ def _given_up(ledger: Ledger, version: ModelVersion, dry_run: bool) -> bool:
             return True
         if number in _in_use(ledger, state):
             return False
+        if copies := versions.copies(ledger.client, version):
+            logger.warning(
+                "collect: %s version %s stays: %s has its files by reference", ledger.model, number, ", ".join(copies)
+            )
+            return False
         if dry_run or ledger.append(state, "collected", number, version.run_id, reason="collect"):
             return True
 
@@ -205,11 +210,10 @@ def _cache(n_commits: int) -> Iterator[Unneeded]:
 
 
 def _work(n_searches: int, before: float) -> Iterator[Unneeded]:
-    """Searches but the newest, and what interrupted downloads and healings left."""
+    """Searches but the newest, and what interrupted stages left."""
     searches = sorted((paths.WORK / "search").glob("*"), key=_touched, reverse=True)
-    left = [
-        p for folder in ("fetch", "heal", "promote") for p in (paths.WORK / folder).glob("*") if _touched(p) < before
-    ]
+    folders = (paths.WORK / stage for stage in ("costs", "fetch", "heal", "promote"))
+    left = [path for folder in folders for path in folder.glob("*") if _touched(path) < before]
     for path in [*searches[n_searches:], *left]:
         yield Unneeded(str(path), _n_bytes(path), partial(_remove, path))
 

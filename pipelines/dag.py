@@ -52,14 +52,19 @@ def stages() -> list[Stage]:
         RuntimeError: DVC cannot read them, or one is frozen: its outputs may be of other inputs than are recorded.
     """
     with _repo() as repo:
-        if frozen := [stage.addressing for stage in repo.index.stages if stage.frozen and stage.cmd]:
+        if frozen := [s.addressing for s in repo.index.stages if s.frozen and s.cmd and _is_ours(s.addressing)]:
             raise RuntimeError(f"stage {frozen[0]} is frozen, so that no change reaches it: `dvc unfreeze {frozen[0]}`")
         graph = repo.index.graph
         # Where the graph leaves the order open, dvc.yaml's: claims are checked before anything is measured.
         number = {stage: n for n, stage in enumerate(repo.index.stages)}
         ordered = list(nx.lexicographical_topological_sort(graph.reverse(), key=number.__getitem__))
-        # Copies of dvc.yaml in other folders (MLflow keeps one a run) are no stages of this pipeline.
-        return [Stage(s.addressing, _reports(s.outs)) for s in ordered if not set(s.addressing) & set(":/")]
+        return [Stage(s.addressing, _reports(s.outs)) for s in ordered if _is_ours(s.addressing)]
+
+
+def _is_ours(address: str) -> bool:
+    """Copies of dvc.yaml in other folders (MLflow keeps one a run, and a downloaded version has one) are no stages of
+    this pipeline."""
+    return not set(address) & set(":/")
 
 
 def _reports(outs) -> tuple[Path, ...]:
@@ -69,7 +74,8 @@ def _reports(outs) -> tuple[Path, ...]:
 def stale() -> list[str]:
     """Stages whose inputs, parameters, code or outputs differ from `dvc.lock`; not those that run every time."""
     with _repo() as repo:
-        return sorted(name for name, changes in repo.status().items() if "always changed" not in changes)
+        changed = [name for name, changes in repo.status().items() if "always changed" not in changes]
+        return sorted(filter(_is_ours, changed))
 
 
 def md5(output: Path) -> str:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
-from finercut.model import tokenizer_files
-from finercut.model.checks import check_model
-from finercut.model.directory import ModelDirectory
-from finercut.model.layouts import note_layout
 from finercut.sources import revisions
-from finercut.sources.corrections import settle_architecture, settle_dtype, settle_run, settle_ties
+from finercut.sources.corrections import settle
 from finercut.sources.models import fetch_model
 from finercut.sources.records import FetchReport
 from finercut.sources.settings import LocalModel
@@ -24,24 +19,6 @@ logger = logging.getLogger("finercut")
 
 # Raise it, here and in dvc.yaml, when the stage makes something else of the same source.
 FORMAT = 2
-
-
-def settle(directory: Path, name: str) -> ModelDirectory:
-    """Check the model in `directory`, and write what later stages and other programs would otherwise guess.
-
-    Args:
-        name: under which transformers would load it: the repository's, or a path.
-
-    Raises:
-        ValueError: something is missing, cannot be read or does not belong to the rest.
-    """
-    settle_run(ModelDirectory(directory))
-    settle_dtype(ModelDirectory(directory))
-    check_model(ModelDirectory(directory))
-    settle_architecture(ModelDirectory(directory))
-    settle_ties(ModelDirectory(directory))
-    tokenizer_files.write(tokenizer_files.effective(ModelDirectory(directory), name), directory)
-    return note_layout(ModelDirectory(directory))
 
 
 def is_stale(params: Params) -> bool:

@@ -117,10 +117,9 @@ def compress(
             params_file,
             overrides or {},
             _name,
-            # What one point leaves, the next may need: only the last one collects.
-            lambda params, tags, registers, others=(): _execute(
-                params, pull, push, collect and registers, tags, registers, others
-            ),
+            # What one point leaves, the next may need: it is collected when all have ended.
+            lambda params, tags, registers, others=(): _execute(params, pull, push, False, tags, registers, others),
+            lambda params, mlflow_run: _collecting(params, mlflow_run) if collect else nullcontext(),
         )
 
 
@@ -444,11 +443,12 @@ def _collect_task(params: Params, mlflow_run: runs.Run) -> int:
 def _publish(markdown: str, mlflow_run: runs.Run) -> None:
     address = mlflow_run.page(f"/artifacts/{paths.PAGE}")
     page = f"[{paths.PAGE}]({address})" if address else str(paths.PAGE)
-    create_markdown_artifact(
-        f"{markdown}\nEverything about it on one page: {page}\n",
-        key="finercut-summary",
-        description="What this execution came to",
-    )
+    with suppress(*UNTOLD):
+        create_markdown_artifact(
+            f"{markdown}\nEverything about it on one page: {page}\n",
+            key="finercut-summary",
+            description="What this execution came to",
+        )
 
 
 def _link(mlflow_run: runs.Run) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from pydantic import JsonValue
 
@@ -21,13 +21,15 @@ from finercut.selection.settings import SMALLER_IS_MORE
 from finercut.serving.records import ThroughputReport
 
 from . import paths, register, settings, summary
-from .params import load
+from .params import Params, load
 
 logger = logging.getLogger("finercut")
 
 Execute = Callable[..., tuple[RegisterReport | None, list[Check], str]]
 """Runs every stage with these params as an MLflow run of its own, with tags, and registers the result or not; the last
 argument, where given, are the params of later runs. Returns the registration, the gate's checks and the run's id."""
+
+Ending = Callable[[Params, runs.Run], AbstractContextManager[None]]
 
 
 def run(
@@ -38,6 +40,7 @@ def run(
     overrides: Mapping[str, JsonValue],
     name: Callable[[str], None],
     execute: Execute,
+    ending: Ending,
 ) -> RegisterReport:
     """One parent run in MLflow with a child for each point; reports/frontier.json and .png.
 
@@ -46,6 +49,7 @@ def run(
     Args:
         unit: of the budgets; None: that of `prune.budget` in params.yaml.
         name: gives the flow run its title.
+        ending: surrounds all of it, once the parent run is open, however it ends.
 
     Raises:
         ValueError: a budget that is not allowed, or is given twice.
@@ -73,7 +77,7 @@ def run(
         title = f"{params.model}: frontier of {unit}, {amounts}"
         name(title)
         parent = register.open_run(params, {"frontier": amounts}, "finercut frontier", title)
-    with runs.recorded(parent):
+    with runs.recorded(parent), ending(params, parent):
         tags = {"mlflow.parentRunId": parent.run_id}
         with _restored_on_error(before):
             points = []

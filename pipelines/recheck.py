@@ -15,11 +15,12 @@ from finercut.checkpoint.lineage import lineage_of
 from finercut.checkpoint.parity import check_parity
 from finercut.model.devices import device_of
 from finercut.model.directory import ModelDirectory
-from finercut.model.tensors import weights_sha256
+from finercut.model.tensors import is_weights, weights_sha256
 from finercut.registry import evidence, versions
 from finercut.registry.evidence import Evidence
 from finercut.registry.records import Check
 from finercut.registry.versions import PRUNED_MD5
+from finercut.sources.corrections import settle
 from finercut.sources.files import LEGAL
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import HubModel
@@ -32,8 +33,6 @@ logger = logging.getLogger("finercut")
 WORK = paths.WORK / "promote"
 N_SAMPLES, N_TOKENS = 4, 64
 SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt", ".md", ".py"}
-# Licences have these too, or none.
-LEGAL_SUFFIXES = {"", ".pdf", ".rst", ".html"}
 
 
 def files(params: Params, version: ModelVersion, recorded: Evidence) -> list[Check]:
@@ -93,7 +92,8 @@ def _known_files(checkpoint: Path) -> Check:
 
 
 def _is_known(path: Path) -> bool:
-    return path.suffix in SUFFIXES or (path.suffix in LEGAL_SUFFIXES and LEGAL.fullmatch(path.name) is not None)
+    legal = LEGAL.fullmatch(path.name) is not None and not is_weights(path.name.lower())
+    return path.suffix in SUFFIXES or legal
 
 
 def _same(name: str, found: str, expected: str) -> Check:
@@ -126,8 +126,8 @@ def _whole_model(version: ModelVersion, recorded: Evidence, folder: Path) -> Pat
     directory = folder / "whole"
     directory.mkdir()
     try:
-        fetch_model(source, directory, folder / "fetch")
-        found = weights_sha256(directory)
+        origin = fetch_model(source, directory, folder / "fetch")
+        found = settle(directory, origin.source).weights_sha256
     except (OSError, ValueError, RuntimeError) as error:
         raise RuntimeError(f"the whole model of version {recorded.version} cannot be had again: {error}") from error
     if found != expected:

@@ -93,7 +93,8 @@ def judge(params: Params) -> list[Check]:
 def conclude(checks: Sequence[Check], mlflow_run: runs.Run) -> None:
     """Say on the run's page what the execution came to: figures that decide, and the gate."""
     mlflow_run.log_metrics(_deciding())
-    mlflow_run.log_tags({"gate": "passed" if all(check.passed for check in checks) else "refused"})
+    failed = "; ".join(check.reason for check in checks if not check.passed)
+    mlflow_run.log_tags({"gate": "refused", "gate.reason": failed} if failed else {"gate": "passed"})
     mlflow_run.describe(summary.result(checks))
 
 

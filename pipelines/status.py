@@ -32,7 +32,7 @@ def text(params: Params, name: str) -> str:
         _headline(state, champion),
         _versions(params, client, name, state, aliases),
         _moves(state),
-        _refused(client, params.flow.experiment),
+        _refused(client, params.flow.experiment, name),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -112,15 +112,14 @@ def _moves(state: State) -> str:
     return summary.table(header, rows[:N_MOVES]) if rows else ""
 
 
-def _refused(client: MlflowClient, experiment: str) -> str:
-    """Executions whose model did not pass the gate; they have no version."""
+def _refused(client: MlflowClient, experiment: str, name: str) -> str:
+    """Executions for `name` whose model did not pass the gate; they have no version."""
+    wanted = f"tags.gate = 'refused' AND params.`register.name` = '{name}'"
     with mlflow_errors(f"look for runs of {experiment}"):
         found = client.get_experiment_by_name(experiment)
-        runs: Iterable = found and client.search_runs(
-            [found.experiment_id], "tags.gate = 'refused'", max_results=N_REFUSED
-        )
+        runs: Iterable = found and client.search_runs([found.experiment_id], wanted, max_results=N_REFUSED)
     lines = [
-        f"- {_time(_created(r.info.start_time))}, run {r.info.run_id}: {r.data.tags.get('failure', '')}"
+        f"- {_time(_created(r.info.start_time))}, run {r.info.run_id}: {r.data.tags.get('gate.reason', '')}"
         for r in runs or ()
     ]
     return "\n".join(["Executions the gate refused:", "", *lines]) if lines else ""

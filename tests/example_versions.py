@@ -85,7 +85,8 @@ def project(directory: Path, whole: Path, pruned: Path, **promote) -> Project:
     for source, target in ((whole, paths.MODEL), (pruned, paths.FINAL)):
         shutil.copytree(source, directory / target)
     settings = yaml.safe_load((ROOT / "params.yaml").read_text())
-    settings["register"]["name"] = settings["flow"]["experiment"] = directory.name
+    settings["register"] |= {"name": directory.name, "min_retention": 0.6, "max_perplexity_ratio": 1.7}
+    settings["flow"]["experiment"] = directory.name
     settings["fetch"]["source"] = {"kind": "local", "path": str(whole)}
     settings["prove"]["device"] = "cpu"
     settings["promote"] |= promote

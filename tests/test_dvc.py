@@ -210,9 +210,14 @@ def test_mlflows_copies_of_dvc_yaml_are_no_stages(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=tmp_path, check=True)
     for folder in (tmp_path, tmp_path / "copies"):
         folder.mkdir(exist_ok=True)
-        (folder / "dvc.yaml").write_text("stages: {fetch: {cmd: 'true', outs: [a]}}")
+        frozen = folder != tmp_path
+        text = {"stages": {"fetch": {"cmd": "touch a", "outs": ["a"], "frozen": frozen}}}
+        (folder / "dvc.yaml").write_text(json.dumps(text))
     monkeypatch.chdir(tmp_path)
     assert [stage.name for stage in dag.stages()] == ["fetch"]
+    assert dag.stale() == ["fetch"]
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q", "fetch"], check=True)
+    assert dag.stale() == []  # a downloaded version has its own dvc.yaml and dvc.lock
 
 
 def stand_ins(declared: dict) -> None:

@@ -21,10 +21,9 @@ from finercut.checkpoint.writing import differing_tensors, write_tuned
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned
 from finercut.selection.selection import Origin, given
-from finercut.sources.corrections import settle_dtype
+from finercut.sources.corrections import settle, settle_dtype
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import LocalModel
-from pipelines import fetch
 
 REMOVED = ["2.attention", "3.mlp"]
 
@@ -42,7 +41,7 @@ def edit(file: Path, **changes) -> None:
 def fetched(path: Path, directory: Path) -> Path:
     directory.mkdir()
     origin = fetch_model(LocalModel(kind="local", path=path), directory, directory.parent / "work")
-    fetch.settle(directory, origin.source)
+    settle(directory, origin.source)
     return directory
 
 
@@ -215,7 +214,7 @@ def test_settings_that_saving_refuses_are_pruned_as_loading_takes_them(tmp_path,
     edit(whole / "config.json", **changes)
     if not has_file:
         (whole / "generation_config.json").unlink()
-    fetch.settle(whole, "tiny")
+    settle(whole, "tiny")
     prune(whole, REMOVED, None, tmp_path / "pruned")
     expected = AutoModelForCausalLM.from_pretrained(whole)
     found = load_pruned(tmp_path / "pruned")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,21 @@ def test_a_copy_of_a_version_is_judged_but_its_files_belong_to_the_original(here
     assert collected(here) == ([f"checkpoint of {here.name} version 2"], [])
     assert f"{here.name} version 1 has no files of its own, and stays" in caplog.text
     assert has_checkpoint(original, "1")
+
+
+def test_a_version_that_was_copied_keeps_its_files(here, repository, caplog):
+    elsewhere = f"{here.name}-production"
+    for _ in range(3):
+        here.register()
+    here.client.create_registered_model(elsewhere)
+    here.client.copy_model_version(f"models:/{here.name}/1", elsewhere)
+    assert collected(here) == ([f"checkpoint of {here.name} version 2"], [])
+    assert f"{here.name} version 1 stays: {elsewhere} version 1 has its files by reference" in caplog.text
+    assert has_checkpoint(here, "1")
+    # Nor is it an upload that no version came of, once the original is gone.
+    here.client.delete_model_version(here.name, "1")
+    old = datetime.now(UTC) + timedelta(days=1)
+    assert list(versions.unregistered(here.client, here.params.flow.experiment, here.name, old)) == []
 
 
 def with_name(here, name):

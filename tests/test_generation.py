@@ -233,14 +233,22 @@ def test_where_nothing_is_left_it_says_what_was_wrong(flat_model):
         model_texts(settings(top_p=1e-6, start="<pad>"), flat_model, 100, 16)
 
 
+def ended_by(model: ModelDirectory, n_tokens: int) -> ModelDirectory:
+    """The model, whose documents as many of its 400 tokens end."""
+    file = model.path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(3, 3 + n_tokens))}))
+    return ModelDirectory(model.path)
+
+
 def test_it_gives_up_where_documents_are_far_too_short(flat_model):
-    # Half of all tokens end a document. Eight of full length would do, and four times as many are written.
-    file = flat_model.path / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(3, 203))}))
-    with pytest.raises(
-        ValueError, match=r"^of 32 documents that the model wrote, \d\d are empty .*, 153 are needed: try"
-    ):
-        model_texts(settings(batch_size=5), flat_model, 100, 16)
+    with pytest.raises(ValueError, match=r"^of 8 documents that the model wrote, \d are empty .*, 153 are needed: try"):
+        model_texts(settings(batch_size=5), ended_by(flat_model, 200), 100, 16)
+
+
+def test_documents_much_shorter_than_a_window_are_written_until_they_are_enough(flat_model):
+    texts = model_texts(settings(max_tokens=128), ended_by(flat_model, 20), 600, 128)
+    # Of full length, 7 would have been enough; one in twenty tokens ends them.
+    assert 28 < len(texts.documents) < 200
 
 
 def test_a_document_must_fit_the_context(tiny_model):

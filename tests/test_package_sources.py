@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Phi3
 
 from finercut.model.tensors import safetensors_shapes
 from finercut.sources import gguf, gguf_tokenizer
+from finercut.sources.corrections import settle
 from finercut.sources.gguf import dequantise
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import PackageModel
-from pipelines import fetch, paths
+from pipelines import paths
 
 pytestmark = pytest.mark.usefixtures("without_vllm")
 
@@ -97,7 +98,7 @@ def test_a_gguf_says_what_comes_first_and_last(tokenizer, tmp_path, said):
     write_gguf(tmp_path / "tiny.gguf", random_llama(), tokenizer, **said)
     (tmp_path / "model").mkdir()
     dequantise(tmp_path / "tiny.gguf", "float32", tmp_path / "model")
-    fetch.settle(tmp_path / "model", "tiny")
+    settle(tmp_path / "model", "tiny")
     taken = AutoTokenizer.from_pretrained(tmp_path / "model")
     bare = tokenizer("sea", add_special_tokens=False).input_ids
     assert taken("sea").input_ids == [0, *bare, *([1] if "add_eos_token" in said else [])]

@@ -125,6 +125,7 @@ def scaled(directory):
             {},
             r"the checkpoint holds pytorch_model\.bin",
         ),
+        (lambda d: (d / "license.PKL").write_bytes(b"cos\nsystem\n"), {}, r"the checkpoint holds license\.PKL"),
     ],
 )
 def test_a_checkpoint_that_is_not_what_was_proved_is_refused(here, tiny_pruned, change, evidence, reason):
@@ -135,7 +136,15 @@ def test_a_checkpoint_that_is_not_what_was_proved_is_refused(here, tiny_pruned, 
 
 
 def with_licences(directory):
-    for name in ("LICENSE", "NOTICE", "LICENSE.pdf", "USE_POLICY.md"):
+    for name in (
+        "LICENSE",
+        "NOTICE",
+        "LICENSE.pdf",
+        "USE_POLICY.md",
+        "LICENSE.TXT",
+        "LICENSE-APACHE-2.0",
+        "licence.rtf",
+    ):
         (directory / name).write_text("Do no harm.")
 
 
@@ -322,7 +331,10 @@ def test_status_tells_champion_history_and_what_each_version_lacks(here):
     promoted(here, reason="first")
     here.register(evaluate=retained(0.7))
     here.register(evaluate=retained(0.9))
-    here.run.log_tags({"gate": "refused", "failure": "not registered: speed_up is 0.9"})
+    here.run.log_tags({"gate": "refused", "gate.reason": "speed_up is 0.9"})
+    others = here.client.create_run(here.run.experiment_id)
+    here.client.log_param(others.info.run_id, "register.name", f"{here.name}-other")
+    here.client.set_tag(others.info.run_id, "gate", "refused")
     said = status.text(here.params, here.name)
     assert f"# {here.name}\n" in said
     assert ": first\n" in said
@@ -332,7 +344,8 @@ def test_status_tells_champion_history_and_what_each_version_lacks(here):
     assert "fails: retention is 0.7 over 1 common tasks; at least 0.74 is required" in rows["2"]
     assert "challenger" in rows["3"]
     assert "passes the gate and the comparison" in rows["3"]
-    assert f"run {here.run.run_id}: not registered: speed_up is 0.9" in said
+    assert f"run {here.run.run_id}: speed_up is 0.9" in said
+    assert others.info.run_id not in said
     assert CliRunner().invoke(main, ["status"]).output == said + "\n"
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import random_llama
-from family_models import random_model
+from family_models import CASES, random_model
 from transformers import GPT2Config, GPT2LMHeadModel, Olmo2Config, Olmo2ForCausalLM
 
 from finercut.evaluation.redundancy import redundancy
-from finercut.model.families import LAYOUT_KEY
+from finercut.model.families import LAYOUT_KEY, is_declared
 from finercut.model.probe import find_layout
 
 
@@ -84,6 +84,17 @@ def test_fused_projections_and_norms_after_the_sublayer_are_read_too(other, toke
         # what heads write adds up to what the attention writes, at least
         assert not figures.heads or sum(figures.heads) >= 0.99 * figures.contribution
     assert [len(figures.heads) for figures in found] == [4, 0, 4, 0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_is_measured(case, tokens):
+    model_type, changes = CASES[case]
+    model = random_model(model_type, **changes).eval()
+    if not is_declared(model.config):
+        setattr(model.config, LAYOUT_KEY, find_layout(model).to_dict())
+    for figures in redundancy(model, tokens[:1, :8] % model.config.get_text_config().vocab_size, 8):
+        assert 0 <= figures.contribution < 1000, figures
+        assert figures.alone is None or figures.alone >= 0
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned, load_whole
 from finercut.model.masking import masked
 from finercut.model.remote_code import TRUSTED_KEY, code_sha256, note_trusted
+from finercut.sources.corrections import settle
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import HubModel, LocalModel
 from finercut.sublayers import parse
@@ -272,4 +273,4 @@ def test_code_that_is_not_as_expected_is_one_line(tmp_path, text, said):
     fetched.mkdir()
     with pytest.raises(ValueError, match=said):
         origin = fetch_model(LocalModel(**source), fetched, tmp_path / "work")
-        fetch.settle(fetched, origin.source)
+        settle(fetched, origin.source)

@@ -38,7 +38,8 @@ def make_toy(stages=STAGES, root=Path()):
     (root / ".gitignore").write_text("/artifacts/\n/reports/\n/.finercut/\n/mlruns/\n/mlflow.db\n")
     (root / "speed_up.txt").write_text("1.25")
     settings = yaml.safe_load((ROOT / "params.yaml").read_text())
-    settings["register"]["name"] = settings["flow"]["experiment"] = root.absolute().name
+    settings["register"] |= {"name": root.absolute().name, "min_retention": 0.6, "max_perplexity_ratio": 1.7}
+    settings["flow"]["experiment"] = root.absolute().name
     settings["flow"]["retries"] = {}
     write(settings, stages, root)
     commit(root)

@@ -5,7 +5,6 @@ Beside that, the outliers of activations, which decide how well a model can be q
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -48,14 +47,15 @@ def redundancy(model: PreTrainedModel, windows: Tensor, n_tokens: int) -> list[S
     for sublayer in sublayers:
         with masked(model, [sublayer], layout):
             lost = torch.nn.functional.kl_div(_log_p(model, few), whole, reduction="batchmean", log_target=True)
-        alone[sublayer] = lost.item()
+        alone[sublayer] = max(0.0, lost.item()) if lost.isfinite() else None  # rounding can make it negative
     return [
         SublayerFigures(
             sublayer=str(sublayer),
-            alone=alone[sublayer] if math.isfinite(alone[sublayer]) else None,
+            alone=alone[sublayer],
             contribution=watch.contribution.mean,
             heads=tuple(watch.heads.means),
-            peak=max((peak.mean for peak in watch.peaks.values()), default=None),
+            # Some matrices are read and not called; an expert may see no token.
+            peak=max((peak.mean for peak in watch.peaks.values() if peak.n), default=None),
         )
         for sublayer, watch in zip(sublayers, watches, strict=True)
     ]

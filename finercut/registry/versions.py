@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -163,6 +164,24 @@ def stored(client: MlflowClient, version: ModelVersion) -> Stored | None:
             raise
 
 
+def _copied(client: MlflowClient) -> set[str]:
+    """Where the files are that copied versions refer to, in the whole registry."""
+    found, token = set(), ""
+    while token is not None:
+        page = client.search_model_versions(page_token=token or None)
+        copied = (version for version in page if re.fullmatch(r"models:/[^/]+/\d+", version.source or ""))
+        found |= {client.get_model_version_download_uri(version.name, version.version) for version in copied}
+        token = page.token or None
+    return found
+
+
+def copies(client: MlflowClient, version: ModelVersion) -> list[str]:
+    """Versions of this or another model that were copied from this one: MLflow refers to its files and copies none."""
+    with mlflow_errors(f"look for copies of {version.name} version {version.version}"):
+        found = client.search_model_versions(f"source_path = 'models:/{version.name}/{version.version}'")
+    return [f"{copy.name} version {copy.version}" for copy in found]
+
+
 def _logged_model(version: ModelVersion) -> str | None:
     """The id of the logged model that the version was made from."""
     match = re.fullmatch(r"models:/(m-[^/@]+)", version.source or "")
@@ -176,14 +195,16 @@ def unregistered(client: MlflowClient, experiment: str, name: str, before: datet
         if found is None:
             return
         registered = set(map(_logged_model, every(client, name)))
+        copied = _copied(client)
         token = ""
         while token is not None:
             page = client.search_logged_models([found.experiment_id], f"name = '{name}'", page_token=token or None)
             for model in page:
                 if model.model_id in registered or model.creation_timestamp >= before.timestamp() * 1000:
                     continue
-                # Somebody may have registered it by hand, under another name.
-                if not client.search_model_versions(f"source_path = 'models:/{model.model_id}'", max_results=1):
+                # Somebody may have registered it by hand, under another name, or copied a version that is no more.
+                of_any = f"source_path = 'models:/{model.model_id}'"
+                if not client.search_model_versions(of_any, max_results=1) and model.artifact_location not in copied:
                     yield model.model_id, Stored(model.artifact_location)
             token = page.token or None
 
@@ -254,7 +275,7 @@ def _upload(
     try:
         with tempfile.TemporaryDirectory() as folder:
             small = Path(folder) / "model"
-            _write_wrapper(small, run.run_id, model.model_id, libraries)
+            _write_wrapper(small, checkpoint, run.run_id, model.model_id, libraries)
             (small / "evidence").mkdir()
             for path in evidence:
                 shutil.copyfile(path, small / "evidence" / path.name)
@@ -266,10 +287,13 @@ def _upload(
     return model.model_id
 
 
-def _write_wrapper(directory: Path, run_id: str, model_id: str, measured_with: Mapping[str, str]) -> None:
-    libraries = {
-        name: measured_with.get(name) or installed_version(name) for name in ("mlflow", "torch", "transformers")
-    }
+def _write_wrapper(
+    directory: Path, checkpoint: Path, run_id: str, model_id: str, measured_with: Mapping[str, str]
+) -> None:
+    names = ["mlflow", "torch", "transformers"]
+    if "quantization_config" in json.loads((checkpoint / "config.json").read_text(encoding="utf-8")):
+        names.append("compressed-tensors")  # with which transformers reads them
+    libraries = {name: measured_with.get(name) or installed_version(name) for name in names}
     text = Schema([ColSpec("string")])
     with warnings.catch_warnings():
         # It recommends an input example to those who give no signature, but also to those who do.

@@ -295,7 +295,7 @@ def _strength(
     of: Callable[[SublayerFigures], float | None], found: Sequence[SublayerFigures]
 ) -> Callable[[SublayerFigures], float | None]:
     """Where a value lies between the least and the most of all sublayers, by its logarithm."""
-    logs = [math.log(value) for figures in found if (value := of(figures))]
+    logs = [math.log(value) for figures in found if (value := of(figures) or 0.0) > 0]
     low, range_ = min(logs, default=0.0), max(logs, default=0.0) - min(logs, default=0.0)
 
     def strength(figures: SublayerFigures) -> float | None:

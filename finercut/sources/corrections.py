@@ -7,14 +7,17 @@ one, or one matrix where the whole one has two.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from transformers.models.auto import modeling_auto
 
-from finercut.model.checks import stores_differing_ties, tied_names
+from finercut.model import tokenizer_files
+from finercut.model.checks import check_model, stores_differing_ties, tied_names
 from finercut.model.configs import FLOATS, QUANTISATION, note, read_object, write_object
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import base_architecture
+from finercut.model.layouts import note_layout
 from finercut.model.tensors import rename
 
 logger = logging.getLogger("finercut")
@@ -30,6 +33,24 @@ _OF_A_RUN = {
     "attn_implementation": None,
     "_attn_implementation": None,
 }
+
+
+def settle(directory: Path, name: str) -> ModelDirectory:
+    """Check the model in `directory`, and write what later stages and other programs would otherwise guess.
+
+    Args:
+        name: under which transformers would load it: the repository's, or a path.
+
+    Raises:
+        ValueError: something is missing, cannot be read or does not belong to the rest.
+    """
+    settle_run(ModelDirectory(directory))
+    settle_dtype(ModelDirectory(directory))
+    check_model(ModelDirectory(directory))
+    settle_architecture(ModelDirectory(directory))
+    settle_ties(ModelDirectory(directory))
+    tokenizer_files.write(tokenizer_files.effective(ModelDirectory(directory), name), directory)
+    return note_layout(ModelDirectory(directory))
 
 
 def settle_run(model: ModelDirectory) -> None:

@@ -38,8 +38,9 @@ _END_OF_TEXT = "<|endoftext|>"
 _LOSS = 0.05
 # Tokens among which a draw is tried first; more in rows where these have less than top_p together.
 N_LIKELY = 1024
-# How many times the documents that should do are written before giving up.
-_MOST = 4
+# Where less than this share of the documents can be kept, or they are shorter than this, the source gives up.
+_LEAST_KEPT = 0.25
+_SHORTEST = 8
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,15 @@ def model_texts(settings: ModelText, directory: ModelDirectory, n_tokens_needed:
             f"{directory.context}: lower max_tokens in calibrate"
         )
     device = device_of(settings.device)
-    writer = _Vllm if _uses_vllm(settings, device) else _Transformers
-    write = writer(settings, directory, device, max_tokens)
+    if _uses_vllm(settings, device):
+        write = _Vllm(settings, directory, max_tokens, longest)
+    else:
+        write = _Transformers(settings, directory, device, max_tokens)
     started = time.monotonic()
     # No document is cut for two uses: what is left of those that calibration and the held-out windows end in is lost.
     wanted = n_tokens_needed * (1 + _LOSS) + 2 * max_tokens
     n_longest = max_tokens + (min(map(len, starts)) if settings.prompts else 0)
     n_drafts = math.ceil(wanted / n_longest / (1 - settings.drop_perplexity))
-    n_most = _MOST * n_drafts
     drafts: list[Draft] = []
     with _bar(n_drafts) as bar:
         while True:
@@ -138,9 +140,10 @@ def model_texts(settings: ModelText, directory: ModelDirectory, n_tokens_needed:
             n_written = sum(len(_whole(draft, settings)) for draft in kept)
             if n_written >= wanted:
                 break
-            if len(drafts) >= n_most or not kept:
+            n_left = len(kept) / (1 - settings.drop_perplexity)
+            if not kept or n_left < _LEAST_KEPT * len(drafts) or n_written < _SHORTEST * len(kept):
                 raise ValueError(_too_little(drafts, kept, wanted, settings))
-            n_drafts = min(math.ceil(len(drafts) * wanted / n_written), n_most)
+            n_drafts = math.ceil(len(drafts) * wanted / n_written)
             bar.total = n_drafts
     documents = [tokenizer.decode(_whole(draft, settings)).strip() for draft in kept]
     logger.info(
@@ -169,7 +172,7 @@ def _too_little(drafts: Sequence[Draft], kept: Sequence[Draft], wanted: float, s
     return (
         f"of {len(drafts)} documents that the model wrote, {n_empty} are empty and {n_repetitive} repeat themselves; "
         f"{len(kept)} with {n_written} tokens are left, {wanted:.0f} are needed: try "
-        "another start or temperature, or raise max_repetition in calibrate"
+        "another start, temperature or prompts, or raise max_repetition in calibrate"
     )
 
 
@@ -307,7 +310,7 @@ def _of_one_length(starts: Sequence[list[int]]) -> Iterator[list[int]]:
 class _Vllm:
     """Writes with vLLM, all that is asked for at once."""
 
-    def __init__(self, settings: ModelText, directory: ModelDirectory, device: torch.device, max_tokens: int) -> None:
+    def __init__(self, settings: ModelText, directory: ModelDirectory, max_tokens: int, longest: int) -> None:
         from vllm import LLM
 
         self.settings, self.max_tokens = settings, max_tokens
@@ -315,7 +318,7 @@ class _Vllm:
         self.llm = LLM(
             model=str(directory.path),
             seed=settings.seed,
-            max_model_len=min(directory.context, max(2 * max_tokens, max_tokens + 1024)),
+            max_model_len=longest,
             enable_prefix_caching=False,
             trust_remote_code=directory.trusted,
         )
