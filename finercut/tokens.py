@@ -1,4 +1,4 @@
-"""The token file that `calibrate` writes and every later stage reads; and repetition in texts."""
+"""The token file that `calibrate` writes and every later stage reads; what texts begin with, and what they repeat."""
 
 from __future__ import annotations
 
@@ -9,16 +9,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _FILE = "tokens.safetensors"
 _WINDOWS = ("calibration", "held_out", "healing")
 _METADATA = "finercut"  # one key: safetensors writes several in no fixed order
 _N_GRAM = 4
+
+
+def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS that every text starts with, where the tokenizer puts one before a text by itself; else nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
 
 
 def repetition(text: Sequence[int]) -> float:

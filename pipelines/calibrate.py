@@ -11,9 +11,9 @@ from finercut.sources.generation import beginnings, model_texts
 from finercut.sources.records import CalibrateReport, CalibrationSource
 from finercut.sources.settings import Calibrate, ModelText, Portion
 from finercut.sources.texts import Texts, read_texts
-from finercut.sources.windows import Cut, cut_windows, tokenizer_sha256, window_start
+from finercut.sources.windows import Cut, cut_windows, tokenizer_sha256
 from finercut.system.staging import staged
-from finercut.tokens import Tokens, passages, write_tokens
+from finercut.tokens import Tokens, passages, window_start, write_tokens
 
 from . import paths
 from .params import Params

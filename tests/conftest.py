@@ -56,6 +56,16 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def bos_tokenizer():
+    """One that puts BOS before a text by itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
 def random_llama(**changes):
     """A fresh random Llama of 4 blocks; the same one for the same arguments."""
     import torch

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import few_tokens
+from conftest import few_tokens, random_llama
 from family_models import CASES, random_model
 from healing_settings import N, reconstructing
 
@@ -119,6 +119,15 @@ def test_nothing_before_the_first_gap_is_fitted(tiny_model):
     assert {name.split(".")[2] for name in fitted} <= {"1", "2", "3"}
     assert "model.layers.1.mlp.down_proj.weight" in fitted
     assert "model.layers.1.self_attn.o_proj.weight" not in fitted
+
+
+@torch.no_grad()
+def test_a_projection_that_writes_nothing_is_fitted_too():
+    model = random_llama()
+    model.model.layers[2].self_attn.o_proj.weight.zero_()  # a block added to deepen a model begins so
+    found = fit(model, few_tokens(32, 3), [Sublayer(1, "mlp"), Sublayer(2, "mlp")])
+    assert found
+    assert all(value.isfinite().all() for value in found.values())
 
 
 def test_a_ridge_too_small_for_inputs_that_repeat_changes_nothing():

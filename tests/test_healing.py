@@ -337,6 +337,21 @@ def test_an_interrupted_run_continues_to_the_same_bytes(run, tmp_path, monkeypat
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("method", [distilling, refitting])
+def test_what_was_healed_is_kept_until_it_is_written(run, tmp_path, monkeypatch, method, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(heal, "compare", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            run(method(), name="full")
+    (folder,) = (tmp_path / "work").iterdir()
+    caplog.set_level(logging.INFO, "finercut")
+    run(method(), name="again")
+    assert (
+        "continues after step 16 of an interrupted run" in caplog.text or "was fitted by an interrupted" in caplog.text
+    )
+    assert not folder.exists()
+
+
 def test_another_learning_rate_does_not_continue_an_interrupted_run(run, monkeypatch):
     def killed(*_, **__):
         raise Killed

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -230,6 +231,13 @@ def test_a_whole_model_is_not_taken_for_a_pruned_one(tiny_model, some_pruned):
         load_pruned(tiny_model)
     with pytest.raises(ValueError, match="cannot prune a finercut_llama model"):
         load_whole(some_pruned)
+
+
+@pytest.mark.parametrize(("able", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or able)
+    assert dtype_of("auto", torch.device("cuda:0")) == dtype
 
 
 @pytest.mark.parametrize(

@@ -121,9 +121,14 @@ def test_an_example_is_its_prompt_and_its_answer_and_the_answer_alone_counts(exa
         assert tokenizer.decode(target[counted]) == answer
         assert torch.equal(window[1:][counted[:-1]], target[counted])
         end = int(counted.nonzero().max()) + 2
-        assert window[0] == tokenizer.bos_token_id
-        assert tokenizer.decode(window[1:end]) == example["prompt"].rstrip() + answer
+        assert tokenizer.decode(window[:end]) == example["prompt"].rstrip() + answer
         assert not window[end:].any()
+
+
+def test_an_example_starts_as_the_tokenizer_starts_a_text(examples, tmp_path, bos_tokenizer):
+    (without, _), (windows, _) = examples.windows, read_examples(tmp_path / "task.jsonl", bos_tokenizer, 64).windows
+    assert (windows[:, 0] == bos_tokenizer.bos_token_id).all()
+    assert torch.equal(windows[:, 1:], without)
 
 
 def test_the_loss_of_the_answers_decides(model, examples, tokens):

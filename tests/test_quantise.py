@@ -16,6 +16,7 @@ from finercut.checkpoint.steps import Proof
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned
 from finercut.system import compressor
+from finercut.tokens import load_tokens, sha256_of
 from pipelines import params, paths, steps
 
 CHANGED = "model.layers.1.mlp.up_proj.weight"
@@ -163,6 +164,23 @@ def run(chosen):
     return steps.run_and_report("quantise", params.load().model_copy(update={"quantise": chosen}))
 
 
+@pytest.mark.parametrize(("visible", "chosen"), [(None, "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b")])
+def test_llm_compressor_takes_the_gpu_that_torch_counts(workspace, monkeypatch, tmp_path, visible, chosen):
+    monkeypatch.setattr(quantise, "device_of", lambda _: torch.device("cuda:1"))
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def started(_, variables):
+        raise RuntimeError(variables["CUDA_VISIBLE_DEVICES"])
+
+    monkeypatch.setattr(quantise, "start_group", started)
+    monkeypatch.setattr(quantise, "interpreter", lambda: "python")
+    with pytest.raises(RuntimeError, match=f"^{chosen}$"):
+        quantise._run(ModelDirectory(paths.HEALED), tmp_path / "result", settings("w8a8", "rtn"), None)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(compressor.installed() is None, reason="make setup QUANTISE=1 installs llm-compressor")
 @pytest.mark.parametrize(
@@ -175,6 +193,9 @@ def test_llm_compressor_quantises_and_its_claim_holds(workspace, tokens, scheme,
     assert child.removed == ModelDirectory(paths.HEALED).removed
     made = lineage.lineage_of(child)[-1]
     assert (made.step, made.settings["scheme"], bool(made.n_tokens)) == ("quantise", scheme, method == "gptq")
+    if method == "gptq":
+        looked_at = load_tokens(paths.CALIBRATION)
+        assert made.tokens_sha256 == sha256_of(looked_at.calibration[: made.settings["n_samples"]])
     assert claim(tokens).holds
     numbers = load_file(paths.QUANTISED / "model.safetensors").get(CHANGED)
     if numbers is not None:

@@ -383,6 +383,11 @@ def test_a_version_requires_the_libraries_that_its_evidence_comes_from(run, evid
         "torch==2.11.0",
         f"transformers=={installed['transformers']}",
     ]
+    (checkpoint / "config.json").write_text('{"quantization_config": {}}')
+    quantised = measured_with | {"compressed-tensors": "0.13"}
+    versions.register(run, "libraries", checkpoint, [evidence], {}, {}, "other md5", quantised)
+    path = mlflow.artifacts.download_artifacts("models:/libraries/2/requirements.txt")
+    assert Path(path).read_text().split()[-1] == "compressed-tensors==0.13"
 
 
 def continuation(directory, prompt):

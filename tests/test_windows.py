@@ -11,21 +11,11 @@ from hub_server import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from lettered import LETTERS, letters_of, texts, windows
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
 from finercut.sources.settings import apportion
 from finercut.sources.texts import Texts
 from finercut.sources.windows import Cut, cut_windows
 from finercut.tokens import Tokens, load_tokens, passages, repeat, write_tokens
-
-
-@pytest.fixture(scope="module")
-def bos_tokenizer(tiny_model):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return tokenizer
-
 
 # Windows
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from finercut.tokens import window_start
+
 HELD_OUT_SHARE = 1 / 4
 # What a token of no answer is to predict: it does not count.
 _NONE = -1
@@ -95,7 +97,7 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, where: str, most_tokens: int
 ) -> tuple[list[int], int]:
     """The example's ids, and how many of them are the prompt's."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = window_start(tokenizer)
     ids = [start + tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, prompt + answer)]
     # Where the answer changes the prompt's last token, that token is the answer's.
     n_prompt = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finercut.sources.files import TOKENIZER_FILES
 from finercut.sources.texts import Texts
-from finercut.tokens import Tokens, passages, repeat
+from finercut.tokens import Tokens, passages, repeat, window_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
 _MARGIN = 64
 # Of a first guess at how much text is needed.
 _CHARACTERS_PER_TOKEN = 8
-
-
-def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS that every window starts with, where the tokenizer puts one before a text by itself; else nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("x").input_ids[:1] == [bos] else []
 
 
 @dataclass(frozen=True)
