@@ -105,7 +105,7 @@ class Distill(_InSteps):
     """Tokens to train on; the windows are repeated where there are fewer."""
     repeated_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the windows trained on, how many are made from the others by putting passages of 4 to 32 tokens twice in a
-    row, which trains the attention that copies from the context."""
+    row, which trains the attention that copies from the context: the model copies more, and repeats itself more."""
     minutes: PositiveFloat | None
     """Limit on the training time, minutes; the schedule ends with it. null: none. A run that reaches it depends on the
     speed of the machine."""
