@@ -22,7 +22,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 # Code and environment belong to root: the user that runs models' code can write to its home and the workspace only.
 RUN useradd --create-home --uid 10001 --shell /bin/bash finercut \
-    && install --directory --owner finercut --group finercut /workspace /home/finercut/.cache
+    && install --directory --owner finercut --group finercut /workspace /home/finercut/.cache \
+    # A volume's root can belong to another user.
+    && git config --system --add safe.directory /workspace
 WORKDIR /opt/finercut
 RUN python3 -m venv .venv
 

@@ -22,8 +22,8 @@ help: ## Show these targets
 setup: $(READY) $(if $(QUANTISE),$(READY_TO_QUANTISE)) ## Create .venv with the locked versions
 
 $(READY): requirements/$(HARDWARE).txt requirements/install pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or later is needed, found $$($(PYTHON) --version); name one: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed, found $$($(PYTHON) --version); name one: make setup PYTHON=python3.11" >&2; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	requirements/install $(HARDWARE)
 	@rm -f .venv/.ready-* && touch $@

@@ -12,7 +12,7 @@ each selection has the share of a token's time that its sublayers add up to.
 and `choices` and `gold`, or `query`, or `contexts` and `continuation`, or `passage`, `question` and `label`; or with
 `page`, a text. Without items, the smoke tasks have to do; without texts, the held-out tokens.
 
-Prints a table, draws DIR/quality.png; the last line is one JSON document.
+Prints a table, draws quality.png in --folder; the last line is one JSON document.
 """
 
 from __future__ import annotations

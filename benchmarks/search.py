@@ -274,6 +274,7 @@ def measured(method: str, model: PreTrainedModel, tokens: Tensor, timed_steps: i
         "wall_s": wall * scale,
         "cpu_s": cpu * scale,
         "timed_steps": n_steps,
+        "n_removals": n_removals,
         "sublayer_passes": passes,
         "head_tokens": head_tokens,
         "forward_equivalents": forward_equivalents(model, passes, head_tokens, tokens.shape[1]),
@@ -308,7 +309,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
         first = rounds[0]
         found[method] = {
             **{name: spread([r[name] for r in rounds]) for name in ("wall_s", "cpu_s", "peak_above_model_mib")},
-            **{name: first[name] for name in ("timed_steps", "sublayer_passes", "head_tokens", "gflop")},
+            **{name: first[name] for name in ("timed_steps", "n_removals", "sublayer_passes", "head_tokens", "gflop")},
             "forward_equivalents": first["forward_equivalents"],
             "peak_mib": max(r["peak_mib"] for r in rounds),
             "less_work": slow[0]["forward_equivalents"] / first["forward_equivalents"],
@@ -423,7 +424,7 @@ def row(method: str, figures: dict[str, Any]) -> str:
         f"{figures['faster_wall']['median']:8.1f}{figures['faster_cpu']['median']:7.1f}"
         f"{figures.get('limit', float('nan')):7.1f}{figures['peak_above_model_mib']['median']:7.0f}  "
         + ("same" if figures["same_order"] else "OTHER")
-        + (f" (first {figures['timed_steps']} steps timed)" if figures["timed_steps"] < len(figures["order"]) else "")
+        + (f" (first {figures['timed_steps']} steps timed)" if figures["timed_steps"] < figures["n_removals"] else "")
     )
 
 

@@ -223,9 +223,9 @@ def run(file: Path | None, pull: bool) -> None:
 def frontier(budgets: str, unit: str | None, rule: str, pull: bool) -> None:
     """Compress the model to several budgets and register one that passes the gate.
 
-    One search and one measurement of the whole model serve all points; each is pruned, healed, proved, evaluated and
-    timed. Interrupted, it goes on where it was. params.yaml has the chosen budget afterwards. Ends with status 1 if a
-    stage fails or no point passes.
+    One measurement of the whole model serves all points, and one search unless it fills each budget (search.fill); each
+    is pruned, healed, proved, evaluated and timed. Interrupted, it goes on where it was. params.yaml has the chosen
+    budget afterwards. Ends with status 1 if a stage fails or no point passes.
 
     \b
     finercut frontier --budgets 0.1,0.15,0.2,0.25 --unit parameters

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from finercut.checkpoint import quantise
 from finercut.checkpoint.writing import as_stored, write_all_but_weights
 from finercut.evaluation import samples
 from finercut.model import tokenizer_files
-from finercut.model.devices import device_of
+from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import fixed_sublayers
 from finercut.selection import depth, refit
@@ -67,7 +70,7 @@ def _asked(params: Params, model: ModelDirectory) -> str:
     for section in (params.search, budget, params.evaluate, params.throughput, params.prove, params.quantise):
         digest.update(section.model_dump_json(exclude=tolerances).encode())
     windows = f"{params.calibrate.n_tokens} {params.calibrate.n_samples}"
-    digest.update(f"{windows} {_devices(params)} {_refits(params)} {params.heal.method}".encode())
+    digest.update(f"{windows} {_devices(params)} {_refits(params)} {params.heal.method} {_machine()}".encode())
     for file in sorted(model.path.rglob("*")):
         if file.is_file() and ".safetensors" not in file.name:
             digest.update(f"{file.relative_to(model.path)} {file.stat().st_size}\n".encode() + file.read_bytes())
@@ -77,6 +80,14 @@ def _asked(params: Params, model: ModelDirectory) -> str:
         except PackageNotFoundError:
             continue
     return digest.hexdigest()
+
+
+def _machine() -> str:
+    """What of it decides whether engines start."""
+    device = device_of("auto")
+    gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
+    return f"{dtype_of('auto', device)} {[(gpu.name, gpu.total_memory) for gpu in gpus]} {shared}"
 
 
 def _devices(params: Params) -> dict[str, str]:

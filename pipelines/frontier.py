@@ -1,7 +1,7 @@
 """Compresses the model to several budgets and registers one of them.
 
-The largest budget comes first: its greedy search answers the smaller ones. What does not depend on the budget is
-measured once, and points that DVC's cache has are not computed again, so an interrupted frontier goes on.
+The largest budget comes first: a greedy search that does not fill it answers the smaller ones. What does not depend on
+the budget is measured once, and points that DVC's cache has are not computed again, so an interrupted frontier goes on.
 """
 
 from __future__ import annotations

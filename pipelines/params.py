@@ -96,6 +96,11 @@ class Params(Section):
         heal, calibrate = self.heal, self.calibrate
         if heal.method in ("reconstruct", "distill"):
             heal.check(calibrate.n_tokens)
+        if self.search.refit is not None and calibrate.n_healing_samples < 2:
+            raise ValueError(
+                "search.refit fits to some healing windows and judges by others: set calibrate.n_healing_samples to 2 "
+                f"at least, not {calibrate.n_healing_samples}"
+            )
         n_windows = calibrate.n_healing_samples or calibrate.n_samples
         if heal.method in ("refit", "reconstruct") and n_windows < 2:
             raise ValueError(

@@ -48,7 +48,12 @@ def selected(job: Job) -> Selected:
     found = _greedy(job)
     order = [parse(removal.sublayer) for removal in found.removals]
     if settings.swaps:
-        order, n_swaps = _swapped(job, goal.within(order))
+        if not (within := goal.within(order)):
+            raise ValueError(
+                f"search.swaps: the first removal, {order[0]}, is already over the budget, so that there is nothing to "
+                "exchange: raise prune.budget, or set search.fill to true"
+            )
+        order, n_swaps = _swapped(job, within)
         measured = _measured(job, order)
         return replace(measured, removals=found.removals, resumed_after=found.resumed_after, n_swaps=n_swaps)
     if settings.method in OBJECTIVES:

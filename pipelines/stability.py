@@ -73,7 +73,7 @@ def _text(halves: list[Half], n_windows: int) -> str:
     first, second = halves
     shared = overlap(first.removed, second.removed)
     alone = [_names(one.removed - other.removed) for one, other in (halves, halves[::-1])]
-    verdict = "stable" if shared >= ENOUGH else "take more text, or broader: calibrate.n_samples, calibrate.source"
+    verdict = "stable" if shared >= ENOUGH else "take more text, or broader: calibrate.n_samples, calibrate.sources"
     return "\n".join(
         [
             f"overlap of the removed sublayers {shared:.2f}, {verdict}",

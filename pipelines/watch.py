@@ -52,9 +52,9 @@ def run(reference: VersionReference, directory: Path, command: Sequence[str], in
     while True:
         with held:
             process = _start(command, held)
-            logger.info("watch: %s is version %s; started %s", reference.uri, version.version, command[0])
-            _delete_unused(directory, reference.name)
             try:
+                logger.info("watch: %s is version %s; started %s", reference.uri, version.version, command[0])
+                _delete_unused(directory, reference.name)
                 moved = _wait(process, client, reference, version, directory, interval_s)
             finally:
                 end_group(process)
@@ -92,7 +92,10 @@ def _wait(
                 found = versions.find(client, reference)
             # Not by its number alone: a registered model that was deleted and made anew has a version 1 again.
             if _folder(found, directory) != _folder(current, directory):
-                return found, _download(found, directory)
+                held = _download(found, directory)
+                if process.poll() is None:
+                    return found, held
+                held.lock.close()
         except (RuntimeError, OSError) as error:
             logger.warning("watch: %s; version %s goes on", error, current.version)
 
@@ -151,12 +154,14 @@ def _delete_unused(directory: Path, name: str) -> None:
         match = locks.fullmatch(path.name)
         if match is None:
             continue
-        with path.open("a") as lock:
-            try:
+        try:
+            with path.open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            _discard(directory / match[1])
+                _discard(directory / match[1])
+        except BlockingIOError:
+            continue
+        except OSError as error:  # another user's
+            logger.warning("watch: %s is not deleted: %s", match[1], error)
 
 
 def _discard(folder: Path) -> None:

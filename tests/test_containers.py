@@ -120,6 +120,7 @@ def test_an_empty_workspace_becomes_a_repository_of_the_images_files_and_a_clone
     (image / "params.yaml").write_text("of the image")
     (image / ".gitignore").write_text("/.finercut/\n")
     (image / ".venv/python").touch()
+    (empty / "lost+found").mkdir()  # of a volume's file system
     subprocess.run("git init -q && echo mine > params.yaml", shell=True, cwd=clone, check=True)
 
     def inside(workspace, *command):
@@ -133,9 +134,12 @@ def test_an_empty_workspace_becomes_a_repository_of_the_images_files_and_a_clone
     (empty / "params.yaml").write_text("changed since")
     assert inside(empty, "cat", "params.yaml") == "changed since"  # the same image: nothing is unpacked over it
     (image / "params.yaml").write_text("of a newer image")
+    (empty / "finercut/rooms").mkdir(parents=True)
+    (empty / "finercut/rooms/moved.py").write_text("of an older image")
     (empty / "results").write_text("stay")
     assert inside(empty, "git", "show", "HEAD:params.yaml") == "of a newer image"
     assert (empty / "results").read_text() == "stay"
+    assert not (empty / "finercut").exists()
     assert inside(empty, "git", "rev-list", "--count", "HEAD") == "2\n"
     assert inside(clone, "cat", "params.yaml") == "mine\n"
 

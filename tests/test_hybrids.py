@@ -6,6 +6,7 @@ import pytest
 import torch
 from family_models import HYBRIDS, OTHERS, SHARED, each, random_model, run_without_finercut
 
+from finercut.checkpoint.prune import prune
 from finercut.checkpoint.writing import write_pruned
 from finercut.model.caches import forward
 from finercut.model.costs import costs_of, costs_of_config
@@ -166,6 +167,14 @@ def test_blocks_of_one_sublayer_have_that_one_only_and_one_attention_stays():
     assert fixed.pop(Sublayer(2, "attention")) == "it is the first by whose keys the cache counts tokens"
     assert set(fixed.values()) == {"the block has none"}
     assert len(fixed) == 6
+
+
+def test_a_sublayer_that_blocks_of_one_lack_is_not_removed(tmp_path):
+    random_model("falcon_mamba").save_pretrained(tmp_path / "whole")
+    with pytest.raises(
+        ValueError, match=r"^cannot remove 3\.mlp: the model has 4 sublayers in 4 blocks, and not these"
+    ):
+        prune(tmp_path / "whole", ["1.attention", "3.mlp"], None, tmp_path / "pruned")
 
 
 def test_attentions_whose_keys_others_read_stay(tmp_path):

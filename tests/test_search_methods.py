@@ -55,6 +55,23 @@ def test_every_method_writes_a_selection_and_a_curve_that_prune_takes(project, t
     assert pruned.divergence == pytest.approx(js.mean().item(), rel=1e-4)
 
 
+def test_evolution_removes_nothing_that_saves_none_of_the_budget(project):
+    report = search.run(by_method("evolutionary", prune__budget={"unit": "kv_cache", "amount": 0.5}))
+    assert report.removals
+    assert all(name.endswith("attention") for name in report.removals)
+
+
+def test_swaps_need_a_removal_within_the_budget(project):
+    changes = {
+        "search__swaps": 1,
+        "search__fill": False,
+        "search__removals": "auto",
+        "search__protect": ["3.attention"],
+    }
+    with pytest.raises(ValueError, match=r"the first removal, 3\.mlp, is already over the budget"):
+        search.run(with_changes(**changes, prune__budget={"unit": "parameters", "amount": 0.1}))
+
+
 def test_random_with_another_seed_is_another_selection(project):
     removals = [search.run(by_method("random", search__seed=seed)).removals for seed in (0, 0, 1)]
     assert removals[0] == removals[1] != removals[2]
@@ -216,6 +233,7 @@ def test_a_task_decides_and_an_edit_of_its_examples_is_noticed(project):
         ({"search__refit": {}, "search__n_processes": 2}, "set n_processes to 1"),
         ({"search__refit": {}, "search__stop": {"agreement": 0.5}}, "stop judges the model without its refit"),
         ({"search__refit": {}}, "search.refit fits to healing windows, and there are none"),
+        ({"search__refit": {}, "calibrate__n_healing_samples": 0}, "calibrate.n_healing_samples to 2 at least, not 0"),
         ({"search__method": "evolutionary", "search__removals": 5}, "set removals to auto"),
         ({"search__method": "evolutionary", "search__exclude": 0.4}, "exclude belongs to methods that go step by step"),
         (

@@ -18,9 +18,11 @@ from torch import nn
 from vllm_cases import REMOVED, model_for_vllm, sublayers, write
 
 from finercut.checkpoint import quantise
+from finercut.checkpoint.writing import write_pruned
 from finercut.model.directory import ModelDirectory
 from finercut.model.families import layout_of
 from finercut.model.layouts import note_layout
+from finercut.sublayers import Sublayer
 
 
 def engine_config(directory):
@@ -129,6 +131,21 @@ def test_a_quantised_weight_without_its_scale_is_refused(tiny_pruned):
         lacking = f"model.layers.1.mlp.up_proj.weight_{part}"
         with pytest.raises(ValueError, match=f"do not belong together: missing: {lacking}"):
             vllm_models._check_names(config, stored - {lacking}, str)
+
+
+def test_a_rank_that_is_given_its_own_experts_alone_lacks_none(tmp_path):
+    from finercut.serving import vllm_models
+
+    whole, pruned = tmp_path / "whole", tmp_path / "pruned"
+    random_model("mixtral").save_pretrained(whole)
+    pruned.mkdir()
+    write_pruned(ModelDirectory(whole), [Sublayer(1, "attention")], pruned, {}, "")
+    directory = ModelDirectory(pruned)
+    own = {name for name in directory.tensors if ".experts.1." not in name}
+    assert own < set(directory.tensors)
+    vllm_models._check_names(directory.config, own, str, few_experts=True)
+    with pytest.raises(ValueError, match=r"missing: .*\.experts\.1\."):
+        vllm_models._check_names(directory.config, own, str)
 
 
 def test_a_scheme_that_vllm_multiplies_wrongly_is_refused(distributed, monkeypatch):

@@ -111,6 +111,36 @@ def test_the_watcher_ends_when_the_command_does_with_its_status(here, handlers):
     assert watch.run(reference, Path("watched"), ["sh", "-c", "test -f {}/config.json && exit 7"], 60) == 1
 
 
+def test_a_command_that_ends_during_a_download_is_not_started_again(here, handlers, monkeypatch):
+    here.register()
+    here.register()
+    here.client.set_registered_model_alias(here.name, "served", "1")
+    download = watch._download
+
+    def slow(version, directory):
+        held = download(version, directory)
+        if str(version.version) == "2":
+            Path("end").touch()
+            time.sleep(2)
+        else:
+            here.client.set_registered_model_alias(here.name, "served", "2")
+        return held
+
+    monkeypatch.setattr(watch, "_download", slow)
+    command = ["sh", "-c", "echo {} >> started; until test -f end; do sleep 0.1; done; exit 7"]
+    assert watch.run(VersionReference(here.name, "served"), Path("watched"), command, 0.2) == 7
+    assert len(Path("started").read_text().split()) == 1
+
+
+def test_what_another_user_left_stops_nothing(here, handlers, monkeypatch, caplog):
+    here.register()
+    Path("watched").mkdir()
+    Path(f"watched/.{here.name}-9-0a.lock").touch()
+    monkeypatch.setattr(watch, "_discard", lambda _: (_ for _ in ()).throw(PermissionError("not yours")))
+    assert watch.run(VersionReference(here.name, "challenger"), Path("watched"), ["sh", "-c", "exit 3"], 60) == 3
+    assert f"watch: {here.name}-9-0a is not deleted: not yours" in caplog.text
+
+
 def test_version_1_of_another_model_is_not_served_in_its_place(here, handlers):
     here.register()
     other = replace(here, params=here.params.model_copy(update={"register_": _named(here, f"{here.name}-b")}))

@@ -31,7 +31,7 @@ tags: [finercut, pruned]
 Pruned without training by FinerCut (arXiv 2405.18218): the sublayers whose removal changed the output distribution
 least were taken out. The removed weights are gone from this checkpoint.
 
-| | share of the whole model |
+| | saved of the whole model |
 |---|---|
 {shares}
 
@@ -50,6 +50,11 @@ _MEASURED = """\
 - {divergence} divergence from the whole model: {last:.4f} on the calibration tokens
   (sha256 `{calibration_sha256}`), {held_out:.4f} on held-out tokens
 """
+
+_MEASURED_ON_TEXT = """\
+- negative log-likelihood of {of}: {last:.4f} nats per token, {held_out:.4f} on held-out ones
+"""
+OF_THE_TEXT = {"perplexity": "the calibration text", "task": "the answers of the task's examples"}
 
 _LOADING = """\
 With [transformers](https://github.com/huggingface/transformers) and finercut, from the repository or wheel that this
@@ -141,7 +146,11 @@ def card(
     """
     removed, origin, last = selection.sublayers, selection.origin, selection.removals[-1]
     measured = "\n"
-    if origin is not None and last.divergence is not None:
+    if origin is not None and last.divergence is not None and origin.divergence in OF_THE_TEXT:
+        measured = _MEASURED_ON_TEXT.format(
+            of=OF_THE_TEXT[origin.divergence], last=last.divergence, held_out=last.held_out_divergence
+        )
+    elif origin is not None and last.divergence is not None:
         measured = _MEASURED.format(
             divergence=origin.divergence,
             last=last.divergence,

@@ -90,13 +90,15 @@ def _write(
     _check_origin(parent, selection)
     taken = selection if budget is None else selection.within(budget, costs)
     removed = taken.sublayers
-    if unknown := [str(s) for s in removed if s not in costs["sublayers"].by_sublayer]:
+    there = costs["sublayers"]
+    if unknown := [str(s) for s in removed if not there.by_sublayer.get(s)]:
         raise ValueError(
-            f"cannot remove {', '.join(unknown)}: the model has {parent.language.num_hidden_layers} blocks"
+            f"cannot remove {', '.join(unknown)}: the model has {int(there.whole)} sublayers in "
+            f"{parent.language.num_hidden_layers} blocks, and not these"
         )
     shares = costs.shares(removed)
     metadata = inherited(parent.path / "README.md")
-    auto, n_sublayers = auto_class(parent.config).__name__, len(costs["sublayers"].by_sublayer)
+    auto, n_sublayers = auto_class(parent.config).__name__, int(there.whole)
     text = card(taken, shares, n_sublayers, parent.weights_sha256, parent.trusted, auto, metadata)
     write_pruned(parent, removed, directory, _origin(parent, taken, budget), text)
     child = ModelDirectory(directory)

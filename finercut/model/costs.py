@@ -73,7 +73,7 @@ def costs_of_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
             kv_bytes[sublayer] = 0
             if branch and kind == "attention" and counting(language, [index]):
                 paths = [block.get_submodule(path.core) for path in branch.paths]
-                kv_bytes[sublayer] = _cached_numbers(language.per_layer_config[index], paths) * element_bytes
+                kv_bytes[sublayer] = cached_numbers(language.per_layer_config[index], paths) * element_bytes
     there = layout.sublayers(len(holders))
     n_parameters = sum(p.numel() for p in model.parameters())
     return Costs(
@@ -83,7 +83,7 @@ def costs_of_config(config: PreTrainedConfig, trust_remote_code: bool = False) -
     )
 
 
-def _cached_numbers(config: PreTrainedConfig, paths: Sequence[nn.Module]) -> int:
+def cached_numbers(config: PreTrainedConfig, paths: Sequence[nn.Module] = ()) -> int:
     """Numbers that an engine keeps of each past token for one attention; a recurrent state does not grow with them.
 
     Multi-head latent attention keeps one compressed vector and one rotary key; any other the keys and values of its
@@ -91,7 +91,7 @@ def _cached_numbers(config: PreTrainedConfig, paths: Sequence[nn.Module]) -> int
 
     Args:
         config: of the block, where blocks differ.
-        paths: the attention, and what runs beside it.
+        paths: the attention, and what runs beside it, whose sizes count before the config's.
     """
     if latent := getattr(config, "kv_lora_rank", None):
         return latent + config.qk_rope_head_dim

@@ -34,7 +34,7 @@ def costs_with(model: ModelDirectory, report: Path) -> Costs:
     if not report.is_file():
         return costs
     added = CostsReport.read(report)
-    if added.whole_sha256 not in (None, model.weights_sha256):
+    if added.whole_sha256 is not None and added.whole_sha256 != model.weights_sha256:
         raise ValueError(f"{report} is of another model than {model}: run `finercut costs`")
     if added.memory_tokens is not None:
         costs["memory"] = memory(costs, model.config.dtype or torch.float32, added.memory_tokens)

@@ -200,6 +200,10 @@ def measured(bench: Bench, order: Iterable[Candidate]) -> Iterator[Step]:
     for step, candidate in enumerate(order, start=1):
         bench.remove(candidate.sublayers)
         held_out_divergence, by_source, controls = bench.held_out_controls()
+        if not math.isfinite(held_out_divergence):
+            raise ValueError(
+                f"the model's output is not finite after {step} removals, the last of them {candidate}: try float32"
+            )
         yield Step(
             step=step,
             sublayer=str(candidate),

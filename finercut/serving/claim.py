@@ -17,7 +17,8 @@ from finercut.checkpoint.records import Claim
 from finercut.checkpoint.settings import Prove
 from finercut.model import tokenizer_files
 from finercut.model.configs import QUANTISATION
-from finercut.model.devices import device_of
+from finercut.model.costs import cached_numbers
+from finercut.model.devices import device_of, dtype_of
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load
 from finercut.model.quantised import rounds_inputs
@@ -28,7 +29,9 @@ from finercut.serving.vllm_engine import Continuation
 # Windows whose log-probabilities are compared, and the most tokens of each.
 N_WINDOWS = 2
 N_TOKENS = 496
+# The least cache, and of what one window needs, the share that is given.
 KV_CACHE_GIB = 1.0
+_CACHE_ROOM = 1.25
 
 # How far the embeddings are changed, in roundings of the dtype: what those of some sixty sublayers add up to.
 _ROUNDINGS = 8
@@ -53,15 +56,25 @@ def engine_settings(model: ModelDirectory, n_tokens: int, settings: Prove) -> En
             f"the model's context of {context} tokens is too short to compare vLLM with transformers: "
             f"{vllm_engine.N_GENERATED + 2} are needed"
         )
+    n_most = compared + vllm_engine.N_GENERATED
     return EngineSettings(
         concurrency=N_WINDOWS,
         dtype="float32",
-        max_model_len=compared + vllm_engine.N_GENERATED,
-        kv_cache_gib=KV_CACHE_GIB,
+        max_model_len=n_most,
+        kv_cache_gib=_cache_gib(model, n_most),
         enforce_eager=True,
         tensor_parallel_size=settings.tensor_parallel_size,
         pipeline_parallel_size=settings.pipeline_parallel_size,
     )
+
+
+def _cache_gib(model: ModelDirectory, n_tokens: int) -> float:
+    """For a window in float32: more than the least where every head of a large model has keys and values of its own."""
+    language = model.language
+    if not getattr(language, "num_attention_heads", None):
+        return KV_CACHE_GIB
+    n_bytes = language.num_hidden_layers * cached_numbers(language) * 4 * n_tokens
+    return max(KV_CACHE_GIB, _CACHE_ROOM * n_bytes / 2**30)
 
 
 def claim(name: str, model: ModelDirectory, held_out: Tensor, settings: Prove) -> Claim:
@@ -82,8 +95,10 @@ def claim(name: str, model: ModelDirectory, held_out: Tensor, settings: Prove) -
     rounded = quantisation is not None and rounds_inputs(quantisation)
     if quantisation is not None:
         tolerance = settings.quantised_tolerance
-        if device_of("auto").type != "cpu" or not rounded:
-            compared = compared.model_copy(update={"dtype": "bfloat16"})  # such kernels take no float32
+        device = device_of("auto")
+        if device.type != "cpu" or not rounded:  # such kernels take no float32
+            able = device.type == "cpu" or dtype_of("auto", device) == torch.bfloat16
+            compared = compared.model_copy(update={"dtype": "bfloat16" if able else "float16"})
     windows = held_out[:N_WINDOWS, : compared.max_model_len - vllm_engine.N_GENERATED].tolist()
     alone = compared.tensor_parallel_size * compared.pipeline_parallel_size == 1
     with vllm_engine.engine(model.path, compared, one_process=alone) as engine:

@@ -206,6 +206,9 @@ class CheckedWeights:
         # Dummy weights are filled in piece by piece by whoever asked for them.
         self._stored_config = vllm_config.model_config.hf_config
         self._weights_to_check = vllm_config.load_config.load_format != "dummy"
+        # Each rank is then given its own experts alone.
+        parallel = vllm_config.parallel_config
+        self._few_experts = parallel.enable_expert_parallel and parallel.enable_ep_weight_filter
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As vLLM's, but the first time every weight must be there.
@@ -222,7 +225,8 @@ class CheckedWeights:
 
         loaded = super().load_weights(noted())
         if self._weights_to_check:
-            _check_names(self._stored_config, seen, _renaming(self._stored_config, type(self)))
+            renamed = _renaming(self._stored_config, type(self))
+            _check_names(self._stored_config, seen, renamed, self._few_experts)
             self._weights_to_check = False
         return loaded
 
@@ -232,7 +236,7 @@ def _class_name(config: Any) -> str:
     return PREFIX + config.architectures[0].removeprefix(PREFIX)
 
 
-def _check_names(config: Any, seen: set[str], renamed: Callable[[str], str]) -> None:
+def _check_names(config: Any, seen: set[str], renamed: Callable[[str], str], few_experts: bool = False) -> None:
     with torch.device("meta"):
         model = getattr(modeling_finercut, _class_name(config))(config)
         if getattr(config, QUANTISATION, None):
@@ -248,7 +252,7 @@ def _check_names(config: Any, seen: set[str], renamed: Callable[[str], str]) -> 
         return {
             key: name
             for key, name in by_renamed.items()
-            if key.startswith(renamed(inside)) and not (inside and ".experts." in key)
+            if key.startswith(renamed(inside)) and not ((inside or few_experts) and ".experts." in key)
         }
 
     # By the names in a checkpoint, where experts are apart. A tied weight is a parameter once, under the name it is

@@ -23,7 +23,7 @@ def _check_clone(here: Path, clone: Path) -> None:
     if not here.samefile(clone) and _code(here) != _code(clone):
         sys.exit(
             f"finercut: the code in this folder is another than that of {clone}, which this command runs: `make setup` "
-            "here, then `.venv/bin/finercut`"
+            "here, then `.venv/bin/finercut`; in a container, an image of this code"
         )
 
 
