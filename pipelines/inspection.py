@@ -25,6 +25,7 @@ def describe(what: str) -> str:
 def _checkpoint(path: Path) -> str:
     from finercut.checkpoint.lineage import lineage_of
     from finercut.model.directory import ModelDirectory
+    from finercut.model.families import Layout
 
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"no checkpoint in {path}: it has no config.json")
@@ -39,9 +40,10 @@ def _checkpoint(path: Path) -> str:
             f"{', '.join(map(str, removed)) or 'nothing'}, its section finercut names "
             f"{', '.join(map(str, origin.get('removals', ()))) or 'nothing'}"
         )
+    n_sublayers = len(Layout.from_dict(origin["layout"]).sublayers(n_blocks))
     rows = {f"{kind} removed": [s.block for s in removed if s.kind == kind] for kind in KINDS}
     lines = [
-        f"{model.config.architectures[0]}, {n_blocks} blocks, {len(removed)} of {2 * n_blocks} sublayers removed",
+        f"{model.config.architectures[0]}, {n_blocks} blocks, {len(removed)} of {n_sublayers} sublayers removed",
         *(f"  {name}: {', '.join(map(str, blocks)) or 'none'}" for name, blocks in rows.items()),
         *(f"  {name}: {value}" for name, value in origin.items() if name not in ("layout", "removals", "lineage")),
         f"  order of removal: {' '.join(origin['removals'])}",

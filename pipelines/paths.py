@@ -30,9 +30,9 @@ COMPARISON = REPORTS / "compare.html"
 
 WORK = Path(".finercut")
 """What is neither input nor output of a stage, so that DVC leaves it alone: `lock`, held by the process that works in
-this workspace; `search/` and `heal/`, searches and trainings in progress; `costs/`, a model that is timed;
-`fetch/` and `promote/`, downloads in
-progress; FORESEEN; PREVIOUS; TRACEBACK."""
+this workspace; `container.lock`, held by a container that prepares it; `search/` and `heal/`, searches and trainings in
+progress; `costs/`, a model that is timed; `fetch/` and `promote/`, downloads in progress; FORESEEN; PREVIOUS;
+TRACEBACK."""
 FORESEEN = WORK / "foreseen"
 """Hash of that for which nothing was in the way of later stages."""
 PREVIOUS = WORK / "params.previous.yaml"

@@ -185,6 +185,7 @@ def inputs(settings: Search, budget: Budget) -> tuple[Search, FetchReport, Token
     settings = _protecting(settings, fixed)
     goal = Goal(settings, budget, costs_with(whole, paths.report("costs")), fetched.n_blocks)
     goal.check()
+    _check_devices(settings)
     _check_windows(settings, *tokens.calibration.shape, fetched.max_position_embeddings)
     if settings.refit is not None and (tokens.healing is None or distributed.started()):
         raise ValueError(
@@ -209,9 +210,23 @@ def check(params: Params, whole: ModelDirectory) -> None:
     # Others are measured before the search.
     if {settings.per, params.prune.budget.cost} <= {None, *costs}:
         Goal(settings, params.prune.budget, costs, whole.language.num_hidden_layers).check()
+    _check_devices(settings)
     _check_windows(settings, calibrate.n_samples, calibrate.n_tokens, whole.context)
     if settings.task is not None:
         _examples(settings, whole, whole.context)
+
+
+def _check_devices(settings: Search) -> None:
+    """
+    Raises:
+        ValueError: a process of the search would have none.
+    """
+    by_number = settings.device in ("auto", "cuda") and torch.cuda.is_available() and not distributed.started()
+    if by_number and settings.n_processes > torch.cuda.device_count():
+        raise ValueError(
+            f"search.n_processes = {settings.n_processes}: each takes a GPU, and here are {torch.cuda.device_count()}: "
+            "lower it, or set search.device to cpu"
+        )
 
 
 def _protecting(settings: Search, fixed: Iterable[Sublayer]) -> Search:

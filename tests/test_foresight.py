@@ -26,7 +26,7 @@ from finercut.selection.settings import Refitting
 from finercut.serving import foresight as vllm_foresight
 from finercut.serving.foresight import Answer
 from finercut.serving.settings import EngineSettings
-from pipelines import fetch, flow, foresight, params, paths
+from pipelines import fetch, flow, foresight, params, paths, search_job
 from pipelines.foresight import _one_of_each, questions
 
 # Heads of 32, the least that vLLM's attention takes on a CPU.
@@ -298,6 +298,15 @@ def test_what_the_search_will_refuse_is_said_before_anything_is_measured(chosen,
     search = chosen.search.model_copy(update=changes)
     (obstacle,) = foresight.check(chosen.model_copy(update={"search": search}), ModelDirectory(paths.MODEL))
     assert re.match(said, obstacle)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_of_a_search_takes_a_gpu_of_its_own(chosen, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    search_job._check_devices(chosen.search.model_copy(update={"n_processes": 2, "device": device}))
+    with pytest.raises(ValueError, match=r"^search.n_processes = 3: each takes a GPU, and here are 2: lower it"):
+        search_job._check_devices(chosen.search.model_copy(update={"n_processes": 3, "device": device}))
 
 
 def test_a_context_that_leaves_nothing_to_compare_is_refused(chosen, without_vllm):

@@ -66,7 +66,8 @@ Quantise = Annotated[Unquantised | Quantised, Field(discriminator="method")]
 
 
 class Prove(Section):
-    """How far numbers may differ for a claim to hold. All are compared in float32."""
+    """How far numbers may differ for a claim to hold. They are compared in float32, but for what vLLM computes with
+    quantised weights in half precision."""
 
     logit_tolerance: PositiveFloat
     """Between a checkpoint and the model that its step says it equals: largest difference of two logits."""

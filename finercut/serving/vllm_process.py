@@ -201,8 +201,12 @@ def _hardware() -> str:
     if not current_platform.is_cpu():
         return current_platform.get_device_name()
     cpu = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.MULTILINE) if cpu.is_file() else None
-    return f"{name[1] if name else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    said = cpu.read_text() if cpu.is_file() else ""
+    # Of ARM's processors it gives numbers for maker and kind, and no name.
+    found = re.search(r"^model name\s*:\s*(.+)$", said, re.MULTILINE)
+    kind = re.search(r"^CPU implementer\s*:\s*(\S+)$.*?^CPU part\s*:\s*(\S+)$", said, re.MULTILINE | re.DOTALL)
+    name = found[1] if found else " ".join([platform.machine(), *(kind.groups() if kind else ())])
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 if __name__ == "__main__":
