@@ -104,6 +104,13 @@ def goal(unit, amount, removals="auto", **changes):
     return Goal(search, Budget(unit=unit, amount=amount), COSTS, 4)
 
 
+def test_a_share_of_the_candidates_is_of_those_that_blocks_have():
+    chosen = goal("sublayers", 1, removals=0.5)
+    without = {sublayer: int(sublayer.kind == "attention") for sublayer in COSTS["sublayers"].by_sublayer}
+    attentions = Costs(COSTS | {"sublayers": Cost("sublayers", without, 4)})
+    assert (chosen.n_removals, replace(chosen, costs=attentions).n_removals) == (4, 2)
+
+
 def ends(chosen, order=ORDER):
     """At each length of the search: how many removals are needed, or None where it has to go on."""
     return [chosen.end(order[:n]) for n in range(len(order) + 1)]

@@ -34,7 +34,10 @@ class Goal:
 
     @property
     def n_candidates(self) -> int:
-        return len(candidates(self.n_blocks, self.settings.candidates))
+        """Without those of which the blocks have nothing."""
+        there = self.costs["sublayers"].by_sublayer
+        pool = candidates(self.n_blocks, self.settings.candidates)
+        return len([c for c in pool if any(there.get(sublayer) for sublayer in c.sublayers)])
 
     @property
     def n_removals(self) -> int | None:
@@ -196,7 +199,7 @@ class Goal:
         """Those of the candidates that come into reach: front blocks do after enough removals of others."""
         if self.settings.exclude is None:
             return list(pool)
-        front = FrontExclusion(self.n_candidates, self.settings.exclude)
+        front = FrontExclusion(len(candidates(self.n_blocks, self.settings.candidates)), self.settings.exclude)
         behind = [c for c in pool if not front.covers(c, 0)]
         return list(pool) if most_removals(behind) >= front.until_removals else behind
 
