@@ -130,6 +130,7 @@ def _obstacles(params: Params, model: ModelDirectory) -> list[str]:
         without_weights = write_all_but_weights(model, _one_of_each(model), pruned.path, {})
         found += _asked_of_vllm(params, model, pruned, without_weights)
         if params.quantise.method != "none":
+            quantise.check_own_code(model)
             quantise.check_shapes(without_weights, params.quantise)
             found += _unquantisable(params)
     return found

@@ -15,6 +15,7 @@ from finercut.checkpoint.records import QuantiseReport
 from finercut.checkpoint.steps import Proof
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned
+from finercut.model.remote_code import TRUSTED_KEY
 from finercut.system import compressor
 from finercut.tokens import load_tokens, sha256_of
 from pipelines import params, paths, steps
@@ -152,6 +153,14 @@ def test_groups_that_do_not_divide_are_refused_before_anything_runs(workspace, m
         settings("w8a8", ignore=["re:*down"])
     with pytest.raises(ValidationError, match="group_size is for w4a16; w8a8 has one scale a row"):
         settings("w8a8", group_size=32)
+
+
+def test_a_model_with_code_of_its_own_is_refused(workspace):
+    quantise.check_own_code(ModelDirectory(paths.HEALED))
+    file = paths.HEALED / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {TRUSTED_KEY: True}))
+    with pytest.raises(ValueError, match=r"runs by Python code of its own, which is not quantised"):
+        quantise.check_own_code(ModelDirectory(paths.HEALED))
 
 
 def test_without_llm_compressor_the_step_says_how_to_get_it(workspace, monkeypatch):

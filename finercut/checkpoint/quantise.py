@@ -126,6 +126,15 @@ def check_shapes(model: nn.Module, settings: Quantised) -> None:
                 )
 
 
+def check_own_code(model: ModelDirectory) -> None:
+    """
+    Raises:
+        ValueError: the model runs by Python code of its own.
+    """
+    if TRUSTED_KEY in model.settings:
+        raise ValueError(f"quantise: the model in {model} runs by Python code of its own, which is not quantised")
+
+
 def apply(parent: ModelDirectory, directory: Path, settings: Quantised, inputs: Inputs) -> QuantiseReport:
     """Write the quantised checkpoint; see `finercut.checkpoint.steps`.
 
@@ -135,8 +144,7 @@ def apply(parent: ModelDirectory, directory: Path, settings: Quantised, inputs: 
         RuntimeError: llm-compressor is not installed, or failed.
     """
     began, version = time.monotonic(), check_installed()
-    if TRUSTED_KEY in parent.settings:
-        raise ValueError(f"quantise: the model in {parent} runs by Python code of its own, which is not quantised")
+    check_own_code(parent)
     whole, tokens = inputs.whole.written_by("fetch"), inputs.tokens()
     tokens.check_vocabulary(parent.language.vocab_size)
     check_shapes(_without_weights(parent), settings)
