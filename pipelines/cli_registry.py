@@ -18,8 +18,9 @@ from . import paths
 def promote(name: str | None, wanted: str, reason: str, dry_run: bool) -> None:
     """Make a registered version champion, if it passes the gate and is no worse than the champion.
 
-    NAME is register.name of params.yaml unless given. Evidence comes from the registry; the checkpoint is downloaded
-    and the parity check repeated on it. docs/registry.md has the rule. Status 0: it is champion now, or was already.
+    NAME is register.name of params.yaml unless given. Evidence comes from the registry; the checkpoint is downloaded,
+    and where nothing but pruning changed its weights the parity check is repeated on it. docs/registry.md has the rule.
+    Status 0: it is champion now, or was already.
 
     \b
     finercut promote --dry-run

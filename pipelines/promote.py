@@ -1,7 +1,8 @@
 """Moves the alias `champion`: to a challenger that passes the rule, or back to a former champion.
 
 Every decision is based on the registry: on the evidence of challenger and champion, and on the checkpoint itself, on
-which the parity check is repeated. Each decision is an entry of the log in `finercut.registry.ledger`.
+which the parity check is repeated where nothing but pruning changed its weights. Each decision is an entry of the log
+in `finercut.registry.ledger`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ def run(params: Params) -> PruneReport:
     selection = steps.read_selection().first(report.n_removals)
     source = selection.origin.model_source if selection.origin else paths.MODEL
     title = f"{source}: {report.n_removed_sublayers} of {report.n_sublayers} sublayers removed"
-    removal_map(selection, report.n_sublayers // 2, paths.REMOVALS_PICTURE, title)
+    n_blocks = steps.parent_of("prune").language.num_hidden_layers
+    removal_map(selection, n_blocks, paths.REMOVALS_PICTURE, title)
     logger.info(
         "prune: removed %s; %.0f -> %.0f MiB",
         ", ".join(f"{share:.1%} of {cost}" for cost, share in report.shares.items()),

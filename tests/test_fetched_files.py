@@ -20,7 +20,7 @@ from finercut.checkpoint.prune import prune
 from finercut.checkpoint.writing import differing_tensors, write_tuned
 from finercut.model.directory import ModelDirectory
 from finercut.model.loading import load_pruned
-from finercut.selection.selection import Origin, given
+from finercut.selection.selection import Chosen, Origin, Selection, given
 from finercut.sources.corrections import settle, settle_dtype
 from finercut.sources.models import fetch_model
 from finercut.sources.settings import LocalModel
@@ -375,6 +375,29 @@ def test_a_card_names_repositories_of_the_hub_as_base_and_no_paths(revision, nam
     selection = given(["1.mlp"]).model_copy(update={"origin": origin})
     text = card(selection, {}, 8, "", own_code=False, auto="AutoModelForCausalLM", metadata={})
     assert ("base_model: models/mine" in text) == named
+
+
+@pytest.mark.parametrize(
+    ("method", "divergence", "said"),
+    [
+        ("greedy_per_parameters", "js", "the sublayers whose removal changed the output distribution least were taken"),
+        ("greedy", "task", "the sublayers that `greedy` chose were taken"),
+        ("random", "js", "the sublayers that `random` chose were taken"),
+        (
+            "greedy",
+            "task",
+            "negative log-likelihood of the answers of the task's examples: 0.2500 nats per token, 0.5000",
+        ),
+        ("greedy", "js", "js divergence from the whole model: 0.2500 on the calibration tokens"),
+    ],
+)
+def test_a_card_says_what_chose_and_what_was_measured(method, divergence, said):
+    of = {"model_source": "mine", "model_revision": "1", "model_sha256": "", "n_blocks": 4}
+    origin = Origin(**of, calibration_sha256="", held_out_sha256="", divergence=divergence)
+    removal = Chosen(candidate="1.mlp", divergence=0.25, held_out_divergence=0.5)
+    selection = Selection(method=method, nested=True, removals=[removal], left=[], origin=origin)
+    text = card(selection, {}, 8, "", own_code=False, auto="AutoModelForCausalLM", metadata={})
+    assert said in " ".join(text.split())
 
 
 def test_an_adapter_in_the_folder_is_refused(tmp_path):

@@ -28,8 +28,7 @@ tags: [finercut, pruned]
 
 # {source}, less {n_removed} of {n_sublayers} sublayers
 
-Pruned without training by FinerCut (arXiv 2405.18218): the sublayers whose removal changed the output distribution
-least were taken out. The removed weights are gone from this checkpoint.
+{untrained} (arXiv 2405.18218): {chosen} were taken out. The removed weights are gone from this checkpoint.
 
 | | saved of the whole model |
 |---|---|
@@ -91,6 +90,7 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 vLLM has no model of it."""
 
 _UNTRAINED = "Pruned without training by FinerCut"
+_BY_OUTPUT = "the sublayers whose removal changed the output distribution least"
 
 _HEALED = """\
 ## Healed
@@ -164,7 +164,10 @@ def card(
     # Of the hub's repositories the revision is a commit; a path may look like the name of one.
     if origin and re.fullmatch(r"[0-9a-f]{40}", origin.model_revision) and "base_model" not in metadata:
         metadata = {**metadata, "base_model": source}
+    by_output = origin is not None and selection.method.startswith("greedy") and origin.divergence not in OF_THE_TEXT
     return _CARD.format(
+        untrained=_UNTRAINED,
+        chosen=_BY_OUTPUT if by_output else f"the sublayers that `{selection.method}` chose",
         inherited=yaml_dump(dict(metadata)) if metadata else "",
         source=origin.model_source if origin else "Pruned model",
         revision=origin.model_revision if origin else "unknown",

@@ -74,9 +74,12 @@ def step(name: str) -> ModuleType:
     Raises:
         ValueError: there is no such step.
     """
+    module = f"finercut.checkpoint.{name}"
     try:
-        return importlib.import_module(f"finercut.checkpoint.{name}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if error.name != module:  # what the step itself imports
+            raise
         raise ValueError(f"no step {name!r} on checkpoints: finercut/checkpoint/{name}.py is missing") from error
 
 

@@ -37,7 +37,6 @@ class Step(Record):
     held_out_divergence: float
     values: dict[str, float] = Field(default_factory=dict)
     """Divergence of every candidate evaluated to the end; empty where the method evaluates none."""
-    margin: float | None = None
 
     @property
     def next_best(self) -> tuple[str, float] | None:
@@ -167,7 +166,7 @@ def _optional(folders: Sequence[Path], stage: str, kind: type[_Kind]) -> _Kind |
 
 
 def _steps(folders: Sequence[Path]) -> list[Step]:
-    """From the trajectory; from the curve, without candidates, where the trajectory was not kept."""
+    """From the trajectory; none where it was not kept."""
     if path := _found(folders, "trajectory.jsonl"):
         try:
             return [Step.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]

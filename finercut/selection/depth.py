@@ -90,7 +90,7 @@ def check(config: PreTrainedConfig) -> None:
 def _carried(config: PreTrainedConfig) -> ValueError:
     return ValueError(
         f"blocks of a {config.model_type} model hand on more than the residual stream, to which alone sublayers can be "
-        "fitted: set heal.method to distill"
+        "fitted: set heal.method to distill, and search.refit to null"
     )
 
 

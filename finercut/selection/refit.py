@@ -55,7 +55,7 @@ def check(layout: Layout, model_type: str) -> None:
     if not layout.sequential:
         raise ValueError(
             f"refit cannot fit a {model_type} model, whose blocks are not an attention followed by an MLP: take "
-            "heal.method reconstruct or distill"
+            "heal.method reconstruct or distill, and no search.refit"
         )
 
 

@@ -159,9 +159,6 @@ class Trajectory:
         """What the first `n_removals` removals (all, by default) took out, in their order."""
         return [s for removal in self.removals[:n_removals] for s in parse(removal.sublayer).sublayers]
 
-    def first(self, n_removals: int) -> Trajectory:
-        return Trajectory(self.provenance, self.removals[:n_removals])
-
     def to_text(self) -> str:
         return "".join(line.to_json() for line in (self.provenance, *self.removals))
 

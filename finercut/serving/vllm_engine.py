@@ -103,9 +103,8 @@ def check_servable(model: ModelDirectory) -> None:
 class Engine:
     """A vLLM engine in a process of its own. It may still be starting; the first request waits for it."""
 
-    def __init__(self, directory: Path, settings: EngineSettings, process: subprocess.Popen[str], log: IO[str]) -> None:
+    def __init__(self, directory: Path, process: subprocess.Popen[str], log: IO[str]) -> None:
         self.directory = directory
-        self.settings = settings
         self.process = process
         self._log = log
 
@@ -211,7 +210,7 @@ def engine(directory: Path, settings: EngineSettings, one_process: bool = False)
             start_new_session=True,
         )
         try:
-            started = Engine(directory, settings, process, log)
+            started = Engine(directory, process, log)
             yield started
             # An engine that ends by itself gives its shared memory back.
             started.end()

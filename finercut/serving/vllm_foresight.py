@@ -93,7 +93,7 @@ def _refusal(asked: dict[str, Any], settings: EngineSettings, load: bool) -> str
         # vLLM refuses by errors of every class, also by assertions.
         said = _one_line(error)
         # What cannot be made without memory may be made with it.
-        return None if re.search(r"\bmeta\b", said, re.IGNORECASE) else said
+        return None if re.search(r"(?<![\w/-])meta(?![\w/-])", said, re.IGNORECASE) else said  # and no path
     return None
 
 
