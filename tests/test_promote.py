@@ -332,6 +332,7 @@ def test_status_tells_champion_history_and_what_each_version_lacks(here):
     here.register(evaluate=retained(0.7))
     here.register(evaluate=retained(0.9))
     here.run.log_tags({"gate": "refused", "gate.reason": "speed_up is 0.9"})
+    here.client.log_param(here.run.run_id, "register.name", here.name)
     others = here.client.create_run(here.run.experiment_id)
     here.client.log_param(others.info.run_id, "register.name", f"{here.name}-other")
     here.client.set_tag(others.info.run_id, "gate", "refused")
