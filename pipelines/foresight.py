@@ -26,6 +26,7 @@ from finercut.model.families import fixed_sublayers
 from finercut.selection import depth, refit
 from finercut.serving import claim, foresight, vllm_engine
 from finercut.sublayers import Sublayer
+from finercut.system.records import Environment
 from finercut.system.staging import staged_file
 
 from . import paths, search_job
@@ -83,11 +84,11 @@ def _asked(params: Params, model: ModelDirectory) -> str:
 
 
 def _machine() -> str:
-    """What of it decides whether engines start."""
-    device = device_of("auto")
-    gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    """What of it decides whether engines start. Nothing here makes a context on a GPU, which a flow's process would
+    keep as long as it runs."""
+    hardware = Environment.read(paths.ENVIRONMENT).hardware if paths.ENVIRONMENT.is_file() else None
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
-    return f"{dtype_of('auto', device)} {[(gpu.name, gpu.total_memory) for gpu in gpus]} {shared}"
+    return f"{hardware} {torch.cuda.device_count()} {dtype_of('auto', torch.device('cpu'))} {shared}"
 
 
 def _devices(params: Params) -> dict[str, str]:

@@ -26,6 +26,7 @@ from finercut.selection.settings import Refitting
 from finercut.serving import foresight as vllm_foresight
 from finercut.serving.foresight import Answer
 from finercut.serving.settings import EngineSettings
+from finercut.system.records import Environment
 from pipelines import fetch, flow, foresight, params, paths, search_job
 from pipelines.foresight import _one_of_each, questions
 
@@ -194,8 +195,14 @@ def test_what_was_answered_well_is_not_asked_again_unless_something_changed(chos
     assert foresight.check(chosen.model_copy(update={"prove": divided}), model) == []
     assert times == [2, 3]
     (paths.MODEL / "generation_config.json").write_text("{}")
-    foresight.check(chosen, ModelDirectory(paths.MODEL))
+    model = ModelDirectory(paths.MODEL)
+    foresight.check(chosen, model)
     assert times == [2, 3, 2]
+    # The same workspace on another machine.
+    libraries = dict.fromkeys(("torch", "transformers", "tokenizers", "lm_eval", "vllm"))
+    Environment(**libraries, hardware="NVIDIA T4").write(paths.ENVIRONMENT)
+    foresight.check(chosen, model)
+    assert times == [2, 3, 2, 2]
 
 
 def test_settings_that_vllm_refuses_are_an_error_and_a_model_that_it_refuses_is_in_the_way(chosen, monkeypatch, caplog):
