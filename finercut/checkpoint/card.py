@@ -53,7 +53,7 @@ _MEASURED = """\
 _MEASURED_ON_TEXT = """\
 - negative log-likelihood of {of}: {last:.4f} nats per token, {held_out:.4f} on held-out ones
 """
-OF_THE_TEXT = {"perplexity": "the calibration text", "task": "the answers of the task's examples"}
+_OF_THE_TEXT = {"perplexity": "the calibration text", "task": "the answers of the task's examples"}
 
 _LOADING = """\
 With [transformers](https://github.com/huggingface/transformers) and finercut, from the repository or wheel that this
@@ -145,10 +145,11 @@ def card(
         auto: name of transformers' Auto class that loads it.
     """
     removed, origin, last = selection.sublayers, selection.origin, selection.removals[-1]
+    of_text = origin is not None and origin.divergence in _OF_THE_TEXT
     measured = "\n"
-    if origin is not None and last.divergence is not None and origin.divergence in OF_THE_TEXT:
+    if of_text and last.divergence is not None:
         measured = _MEASURED_ON_TEXT.format(
-            of=OF_THE_TEXT[origin.divergence], last=last.divergence, held_out=last.held_out_divergence
+            of=_OF_THE_TEXT[origin.divergence], last=last.divergence, held_out=last.held_out_divergence
         )
     elif origin is not None and last.divergence is not None:
         measured = _MEASURED.format(
@@ -164,7 +165,7 @@ def card(
     # Of the hub's repositories the revision is a commit; a path may look like the name of one.
     if origin and re.fullmatch(r"[0-9a-f]{40}", origin.model_revision) and "base_model" not in metadata:
         metadata = {**metadata, "base_model": source}
-    by_output = origin is not None and selection.method.startswith("greedy") and origin.divergence not in OF_THE_TEXT
+    by_output = origin is not None and selection.method.startswith("greedy") and not of_text
     return _CARD.format(
         untrained=_UNTRAINED,
         chosen=_BY_OUTPUT if by_output else f"the sublayers that `{selection.method}` chose",

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -195,7 +195,7 @@ def unregistered(client: MlflowClient, experiment: str, name: str, before: datet
         if found is None:
             return
         registered = set(map(_logged_model, every(client, name)))
-        copied = _copied(client)
+        copied = cache(partial(_copied, client))  # the whole registry: asked only where an upload would go
         token = ""
         while token is not None:
             page = client.search_logged_models([found.experiment_id], f"name = '{name}'", page_token=token or None)
@@ -204,7 +204,7 @@ def unregistered(client: MlflowClient, experiment: str, name: str, before: datet
                     continue
                 # Somebody may have registered it by hand, under another name, or copied a version that is no more.
                 of_any = f"source_path = 'models:/{model.model_id}'"
-                if not client.search_model_versions(of_any, max_results=1) and model.artifact_location not in copied:
+                if not client.search_model_versions(of_any, max_results=1) and model.artifact_location not in copied():
                     yield model.model_id, Stored(model.artifact_location)
             token = page.token or None
 

@@ -68,7 +68,7 @@ def mutated(
 
 def _filled(goal: Goal, order: list[Candidate], but: set[Candidate], chance: random.Random) -> list[Candidate]:
     """With candidates other than `but` removed too, in random order, until none that saves anything fits the budget."""
-    useful = [c for c in goal.left([]) if goal.saved([c]) > 0]
+    useful = {c for c in goal.left([]) if goal.saved([c]) > 0}
     while choice := [c for c in goal.left(order) if c not in but and c in useful and goal.allows(order, c)]:
         order = [*order, chance.choice(choice)]
     return order
