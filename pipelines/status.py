@@ -118,10 +118,11 @@ def _refused(client: MlflowClient, experiment: str, name: str) -> str:
     with mlflow_errors(f"look for runs of {experiment}"):
         found = client.get_experiment_by_name(experiment)
         runs: Iterable = found and client.search_runs([found.experiment_id], wanted, max_results=N_REFUSED)
-    lines = [
-        f"- {_time(_created(r.info.start_time))}, run {r.info.run_id}: {r.data.tags.get('gate.reason', '')}"
-        for r in runs or ()
-    ]
+    lines = []
+    for run in runs or ():
+        tags = run.data.tags
+        reason = tags.get("gate.reason") or tags.get("failure", "")  # as earlier versions noted it
+        lines.append(f"- {_time(_created(run.info.start_time))}, run {run.info.run_id}: {reason}")
     return "\n".join(["Executions the gate refused:", "", *lines]) if lines else ""
 
 
